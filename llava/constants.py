@@ -1,0 +1,21 @@
+"""Names and numbers that the whole project shares; the values are the original LLaVA's."""
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no supervision."""
+
+IMAGE_TOKEN_INDEX = -200
+"""Stands in `input_ids` where the features of one image go; never a row of the embedding table."""
+
+DEFAULT_IMAGE_TOKEN = "<image>"
+DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
+DEFAULT_IM_START_TOKEN = "<im_start>"
+DEFAULT_IM_END_TOKEN = "<im_end>"
+IMAGE_PLACEHOLDER = "<image-placeholder>"
+"""Written by users in a question where the image belongs; replaced by the model's own image token."""
+
+DEFAULT_TEMPLATE = "vicuna_v1"
+"""Conversation template of weights that carry none."""
+
+CONTROLLER_HEART_BEAT_EXPIRATION = 30
+WORKER_HEART_BEAT_INTERVAL = 15
+LOGDIR = "."

@@ -1,0 +1,89 @@
+"""`config.json` of a LLaVA checkpoint: Llama's keys and the `mm_*` ones, each declared here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+CONFIG_FILE = "config.json"
+
+ARCHITECTURE = "LlavaLlamaForCausalLM"
+
+
+class LlavaConfig(LlamaConfig):
+    """Sizes and choices of a LLaVA model.
+
+    Attributes:
+        mm_vision_tower: name, hub id or directory of the image encoder, as the original records it.
+        mm_vision_config: sizes of the image encoder (`CLIPVisionConfig` as a dictionary); None = an LLM without eyes yet.
+        mm_hidden_size: width of the image features, before the projector.
+        mm_projector_type: "linear" or "mlp2x_gelu".
+        mm_vision_select_layer: whose output becomes the features; -2 = the last but one.
+        mm_vision_select_feature: "patch" drops the class token, "cls_patch" keeps it.
+        image_aspect_ratio: "pad", "square", "anyres" or None; see `mm_utils.process_images`.
+        tokenizer_model_max_length: longest row in training, in tokens, image patches included.
+        conversation_template: prompt template the weights were trained with; None = not recorded.
+        base_model_name_or_path: where the weights came from.
+        base_model_fingerprint: of those weights; see `checkpoint.fingerprint`.
+    """
+
+    model_type = "llava_llama"
+
+    mm_vision_tower: str | None = None
+    mm_vision_config: dict | None = None
+    mm_hidden_size: int | None = None
+    mm_projector_type: str = "linear"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_patch_merge_type: str = "flat"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    mm_projector_lr: float | None = None
+    image_aspect_ratio: str | None = None
+    image_grid_pinpoints: list | str | None = None
+    use_mm_proj: bool = False
+    tune_mm_mlp_adapter: bool = False
+    freeze_mm_mlp_adapter: bool = False
+    unfreeze_mm_vision_tower: bool = False
+    tokenizer_model_max_length: int | None = None
+    tokenizer_padding_side: str = "right"
+    conversation_template: str | None = None
+    base_model_name_or_path: str | None = None
+    base_model_fingerprint: str | None = None
+
+
+def load_config(directory: str | Path) -> LlavaConfig:
+    """Read `config.json`, of the original or ours.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no JSON object or of another architecture.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a model directory needs it: fetch the directory again")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); fetch the file again") from error
+    kind = settings.pop("model_type", "llama")
+    if kind not in ("llava", LlavaConfig.model_type, "llama") or "vision_config" in settings:
+        layout = "the llava-hf layout" if "vision_config" in settings else f"model_type {kind!r}"
+        raise ValueError(f"{path}: {layout} is not supported; use a LLaVA-1.5 checkpoint in the original's layout")
+    settings.pop("transformers_version", None)
+    settings.setdefault("dtype", settings.pop("torch_dtype", None))
+    return LlavaConfig(**settings)
+
+
+def save_config(config: LlavaConfig, directory: str | Path) -> None:
+    """Write `config.json` with the original's keys, so that older and newer libraries read it."""
+    settings: dict[str, Any] = config.to_dict()
+    settings.pop("_name_or_path", None)
+    settings["architectures"] = [ARCHITECTURE]
+    settings["rope_theta"] = (config.rope_parameters or {}).get("rope_theta", 10000.0)
+    settings["torch_dtype"] = settings.get("dtype")
+    text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+    (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")
