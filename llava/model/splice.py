@@ -53,7 +53,9 @@ def splice_image_features(
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     placeholders = int((input_ids[keep] == IMAGE_TOKEN_INDEX).sum())
     if placeholders != len(image_features):
-        raise ValueError(f"the prompts hold {placeholders} image placeholders, but {len(image_features)} images were given")
+        raise ValueError(
+            f"the prompts hold {placeholders} image placeholders, but {len(image_features)} images were given"
+        )
     row_labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
     features = iter(image_features)
     rows = [
@@ -74,7 +76,7 @@ def _splice_row(
     for position in is_image.nonzero().flatten().tolist():
         text_stop = text_start + position - label_start
         patches = next(features)
-        pieces += [text_embeds[text_start:text_stop], patches.to(text_embeds.dtype)]
+        pieces += [text_embeds[text_start:text_stop], patches.to(text_embeds)]
         targets += [labels[label_start:position], labels.new_full((len(patches),), IGNORE_INDEX)]
         text_start, label_start = text_stop, position + 1
     pieces.append(text_embeds[text_start:])

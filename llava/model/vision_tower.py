@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from llava.image_processing import CLIPPixels
+
 VIT_L_14_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -27,7 +29,7 @@ class CLIPVisionTower(nn.Module):
     """Patch features of pictures, (N, 3, H, W) -> (N, P, V).
 
     Only the layers up to the selected one are built. The tensors of those behind it stay in `unused_tensors`, by their name
-    in the file, so that a saved checkpoint is as complete as the one that was loaded.
+    in the file, so that a saved checkpoint is as complete as the one that was loaded. `image_processor` makes the pixels.
 
     Args:
         vision_config: keys of `CLIPVisionConfig`, with the number of layers of the whole encoder.
@@ -51,6 +53,7 @@ class CLIPVisionTower(nn.Module):
         self.config = CLIPVisionConfig(**{**vision_config, "num_hidden_layers": depth})
         self.vision_tower = CLIPVisionModel(self.config)
         self.unused_tensors: dict[str, Tensor] = {}
+        self.image_processor: CLIPPixels | None = None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode pictures in the tower's own dtype."""
