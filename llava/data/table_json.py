@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from json.encoder import encode_basestring
+from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.data.table import BadRows, TableError, TableRow
@@ -87,7 +87,7 @@ def check_images(rows: Sequence[TableRow], name_image: Callable[[int], str], dir
     for row in rows:
         first_line.setdefault(row.image_id, row.line)
     for image_id, line in first_line.items():
-        if not os.path.isfile(os.path.join(directory, name_image(image_id))):
+        if not Path(directory, name_image(image_id)).is_file():
             bad.add(line, f"image {name_image(image_id)!r} not found under {directory}")
     bad.raise_if_any("Put the images there, or correct --check_images or --image_name.")
 

@@ -1,0 +1,1 @@
+"""Prompt in, answer out: one at a time, in dialogue, in batches."""

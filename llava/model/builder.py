@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from llava.constants import DEFAULT_TEMPLATE
 from llava.image_processing import CLIPPixels
 from llava.model.adapter import OUTSIDE_LLM
-from llava.model.checkpoint import Checkpoint, Layout, file_name, open_checkpoint
-from llava.model.configuration import LlavaConfig
+from llava.model.checkpoint import Checkpoint, file_name, open_checkpoint
 from llava.model.devices import best_device, parse_dtype
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.quantization import plain_parameter, quantize_linears, quantized_parameter

@@ -164,7 +164,7 @@ def assign_images(counts: Sequence[int], features: Sequence[Tensor]) -> tuple[li
     """Split images into those that fill placeholders and those that rows without one bring along.
 
     Args:
-        counts: placeholders of each row.
+        counts: placeholders of each row; where there are none at all, every image is spare.
         features: one tensor per image, in reading order.
 
     Returns:
@@ -173,6 +173,8 @@ def assign_images(counts: Sequence[int], features: Sequence[Tensor]) -> tuple[li
     Raises:
         ValueError: if the number of images fits neither reading.
     """
+    if not any(counts):
+        return [], list(features)
     if len(features) == sum(counts):
         return list(features), []
     if len(features) != sum(max(count, 1) for count in counts):

@@ -1,0 +1,1 @@
+"""Programs for talking to the model."""

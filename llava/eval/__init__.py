@@ -1,0 +1,1 @@
+"""Programs that answer question files and score the answers."""

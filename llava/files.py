@@ -1,0 +1,136 @@
+"""Files and directories that are either complete or not there: written beside the target, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+_NAME_SHOWN = 40
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
+    """Open a hidden temporary file beside `path` and rename it to `path` once its content is safely on disk.
+
+    Whatever goes wrong before the rename (an exception, a full disk), `path` keeps its previous content and the
+    temporary file is removed. Missing parent directories are created; a symbolic link is followed; the permissions of
+    an existing file are kept.
+
+    Args:
+        path: the file to write.
+        mode: "w" for UTF-8 text with `\\n` line ends on every system, "wb" for bytes.
+
+    Yields:
+        The open stream.
+
+    Raises:
+        ValueError: if `mode` is neither "w" nor "wb".
+        OSError: if the file cannot be written, or `path` exists and is not a regular file.
+
+    Example:
+        >>> with atomic_write("data.json") as stream:
+        ...     json.dump(records, stream)
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode {mode!r} is not supported; use 'w' for text or 'wb' for bytes")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(f"{target} exists and is not a regular file; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _hidden_sibling(target)
+    try:
+        with temporary.open(mode, **({} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"})) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Yield a hidden empty directory beside `path` that is renamed to `path` once everything in it is safely on disk.
+
+    After an exception the hidden directory is removed and `path` is as it was before.
+
+    Args:
+        path: the directory to write; its missing parents are created and a symbolic link is followed.
+        replace: whether a directory that already holds something is replaced.
+
+    Yields:
+        The hidden directory, to be filled by the caller.
+
+    Raises:
+        FileExistsError: if `path` is a file, or holds something and `replace` is false.
+        OSError: if the directory cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    _refuse_occupied(target, replace)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _hidden_sibling(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _refuse_occupied(target, replace)
+        _move_directory(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(target.parent)
+
+
+def _hidden_sibling(target: Path) -> Path:
+    return target.with_name(f".{target.name[:_NAME_SHOWN]}.{os.urandom(4).hex()}.partial")
+
+
+def _refuse_occupied(target: Path, replace: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file, a directory was to be written there; choose another name")
+    if target.exists() and not replace and any(target.iterdir()):
+        raise FileExistsError(f"{target} already holds files; choose another directory or empty this one")
+
+
+def _move_directory(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, putting back what stood there if the rename fails."""
+    if not target.exists():
+        source.rename(target)
+        return
+    previous = _hidden_sibling(target)
+    target.rename(previous)
+    try:
+        source.rename(target)
+    except BaseException:
+        previous.rename(target)
+        raise
+    shutil.rmtree(previous)
+
+
+def _sync_tree(directory: Path) -> None:
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(Path(parent, name), os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_directory(Path(parent))
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a directory as a file
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

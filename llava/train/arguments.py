@@ -1,0 +1,209 @@
+"""The flags of training: the original's, every one of `transformers.TrainingArguments`, and a few more.
+
+Flags that don't fit each other are refused here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from llava.conversation import get_template
+from llava.model.devices import best_device, default_dtype
+
+_FIELDS = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+
+RENAMED_FLAGS = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "gradient_checkpointing": _CHECKPOINTING,
+    "gradient_checkpointing_kwargs": f"{_CHECKPOINTING}_kwargs",
+}
+"""Names that some versions of transformers use, and what the installed one calls them."""
+
+
+def _flag(default: object, help_text: str) -> object:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and what of it learns. What the checkpoint says of itself needs no flag; a flag that differs is an error."""
+
+    model_name_or_path: str = _flag("liuhaotian/llava-v1.5-7b", "Directory or hub id of the weights to start from.")
+    version: str | None = _flag(None, "Prompt template; default: the checkpoint's, else v1.")
+    freeze_backbone: bool = _flag(False, "Keep the LLM as it is.")
+    tune_mm_mlp_adapter: bool = _flag(False, "Train the projector alone (pretraining).")
+    vision_tower: str | None = _flag(
+        None, "Directory or hub id of the image encoder, for weights that come without one."
+    )
+    mm_vision_select_layer: int | None = _flag(None, "Layer of the encoder whose output is read; default -2.")
+    mm_vision_select_feature: str | None = _flag(None, "patch (default), or cls_patch to keep the class token.")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin to start from.")
+    mm_projector_type: str | None = _flag(None, "linear or mlp2x_gelu (default for weights without a projector).")
+    mm_patch_merge_type: str | None = _flag(None, "flat, the only one.")
+    mm_use_im_start_end: bool = _flag(False, "As in the original; LLaVA-1.5 has no such tokens, so True is refused.")
+    mm_use_im_patch_token: bool = _flag(False, "As in the original; LLaVA-1.5 has no such token, so True is refused.")
+
+
+@dataclass
+class DataArguments:
+    """Which data."""
+
+    data_path: str | None = _flag(None, "JSON list or jsonl of LLaVA records.")
+    image_folder: str | None = _flag(None, "Folder of the images.")
+    image_aspect_ratio: str | None = _flag(None, "pad, square or anyres; default: the checkpoint's, else pad.")
+    lazy_preprocess: bool = _flag(True, "Images are always read when needed; False is refused.")
+    is_multimodal: bool = _flag(True, "As in the original; text-only rows need no flag, so False is refused.")
+    on_bad_row: str = _flag(
+        "error", "error: list rows that can't be used and stop; skip: list them and leave them out."
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it learns."""
+
+    output_dir: str | None = _flag(None, "Where checkpoints and the result go.")
+    bf16: bool | None = _flag(
+        None, "Compute in bf16; default: where the device does (fp16 on older GPUs, fp32 on CPU)."
+    )
+    fp16: bool | None = _flag(None, "Compute in fp16.")
+    warmup_ratio: float | None = _flag(None, "Share of the steps over which the learning rate rises.")
+    remove_unused_columns: bool = _flag(False, "Stays False: the batches hold images.")
+    cache_dir: str | None = _flag(None, "Hub cache to use, as HF_HUB_CACHE.")
+    model_max_length: int = _flag(2048, "Longest row in tokens, image patches included.")
+    freeze_mm_mlp_adapter: bool = _flag(False, "Keep the projector as it is.")
+    mm_projector_lr: float | None = _flag(None, "Learning rate of the projector; default: --learning_rate.")
+    group_by_modality_length: bool = _flag(False, "Batches of one modality and similar length.")
+    bits: int = _flag(16, "16, or 8 or 4 to hold the LLM quantised (bitsandbytes) under LoRA.")
+    double_quant: bool = _flag(True, "With --bits 4: quantise the scales too; False is refused.")
+    quant_type: str = _flag("nf4", "With --bits 4: nf4, the only one.")
+    lora_enable: bool = _flag(False, "Train LoRA adapters on the LLM's linear layers instead of the layers.")
+    lora_r: int = _flag(64, "Rank of the adapters.")
+    lora_alpha: int = _flag(16, "Their products are scaled by alpha / r.")
+    lora_dropout: float = _flag(0.05, "Share of an adapter's inputs dropped in training.")
+    lora_weight_path: str = _flag("", "LoRA directory to continue from.")
+    lora_bias: str = _flag("none", "none, lora_only or all; Llama has no biases, so they give the same.")
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing; say where checkpoints and the result go")
+        if best_device().type == "cpu":
+            self.use_cpu = True  # else DeepSpeed's processes don't find each other without an accelerator
+        if self.bf16 is None and self.fp16 is None:
+            dtype = default_dtype("cpu" if self.use_cpu else best_device())
+            self.bf16, self.fp16 = dtype is torch.bfloat16, dtype is torch.float16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        if self.warmup_ratio is not None:
+            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
+        if getattr(self, _CHECKPOINTING) and not getattr(self, f"{_CHECKPOINTING}_kwargs"):
+            setattr(self, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False})
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of weights that don't learn."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Parse a command line.
+
+    Raises:
+        ValueError: if a flag is unknown, lacks its file or contradicts another; the flag and the way out are named.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="train_mem.py")
+    words = [_current_name(word) for word in (sys.argv[1:] if argv is None else argv)]
+    *arguments, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    model, data, training = arguments
+    check_arguments(model, data, training)
+    return model, data, training
+
+
+def _current_name(word: str) -> str:
+    name, equals, value = word.removeprefix("--").partition("=")
+    return f"--{RENAMED_FLAGS[name]}{equals}{value}" if word.startswith("--") and name in RENAMED_FLAGS else word
+
+
+def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    """Refuse values that are not supported or contradict each other.
+
+    Raises:
+        ValueError: naming the flag, the value and the way out.
+    """
+    if model.version is not None:
+        get_template(model.version)
+    refuse = {
+        "--data_path is missing; make data.json with task_data_preprocessing.py": data.data_path is None,
+        "--mm_use_im_start_end True: LLaVA-1.5 has no such tokens; pass False": model.mm_use_im_start_end,
+        "--mm_use_im_patch_token True: LLaVA-1.5 has no such token; pass False": model.mm_use_im_patch_token,
+        f"--mm_patch_merge_type {model.mm_patch_merge_type}: only flat is supported": model.mm_patch_merge_type
+        not in (None, "flat"),
+        "--is_multimodal False: rows without image need no flag; leave it out": not data.is_multimodal,
+        "--lazy_preprocess False: images are read when needed; leave it out": not data.lazy_preprocess,
+        f"--on_bad_row {data.on_bad_row}: choose error or skip": data.on_bad_row not in ("error", "skip"),
+        f"--bits {training.bits}: choose 4, 8 or 16": training.bits not in (4, 8, 16),
+        f"--lora_bias {training.lora_bias}: choose none, lora_only or all": training.lora_bias
+        not in ("none", "lora_only", "all"),
+        "--double_quant False and --quant_type other than nf4 are not supported; leave them out": not training.double_quant
+        or training.quant_type != "nf4",
+        f"--bits {training.bits} holds the LLM frozen; add --lora_enable True": training.bits != 16
+        and not training.lora_enable,
+        f"--bits {training.bits} can't be partitioned by ZeRO-3; use scripts/zero2.json": training.bits != 16
+        and zero_stage(training.deepspeed) == 3,
+        "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,
+        "--tune_mm_mlp_adapter trains the projector alone; leave --lora_enable out": model.tune_mm_mlp_adapter
+        and training.lora_enable,
+        "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other": model.tune_mm_mlp_adapter
+        and training.freeze_mm_mlp_adapter,
+        "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train": model.freeze_backbone
+        and training.freeze_mm_mlp_adapter,
+        "--bf16 and --fp16 exclude each other": training.bf16 and training.fp16,
+        "--remove_unused_columns True would remove the images; leave it out": training.remove_unused_columns,
+    }
+    reasons = [message for message, applies in refuse.items() if applies]
+    if reasons:
+        raise ValueError("; ".join(reasons))
+
+
+def zero_stage(config: str | dict | None) -> int:
+    """Return the ZeRO stage of a DeepSpeed config (its path or content), 0 without one.
+
+    Raises:
+        ValueError: if the file is missing or no JSON.
+    """
+    if not config:
+        return 0
+    if not isinstance(config, dict):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"--deepspeed {config} can't be read ({error}); use scripts/zero2.json") from error
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def as_json(*arguments: object) -> str:
+    """Return argument groups as one JSON text, for the record beside the weights."""
+    groups = {}
+    for group in arguments:
+        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+        groups[type(group).__name__] = values
+    return json.dumps(groups, indent=2, sort_keys=True, default=str) + "\n"

@@ -1,0 +1,154 @@
+"""What training leaves behind: directories that are complete, in the original's layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llava.image_processing import CLIPPixels
+from llava.model.adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILES, NON_LORA_FILES, PROJECTOR_FILE
+from llava.model.checkpoint import file_name, save_checkpoint, save_settings, state_for_file
+from llava.model.configuration import LlavaConfig
+from llava.model.weights import open_tensor_file, open_weights
+from llava.tokenization import LlavaTokenizer
+
+TRAINING_FILE = "training.json"
+_PICKLED_NON_LORA_FILE = NON_LORA_FILES[1]
+"""Pickled, as is the projector's file: the original's loader reads these names alone. Only tensors are inside."""
+_ADAPTER_NAME = "default"
+"""peft's name for a model's only adapter; it is part of parameters' names, but not of those in files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What stands beside the weights.
+
+    Attributes:
+        config: to be written; names the base and its fingerprint.
+        tokenizer: of the model.
+        image_processor: of the model.
+        training: text of `training.json`, the run's flags.
+    """
+
+    config: LlavaConfig
+    tokenizer: LlavaTokenizer
+    image_processor: CLIPPixels
+    training: str
+
+
+def gather_parameters(model: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
+    """Return parameters on the CPU, whole even where ZeRO-3 keeps parts; every process must call it.
+
+    Args:
+        model: unwrapped.
+        trainable_only: leave out those that don't learn.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not trainable_only:
+            with _whole(parameter):
+                state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+@contextlib.contextmanager
+def _whole(parameter: nn.Parameter) -> Iterator[None]:
+    if not hasattr(parameter, "ds_id"):  # DeepSpeed marks partitioned parameters with it
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+class Saver:
+    """Writes and restores what a run trains.
+
+    Args:
+        model: unwrapped, `requires_grad` set; a `peft.PeftModel` for LoRA.
+        beside: what stands beside the weights.
+        kind: "lora", "projector" or "full".
+        dtype: of full weights in the file.
+    """
+
+    def __init__(self, model: nn.Module, beside: Surroundings, kind: str, dtype: torch.dtype) -> None:
+        self.model, self.beside, self.kind, self.dtype = model, beside, kind, dtype
+
+    def gather(self) -> dict[str, Tensor]:
+        """Return the parameters that `save` needs, whole; every process must call it."""
+        return gather_parameters(self.model, trainable_only=self.kind != "full")
+
+    def save(self, state: Mapping[str, Tensor], directory: Path) -> None:
+        """Write a complete directory into an empty one."""
+        beside = self.beside
+        if self.kind == "full":
+            tensors = state_for_file(self.model, state)
+            save_checkpoint(
+                tensors, beside.config, beside.tokenizer, beside.image_processor, directory, dtype=self.dtype
+            )
+        else:
+            self._save_lora(state, directory) if self.kind == "lora" else torch.save(state, directory / PROJECTOR_FILE)
+            save_settings(beside.config, beside.tokenizer, beside.image_processor, directory)
+        (directory / TRAINING_FILE).write_text(beside.training, encoding="utf-8")
+
+    def _save_lora(self, state: Mapping[str, Tensor], directory: Path) -> None:
+        adapter = peft.get_peft_model_state_dict(self.model, state_dict=dict(state))
+        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, directory / ADAPTER_FILES[0])
+        settings = self.model.peft_config[self.model.active_adapter].to_dict()
+        settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+        settings["inference_mode"] = True
+        text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+        (directory / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        others = {name: tensor for name, tensor in state.items() if "lora_" not in name}
+        torch.save(others, directory / _PICKLED_NON_LORA_FILE)
+
+    @torch.no_grad()
+    def restore(self, directory: Path) -> None:
+        """Load the parameters that learn from a directory that `save` wrote.
+
+        Raises:
+            ValueError: if one of them is not there.
+        """
+        found = self._read(directory)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                stored = name.replace(f".{_ADAPTER_NAME}.", ".") if self.kind == "lora" else file_name(name)
+                if stored not in found:
+                    raise ValueError(
+                        f"{directory} lacks {stored}, which this run trains; start anew in another --output_dir"
+                    )
+                parameter.copy_(found[stored])
+
+    def _read(self, directory: Path) -> Mapping[str, Tensor]:
+        if self.kind == "full":
+            return open_weights(directory)
+        if self.kind == "projector":
+            return open_tensor_file(directory / PROJECTOR_FILE)
+        others = open_tensor_file(directory / _PICKLED_NON_LORA_FILE)
+        return open_tensor_file(directory / ADAPTER_FILES[0]).overlaid(others.readers)
+
+
+@contextlib.contextmanager
+def filled_at_the_end(directory: str | Path) -> Iterator[Path]:
+    """Yield an empty hidden directory inside `directory`; its files move there once all of them are written."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    hidden = target / ".writing"
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir()
+    try:
+        yield hidden
+        for path in sorted(hidden.iterdir()):
+            path.replace(target / path.name)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,88 @@
+"""transformers' Trainer with LLaVA's batches, learning rates and directories."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from llava.data.sampler import ModalityLengthSampler
+from llava.train.arguments import TrainingArguments
+from llava.train.lora import parameter_groups
+from llava.train.saving import Saver, filled_at_the_end
+
+LOG_FILE = "train_log.jsonl"
+
+
+class LlavaTrainer(Trainer):
+    """Trains what `requires_grad` says.
+
+    Args:
+        model: unwrapped, with adapters in place.
+        args: flags.
+        saver: writes and restores what learns.
+        train_dataset: has `lengths` and `has_image`.
+        kwargs: further ones of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        saver: Saver,
+        train_dataset: Dataset,
+        **kwargs: Any,
+    ) -> None:
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        decayed = Trainer.get_decay_parameter_names(None, model)
+        settings["params"] = parameter_groups(
+            model, decayed, weight_decay=args.weight_decay, projector_lr=args.mm_projector_lr
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            optimizer_cls_and_kwargs=(optimizer, settings),
+            **kwargs,
+        )
+        self.saver = saver
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a complete directory; every process takes part, the first one writes."""
+        state = self.saver.gather()
+        if self.args.should_save:
+            with filled_at_the_end(output_dir or self.args.output_dir) as directory:
+                self.saver.save(state, directory)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if not self.args.group_by_modality_length:
+            return super()._get_train_sampler(dataset)
+        together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return ModalityLengthSampler(dataset.lengths, dataset.has_image, together, self.args.seed)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.saver.restore(Path(resume_from_checkpoint))
+
+
+class FileLog(TrainerCallback):
+    """Writes each logged step as a line of `train_log.jsonl`, in the output directory."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append the figures with the step and the time in seconds since 1970."""
+        if state.is_world_process_zero and logs:
+            with (Path(args.output_dir) / LOG_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")

@@ -1,0 +1,193 @@
+"""Turn a table of questions about images into the files that LLaVA reads; `--help` shows the options and an example."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from llava.data.table import Columns, TableError, TableRow, read_table
+from llava.data.table_json import (
+    COCO_IMAGE_NAME,
+    QUESTION_KEYS,
+    RECORD_KEYS,
+    build_image_namer,
+    check_images,
+    format_questions_jsonl,
+    format_training_json,
+    split_by_image,
+)
+from llava.files import atomic_write
+
+_DEFAULT_PATHS = {
+    "train": ("playground/data_train/Train_Qs.csv", "playground/data_train/data.json"),
+    "infer": ("playground/data_infer/Test_Qs.csv", "playground/data_infer/questions.jsonl"),
+}
+_EXAMPLE = """examples:
+  python task_data_preprocessing.py
+      the original's paths: {train[0]} -> {train[1]}
+  python task_data_preprocessing.py --input my.csv --output my.json --image_name "{{id}}.jpg" --val_share 0.05
+      own table and images; 5 % of the images, with all their questions, go to my_val.json
+  python task_data_preprocessing.py --mode infer --input new.csv --output questions.jsonl --keep kind
+      questions without answers for inference; the column `kind` is kept
+
+The table is a UTF-8 CSV file with a header and the columns image_id, question, question_id and (for training) answer.
+A table with bad rows is refused, and nothing is written.
+""".format(**_DEFAULT_PATHS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Turn a table of questions about images (CSV) into LLaVA's training data or inference questions.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train, infer = _DEFAULT_PATHS["train"], _DEFAULT_PATHS["infer"]
+    add = parser.add_argument
+    add(
+        "--mode",
+        choices=("train", "infer"),
+        default="train",
+        help="train: questions with answers; infer: questions alone (default: train)",
+    )
+    add("--input", metavar="CSV", help=f"table to read (default: {train[0]}; with --mode infer: {infer[0]})")
+    add("--output", metavar="FILE", help=f"file to write (default: {train[1]}; with --mode infer: {infer[1]})")
+    add(
+        "--image_name",
+        metavar="TEMPLATE",
+        type=_image_name_template,
+        default=COCO_IMAGE_NAME,
+        help="file name of an image, {id} standing for its number (default: %(default)s)",
+    )
+    for field, name in Columns()._asdict().items():
+        default = None if field == "answer" else name  # None shows whether the flag was given
+        add(f"--{field}_column", metavar="NAME", default=default, help=f"column with the {field} (default: {name})")
+    add(
+        "--keep",
+        metavar="COLUMN",
+        nargs="+",
+        default=[],
+        help="further columns to write as extra keys, as text (default: none)",
+    )
+    add(
+        "--val_share",
+        metavar="SHARE",
+        type=_share,
+        help="share of the images (0 to 1) whose questions go to --val_output instead (default: no split)",
+    )
+    add("--val_output", metavar="FILE", help="file for the validation share (default: --output with _val in its name)")
+    add("--seed", type=int, help="which images --val_share takes (default: 0)")
+    add("--check_images", metavar="DIR", help="check that every image is a file in this folder (default: no check)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        argv: the command line without the program's name; None for the process's own.
+
+    Returns:
+        The exit code: 0 written, 1 the table or a file is unusable (argparse itself exits with 2 for wrong usage).
+    """
+    args = _parse(argv)
+    try:
+        rows = read_table(args.input, args.columns, args.keep)
+        if args.check_images is not None:
+            check_images(rows, build_image_namer(args.image_name), args.check_images, args.input)
+        outputs = _divide(rows, args)
+    except TableError as error:
+        print(f"error: {error}\nNothing was written.", file=sys.stderr)
+        return 1
+    try:
+        _write(outputs, args)
+    except OSError as error:
+        places = " and ".join(path for path, _ in outputs)
+        print(
+            f"error: cannot write {places}: {error.strerror or error}. What stood there is unchanged; "
+            "make room or choose another place with --output.",
+            file=sys.stderr,
+        )
+        return 1
+    for path, written in outputs:
+        print(f"wrote {path}: {_describe(written)}")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, fill in the defaults that depend on other flags, and refuse what contradicts itself."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    default_input, default_output = _DEFAULT_PATHS[args.mode]
+    args.input, args.output = args.input or default_input, args.output or default_output
+    if args.mode == "infer":
+        given = ("answer_column", "val_share", "val_output", "seed")
+        if flags := [f"--{name}" for name in given if getattr(args, name) is not None]:
+            parser.error(f"{', '.join(flags)} has no meaning with --mode infer; leave it out")
+    if args.val_share is None and (args.val_output is not None or args.seed is not None):
+        parser.error("--val_output and --seed need --val_share; add it or leave them out")
+    if args.val_share is not None and args.val_output is None:
+        output = Path(args.output)
+        args.val_output = str(output.with_name(f"{output.stem}_val{output.suffix}"))
+    args.seed = args.seed or 0
+    answer = None if args.mode == "infer" else args.answer_column or Columns().answer
+    args.columns = Columns(args.image_id_column, args.question_column, args.question_id_column, answer)
+    paths = [path for path in (args.input, args.output, args.val_output) if path is not None]
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        parser.error(f"--input, --output and --val_output must be different files, not {', '.join(paths)}")
+    reserved = QUESTION_KEYS if args.mode == "infer" else RECORD_KEYS
+    if bad := [name for name in args.keep if name in reserved or args.keep.count(name) > 1]:
+        parser.error(f"--keep {bad[0]}: every record has that key already; rename the column or leave it out")
+    return args
+
+
+def _image_name_template(text: str) -> str:
+    try:
+        build_image_namer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1, for example 0.05")
+    return share
+
+
+def _divide(rows: list[TableRow], args: argparse.Namespace) -> list[tuple[str, list[TableRow]]]:
+    """Pairs of a file to write and its rows."""
+    if args.val_share is None:
+        return [(args.output, rows)]
+    train, val = split_by_image(rows, args.val_share, args.seed)
+    return [(args.output, train), (args.val_output, val)]
+
+
+def _write(outputs: Sequence[tuple[str, list[TableRow]]], args: argparse.Namespace) -> None:
+    """Write all files or, when one of them fails, none."""
+    format_rows = format_questions_jsonl if args.mode == "infer" else format_training_json
+    name_image = build_image_namer(args.image_name)
+    with ExitStack() as stack:
+        for path, rows in outputs:
+            stream = stack.enter_context(atomic_write(path))
+            stream.writelines(format_rows(rows, name_image, args.keep))
+            stream.flush()
+            os.fsync(stream.fileno())  # all content is on disk before the first file takes its place
+
+
+def _describe(rows: Sequence[TableRow]) -> str:
+    per_image = Counter([row.image_id for row in rows])
+    mean, most = len(rows) / len(per_image), max(per_image.values())
+    return f"{len(rows):,} rows, {len(per_image):,} images, {mean:.2f} questions per image (at most {most})"
+
+
+if __name__ == "__main__":
+    gc.disable()  # a short process whose rows hold no cycles: collecting would only walk them again and again
+    raise SystemExit(main())

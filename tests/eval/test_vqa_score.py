@@ -1,0 +1,307 @@
+"""Scoring: VQAv2's normalisation, one or ten true answers, kinds, files, messages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.data.table import Columns, TableError
+from llava.eval.vqa_inputs import derive_kinds, read_predictions, read_references
+from llava.eval.vqa_score import Score, ScoreTable, format_table, main, score_answer, score_answers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+WORDS = st.lists(
+    st.sampled_from(["yes", "The", "a", "two", "dont", "dog", "1", "1,000", "red", "U.S."]), max_size=5
+).map(" ".join)
+
+
+def leave_one_out(prediction: str, references: list[str]) -> float:
+    """The definition: against each nine of the ten, min(1, matches / 3), averaged."""
+    scores = []
+    for left_out in range(len(references)):
+        others = references[:left_out] + references[left_out + 1 :]
+        scores.append(min(1, sum(prediction == other for other in others) / 3))
+    return sum(scores) / len(scores)
+
+
+@given(st.lists(st.sampled_from("xyz"), min_size=10, max_size=10), st.sampled_from("xyzw"))
+def test_ten_answers_equal_the_definition(references, prediction):
+    assert score_answer(prediction, references) == pytest.approx(leave_one_out(prediction, references), abs=1e-12)
+
+
+@pytest.mark.parametrize(("matches", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_ten_answers(matches, accuracy):
+    assert score_answer("Dog.", ["dog"] * matches + ["cat"] * (10 - matches)) == accuracy
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "accuracy"),
+    [("2", "Two", 1.0), ("the dog", "a dog.", 1.0), ("n/a", "n/a", 1.0), ("dog", "dogs", 0.0), ("", "yes", 0.0),
+     (None, "the", 0.0)],
+)  # fmt: skip
+def test_one_answer_is_normalised_on_both_sides(prediction, reference, accuracy):
+    assert score_answer(prediction, [reference]) == accuracy
+
+
+def test_unanimous_answers():
+    assert score_answer("Yes.", ["yes"] * 10) == 1.0
+    assert score_answer("Yes.", ["yes"] * 10, unanimous="verbatim") == 0.0
+    assert score_answer("YES\n", ["yes"] * 10, unanimous="verbatim") == 1.0
+    assert score_answer("Yes.", ["yes"] * 9 + ["no"], unanimous="verbatim") == 1.0
+    assert score_answer("Yes.", ["yes"], unanimous="verbatim") == 1.0
+
+
+@given(st.lists(WORDS, min_size=1, max_size=1) | WORDS.map(lambda text: [text] * 10), WORDS)
+def test_verbatim_never_scores_higher(references, prediction):
+    verbatim = score_answer(prediction, references, unanimous="verbatim")
+    assert verbatim <= score_answer(prediction, references)
+
+
+def test_score_answer_refusals():
+    with pytest.raises(ValueError, match=r"^3 true answers; a question has one answer or ten$"):
+        score_answer("x", ["x"] * 3)
+    with pytest.raises(ValueError, match=r"^unanimous='both' is unknown; use 'normalize' or 'verbatim'$"):
+        score_answer("x", ["x"], unanimous="both")
+
+
+def test_score_answers():
+    table = score_answers(
+        {1: "yes", 2: "3", 3: None, 4: "red"},
+        {1: ["Yes"], 2: ["two"], 3: ["no"], 4: ["red"] * 2 + ["blue"] * 8},
+        {1: "is", 2: "count", 3: "is", 4: "colour"},
+    )
+    assert table == ScoreTable(
+        overall=Score(4, 0.4),
+        by_kind={"colour": Score(1, 0.6), "count": Score(1, 0.0), "is": Score(2, 0.5)},
+        errors=1,
+    )
+
+
+def test_score_answers_refusals():
+    with pytest.raises(ValueError, match=r"^no questions to score$"):
+        score_answers({}, {}, {})
+    with pytest.raises(ValueError, match=r"^predictions and references have different question_ids: 1, 2$"):
+        score_answers({1: "x"}, {2: ["x"]}, {2: "k"})
+    with pytest.raises(ValueError, match=r"^kinds and references have different question_ids: 2$"):
+        score_answers({2: "x"}, {2: ["x"]}, {})
+
+
+def test_kinds_from_first_words():
+    questions = dict.fromkeys(range(99), "Is there a dog?") | {99: "IS  THERE", 100: "Why?", 101: "How many?"}
+    kinds = derive_kinds(questions)
+    assert (kinds[0], kinds[99], kinds[100], kinds[101]) == ("is there", "is there", "other", "other")
+    assert derive_kinds({1: "Why?", 2: "How many dogs?"}) == {1: "why?", 2: "how many"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return the function (name, lines or text) -> path of a new file."""
+
+    def write_file(name: str, content: list | str) -> str:
+        text = content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_file
+
+
+TABLE = (
+    "image_id,question,question_id,answer,kind\n1,Is it?,1,yes,exist\n1,How many?,2,two,count\n1,Is it?,3,n/a,exist\n"
+)
+
+
+def answer(question_id: int | str, text: str, **extra: object) -> dict[str, object]:
+    """An answer record as batch inference writes it."""
+    return {"question_id": question_id, "prompt": "q", "text": text, "answer_id": "a", "model_id": "m",
+            "metadata": {}, **extra}  # fmt: skip
+
+
+def test_references_from_a_table(write):
+    path = write("t.csv", TABLE)
+    assert read_references(path) == (
+        {1: ("yes",), 2: ("two",), 3: ("n/a",)},
+        {1: "exist", 2: "count", 3: "exist"},
+    )
+    assert read_references(path, kind_key="answer").kinds == {1: "yes", 2: "two", 3: "n/a"}
+    assert read_references(path, Columns(answer="kind")).answers[1] == ("exist",)
+    plain = write("p.csv", TABLE.replace("kind", "x"))
+    assert read_references(plain).kinds == {1: "is it?", 2: "how many?", 3: "is it?"}
+
+
+def test_references_from_lines(write):
+    lines = [{"question_id": 1, "answer": "yes"}, {"question_id": "2", "answers": ["a"] * 10},
+             {"question_id": "q3", "answers": ["b"]}]  # fmt: skip
+    answers, kinds = read_references(write("a.jsonl", lines))
+    assert answers == {1: ("yes",), 2: ("a",) * 10, "q3": ("b",)}
+    assert kinds == dict.fromkeys(answers, "all questions")
+    lines = [{"question_id": 1, "answer": "yes", "text": "Is it?"}]
+    assert read_references(write("b.jsonl", lines)).kinds == {1: "is it?"}
+
+
+def test_references_from_vqa_annotations(write):
+    annotation = {
+        "question_id": 262148000,
+        "question_type": "none of the above",
+        "answer_type": "other",
+        "answers": [{"answer": f"a{n}", "answer_id": n} for n in range(10)],
+    }
+    path = write("v2.json", json.dumps({"info": {}, "annotations": [annotation]}))
+    answers, kinds = read_references(path)
+    assert answers == {262148000: tuple(f"a{n}" for n in range(10))}
+    assert kinds == {262148000: "none of the above"}
+    assert read_references(path, kind_key="answer_type").kinds == {262148000: "other"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"question_id": 1, "answer": "x"}\n{"question_id": 1, "answer": "x"}\n[]\n{\n',
+         "a.jsonl: 3 bad rows\n  line 2: question_id 1 is there already\n  line 3: not a JSON object {…}\n"
+         "  line 4: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))\n"
+         "Correct the annotations, then run again."),
+        ("a.jsonl", [{"answer": "x"}], "line 1: no 'question_id' that is a number or a text"),
+        ("a.jsonl", [{"question_id": True, "answer": "x"}], "line 1: no 'question_id' that is a number or a text"),
+        ("a.jsonl", [{"question_id": 1, "answer": 3}],
+         "line 1: no text in 'answer', and no list of texts in 'answers'"),
+        ("a.jsonl", [{"question_id": 1, "answers": "x"}], "line 1: no text in 'answer', and no list"),
+        ("a.jsonl", [{"question_id": 1, "answers": ["x"] * 3}], "line 1: 3 answers; a question has one answer or ten"),
+        ("a.jsonl", [{"question_id": 1, "answer": " "}], "line 1: answer is empty"),
+        ("a.jsonl", [{"question_id": 1, "answer": "x", "kind": "k"}, {"question_id": 2, "answer": "x"}],
+         "line 2: no 'kind' with the question's kind; name another key with --kind-key"),
+        ("a.jsonl", "\n", "a.jsonl: the file holds no annotations; choose another one"),
+        ("a.json", "[1]", 'no list of objects under "annotations"; give VQAv2\'s annotations file'),
+        ("a.json", '{"annotations": [{"question_id": 1, "answers": []}]}', "annotation 1: 0 answers; a question has"),
+        ("a.json", "{", "lines of JSON objects belong in a .jsonl file"),
+        ("a.txt", "", "the name ends in '.txt'; annotations are .csv, .jsonl or .json files"),
+        ("a.csv", "image_id,question,question_id,answer\n1,q,1,\n", "a.csv: 1 bad row\n  line 2: answer is empty"),
+    ],
+)  # fmt: skip
+def test_bad_annotations(write, name, content, message):
+    with pytest.raises(TableError) as caught:
+        read_references(write(name, content))
+    assert message in str(caught.value)
+
+
+def test_missing_kind_column(write):
+    message = "no column 'x'; the header has 'image_id', .*'kind'; name another with --kind-key$"
+    with pytest.raises(TableError, match=message):
+        read_references(write("t.csv", TABLE), kind_key="x")
+
+
+def test_predictions(write, tmp_path):
+    lines = [answer(1, "yes"), answer("2", ""), answer(3, "", error="image not found")]
+    assert read_predictions(write("a.jsonl", lines)) == {1: "yes", 2: "", 3: None}
+    with pytest.raises(TableError, match=r"1 bad row\n  line 2: question_id 1 is there already\nCorrect these lines"):
+        read_predictions(write("b.jsonl", [answer(1, "yes"), answer(1, "no")]))
+    with pytest.raises(TableError, match=r"line 1: no 'text' with the answer\n"):
+        read_predictions(write("c.jsonl", [{"question_id": 1}]))
+    with pytest.raises(TableError, match=r"the file is empty; write the answers first$"):
+        read_predictions(write("d.jsonl", ""))
+    with pytest.raises(TableError, match=r"none.jsonl: cannot be read \(.*\); give the path of a readable file$"):
+        read_predictions(tmp_path / "none.jsonl")
+    (tmp_path / "e.jsonl").write_bytes(b"{}\n\xe9")
+    with pytest.raises(TableError, match=r"not UTF-8 at byte 3; save the file as UTF-8$"):
+        read_predictions(tmp_path / "e.jsonl")
+
+
+def test_program_compares_files_side_by_side(write, tmp_path, capsys):
+    base = write("base.jsonl", [answer(1, "Yes."), answer(2, "3"), answer(3, "", error="boom")])
+    tuned = write("finetuned.jsonl", [answer(1, "yes"), answer(2, "Two"), answer(3, "no")])
+    out = str(tmp_path / "scores.json")
+    assert main(["--answers-file", base, tuned, "--annotations", write("t.csv", TABLE), "--json", out]) == 0
+    assert capsys.readouterr().out == (
+        "kind               questions   base  finetuned\n"
+        "count                      1   0.00     100.00\n"
+        "exist                      2  50.00      50.00\n"
+        "all                        3  33.33      66.67\n"
+        "no answer (error)                 1          0\n"
+    )
+    assert json.loads(Path(out).read_text()) == {
+        "annotations": str(tmp_path / "t.csv"),
+        "unanimous": "normalize",
+        "left_out": [],
+        "files": [
+            {"name": "base", "path": base, "overall": {"questions": 3, "accuracy": 1 / 3}, "errors": 1,
+             "by_kind": {"count": {"questions": 1, "accuracy": 0.0}, "exist": {"questions": 2, "accuracy": 0.5}}},
+            {"name": "finetuned", "path": tuned, "overall": {"questions": 3, "accuracy": 2 / 3}, "errors": 0,
+             "by_kind": {"count": {"questions": 1, "accuracy": 1.0}, "exist": {"questions": 2, "accuracy": 0.5}}},
+        ],
+    }  # fmt: skip
+
+
+def test_missing_and_unknown_answers(write, capsys):
+    base, table = write("base.jsonl", [answer(1, "yes"), answer(9, "x")]), write("t.csv", TABLE)
+    assert main(["--answers-file", base, "--annotations", table]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "error: base: questions without an answer: 2 of 3 (2, 3)\n"
+        "base: answers without a question in the annotations: 1 (9)\n"
+        "Complete the answers, or score the rest with --allow-missing.\n"
+    )
+    assert main(["--answers-file", base, "--annotations", table, "--allow-missing"]) == 0
+    assert capsys.readouterr().out == (
+        "left out: base: questions without an answer: 2 of 3 (2, 3)\n"
+        "left out: base: answers without a question in the annotations: 1 (9)\n"
+        "kind               questions    base\n"
+        "exist                      1  100.00\n"
+        "all                        1  100.00\n"
+        "no answer (error)                  0\n"
+    )
+
+
+def test_nothing_in_common(write, capsys):
+    arguments = ["--answers-file", write("b.jsonl", [answer(9, "x")]), "--annotations", write("t.csv", TABLE)]
+    assert main([*arguments, "--allow-missing"]) == 1
+    assert "no annotated question is answered by every file; do the files belong together?" in capsys.readouterr().err
+
+
+def test_same_names_are_told_apart_and_a_file_named_twice_is_refused(write, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    lines = [answer(1, "yes"), answer(2, "2"), answer(3, "n/a")]
+    one, two, table = write("x.jsonl", lines), write("b/x.jsonl", lines), write("t.csv", TABLE)
+    assert main(["--answers-file", one, two, "--annotations", table]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["kind", "questions", one, two]
+    assert main(["--answers-file", one, one, "--annotations", table]) == 1
+    assert "names a file twice" in capsys.readouterr().err
+
+
+def test_column_flag_without_a_table_is_refused(write, capsys):
+    arguments = ["--answers-file", "a.jsonl", "--annotations", "a.jsonl", "--answer_column", "x"]
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "--answer_column has no meaning for --annotations a.jsonl, which is no .csv" in capsys.readouterr().err
+
+
+def test_long_lists_of_ids_are_cut(write, capsys):
+    table = "image_id,question,question_id,answer\n" + "".join(f"1,q,{n},x\n" for n in range(30))
+    assert main(["--answers-file", write("b.jsonl", [answer(0, "x")]), "--annotations", write("t.csv", table)]) == 1
+    assert "questions without an answer: 29 of 30 (1, 2, 3, " in (err := capsys.readouterr().err)
+    assert ", 20, …)\n" in err
+
+
+def test_format_table_rounds_to_two_decimals():
+    table = ScoreTable(Score(3, 2 / 3), {"k": Score(3, 2 / 3)}, 0)
+    assert format_table({"m": table}).splitlines()[1].split() == ["k", "3", "66.67"]
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "llava.eval.vqa_score", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "--allow-missing" in result.stdout
+
+
+def test_perfect_answers_of_the_real_table_score_one(shared_path):
+    references = read_references(shared_path("data/Train_Qs.csv"))
+    predictions = {question_id: answers[0].upper() + "." for question_id, answers in references.answers.items()}
+    table = score_answers(predictions, references.answers, references.kinds)
+    assert table.overall.questions == 66_668
+    assert table.by_kind["how many"].questions > 7_000
+    assert table.overall.accuracy > 0.999
