@@ -8,7 +8,7 @@ __version__ = "2.0.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Give `from llava import LlavaLlamaForCausalLM`, as in the original, without importing torch before it is needed."""
+    """Give `from llava import LlavaLlamaForCausalLM`, as in the original, importing torch only then."""
     if name == "LlavaLlamaForCausalLM":
         from llava.model.llava_llama import LlavaLlamaForCausalLM
 

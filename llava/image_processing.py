@@ -1,7 +1,8 @@
-"""From an image file to the pixels CLIP sees, with Pillow and numpy alone, and bit for bit as the original computed them.
+"""From an image file to the pixels CLIP sees, with Pillow and numpy alone, bit for bit as in the original.
 
-transformers' processor takes another resize where torchvision is installed; this one is the same everywhere, and reads a
-picture one pixel wide as a picture. Source: transformers 4.37's `CLIPImageProcessor`, LLaVA-1.5's `expand2square` and anyres.
+transformers' processor takes another resize where torchvision is installed; this one is the same everywhere, and reads
+a picture one pixel wide as a picture. Source: transformers 4.37's `CLIPImageProcessor`, LLaVA-1.5's `expand2square`
+and anyres.
 """
 
 from __future__ import annotations
@@ -49,8 +50,6 @@ class CLIPPixels:
         image_mean: per channel, of values 0..1.
         image_std: per channel, of values 0..1.
     """
-
-    model_input_names = ["pixel_values"]
 
     def __init__(
         self,
@@ -193,8 +192,8 @@ def resolve_image(folder: str | Path, name: str) -> Path:
     Raises:
         ImageError: if the name leads out of the folder.
     """
-    relative = os.path.normpath(name)
-    if os.path.isabs(relative) or relative.split(os.sep)[0] == os.pardir:
+    relative = Path(os.path.normpath(name))
+    if relative.is_absolute() or os.pardir in relative.parts:
         raise ImageError(
             "path_outside_folder", f"image {name!r} leads out of the image folder {folder}; name a file inside"
         )
@@ -224,7 +223,7 @@ def select_best_resolution(size: tuple[int, int], resolutions: Sequence[tuple[in
 
 
 def split_anyres(picture: Image.Image, processor: CLIPPixels, resolutions: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the whole picture squeezed to a square, then its tiles at the best resolution: (1 + tiles, 3, side, side)."""
+    """Return the picture squeezed to a square, then its tiles at the best resolution: (1 + tiles, 3, side, side)."""
     target = select_best_resolution(picture.size, resolutions)
     canvas = _letterbox(picture, target)
     side = processor.crop_size["height"]

@@ -1,4 +1,4 @@
-"""The calls on images and prompts that LLaVA's users import: `process_images`, `tokenizer_image_token` and their kin."""
+"""What LLaVA's users import for images and prompts: `process_images`, `tokenizer_image_token` and their kin."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def process_images(images: Sequence[Image.Image], image_processor: CLIPPixels, m
     Args:
         images: RGB pictures.
         image_processor: from `load_pretrained_model`.
-        model_cfg: the model's config, of which `image_aspect_ratio` decides: "pad" = centre on a square of the mean colour,
-            "anyres" = tiles of `image_grid_pinpoints`, None = crop the middle.
+        model_cfg: the model's config, of which `image_aspect_ratio` decides: "pad" = centre on a square of the mean
+            colour, "anyres" = tiles of `image_grid_pinpoints`, None = crop the middle.
 
     Returns:
         (N, 3, H, W) float32; for "anyres" (N, tiles, 3, H, W), or a list where the numbers of tiles differ.

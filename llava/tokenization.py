@@ -1,7 +1,8 @@
 """Llama's sentencepiece tokenizer, id for id as Vicuna and LLaVA-1.5 were trained with it.
 
-transformers 5 converts `tokenizer.model` to another engine, which gives other ids around leading and double spaces; this
-one calls sentencepiece itself. Source of the rules for spaces: transformers 4.37's `LlamaTokenizer`, `legacy` included.
+transformers 5 converts `tokenizer.model` to another engine, which gives other ids around leading and double spaces;
+this one calls sentencepiece itself. Source of the rules for spaces: transformers 4.37's `LlamaTokenizer`, `legacy`
+included.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -29,8 +30,8 @@ class LlavaTokenizer(PreTrainedTokenizer):
 
     Args:
         vocab_file: path of `tokenizer.model`.
-        legacy: True = a space is put before every stretch of text, also behind a special token; False = before the first
-            only. Vicuna-1.5 says False in its `tokenizer_config.json`; files that say nothing mean True.
+        legacy: True = a space is put before every stretch of text, also behind a special token; False = before the
+            first only. Vicuna-1.5 says False in its `tokenizer_config.json`; files that say nothing mean True.
         add_bos_token: begin every encoded text with `<s>`.
         add_eos_token: end every encoded text with `</s>`.
         kwargs: what `transformers.PreTrainedTokenizer` takes (special tokens, `model_max_length` in tokens, ...).
@@ -39,8 +40,7 @@ class LlavaTokenizer(PreTrainedTokenizer):
         ValueError: if the vocabulary drops or merges spaces while normalising, which Llama's never does.
     """
 
-    vocab_files_names = {"vocab_file": VOCABULARY_FILE}
-    model_input_names = ["input_ids", "attention_mask"]
+    vocab_files_names: ClassVar = {"vocab_file": VOCABULARY_FILE}
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ def load_tokenizer(directory: str | Path) -> LlavaTokenizer:
     vocabulary = directory / VOCABULARY_FILE
     if not vocabulary.is_file():
         raise FileNotFoundError(
-            f"{directory}: {VOCABULARY_FILE} is missing; copy it there from the base model (Vicuna's or LLaVA's directory)"
+            f"{directory}: {VOCABULARY_FILE} is missing; copy it there from the base model's directory"
         )
     settings = _read_json(directory / TOKENIZER_CONFIG_FILE)
     special = {**_read_json(directory / SPECIAL_TOKENS_FILE), **settings}

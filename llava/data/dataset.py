@@ -68,8 +68,8 @@ class SupervisedDataset(Dataset):
 class SupervisedCollator:
     """Makes a batch of rows, padded on the right.
 
-    A batch without any image carries one blank picture, which the model encodes and adds as nothing: processes with text
-    alone stay in step with the others.
+    A batch without any image carries one blank picture, which the model encodes and adds as nothing: processes with
+    text alone stay in step with the others.
 
     Args:
         pad_token_id: fills `input_ids`.

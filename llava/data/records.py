@@ -1,7 +1,7 @@
 """LLaVA records: reading them, and finding out before a GPU is held which of them can't be used.
 
-A record is `{"id": ..., "image": "name.jpg" or a list of names, "conversations": [{"from", "value"}, ...]}`; extra keys are
-allowed, `image` is absent for text alone.
+A record is `{"id": ..., "image": "name.jpg" or a list of names, "conversations": [{"from", "value"}, ...]}`; extra
+keys are allowed, `image` is absent for text alone.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _parse_line(line: str, number: int) -> dict[str, Any]:
 
 def _list_files(folder: str | Path | None) -> set[str] | None:
     """Return the names in a folder: one listing is far faster than asking for each of thousands of files."""
-    return set(os.listdir(folder)) if folder and Path(folder).is_dir() else None
+    return {entry.name for entry in os.scandir(folder)} if folder and Path(folder).is_dir() else None
 
 
 def _encode_record(

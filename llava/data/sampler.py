@@ -13,8 +13,8 @@ def group_by_length(
 ) -> list[list[int]]:
     """Shuffle `indices` into batches whose rows have similar length.
 
-    Batches are cut from shuffled stretches of 50 batches, each sorted by length, and come in random order; the last one may
-    be smaller. Source: transformers' `LengthGroupedSampler`.
+    Batches are cut from shuffled stretches of 50 batches, each sorted by length, and come in random order; the last
+    one may be smaller. Source: transformers' `LengthGroupedSampler`.
     """
     shuffled = [indices[position] for position in torch.randperm(len(indices), generator=generator).tolist()]
     stretch = 50 * batch_size

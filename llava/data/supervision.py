@@ -1,7 +1,7 @@
 """From one LLaVA record's dialogue to token ids and labels, built together, segment by segment.
 
-Source: LLaVA-1.5's `preprocess_v1`, `preprocess_llama_2`, `preprocess_plain` and `preprocess_multimodal`; the results are
-equal, except that no row is ever masked as a whole because two ways of counting its tokens disagreed.
+Source: LLaVA-1.5's `preprocess_v1`, `preprocess_llama_2`, `preprocess_plain` and `preprocess_multimodal`; the results
+are equal, except that no row is ever masked as a whole because two ways of counting its tokens disagreed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def encode_example(
     """Return the ids and labels of one record.
 
     Args:
-        conversations: turns `{"from": "human" | "gpt", "value": text}`, alternating; an opening of the assistant before the
-            first question is left out, as in the original.
+        conversations: turns `{"from": "human" | "gpt", "value": text}`, alternating; an opening of the assistant
+            before the first question is left out, as in the original.
         template: name of a prompt template, or an empty dialogue in it.
         tokenizer: of the model that is trained.
         use_im_start_end: put `<im_start>` and `<im_end>` around each image.

@@ -1,5 +1,6 @@
 """The model and its files.
 
-Letters in shape comments: `B` batch rows, `T` prompt tokens with one placeholder per image, `N` images, `P` patches of an
-image (576), `V` vision width (1024), `D` LLM width (4096), `S` spliced length (tokens and patches), `W` vocabulary (32000).
+Letters in shape comments: `B` batch rows, `T` prompt tokens with one placeholder per image, `N` images, `P` patches of
+an image (576), `V` vision width (1024), `D` LLM width (4096), `S` spliced length (tokens and patches), `W` vocabulary
+(32000).
 """

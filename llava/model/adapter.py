@@ -6,11 +6,11 @@ Source: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rank-stabilised scale); the l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ OUTSIDE_LLM = r".*(vision_tower|mm_projector).*"
 """Module names that never carry an adapter, though some are called like those of the LLM."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Adapter:
     """A LoRA directory.
 
@@ -45,6 +45,17 @@ class Adapter:
     def scale(self, rank: int) -> float:
         """Return the factor of B A: alpha / r, or alpha / sqrt(r) when rank-stabilised."""
         return self.settings["lora_alpha"] / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def outside_llm(self) -> Adapter:
+        """Return the part that changes other weights than the LLM's blocks; usually nothing but `replaced`."""
+        return dataclasses.replace(
+            self, pairs={name: pair for name, pair in self.pairs.items() if not is_llm_block(name)}
+        )
+
+
+def is_llm_block(name: str) -> bool:
+    """Tell whether a weight belongs to one of the LLM's blocks."""
+    return name.startswith("model.layers.")
 
 
 def plain_name(name: str) -> str:

@@ -49,7 +49,8 @@ class Checkpoint:
 
     Attributes:
         config: sizes included, those of the vision tower too if there is one.
-        tensors: by released name (`model.layers...`, `model.mm_projector...`, `model.vision_tower...`, `lm_head.weight`).
+        tensors: by released name (`model.layers...`, `model.mm_projector...`, `model.vision_tower...`,
+            `lm_head.weight`).
         tokenizer: of the model.
         image_processor: fits the vision tower; None without one.
         layout: what the directory held.
@@ -100,8 +101,8 @@ def resolve_directory(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED_FILES))
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         raise FileNotFoundError(
-            f"{name} is neither a directory nor in the hub's cache, and could not be downloaded ({error}); give the path "
-            "of a directory, or download it where there is a network"
+            f"{name} is neither a directory nor in the hub's cache, and could not be downloaded ({error}); "
+            "give the path of a directory, or download it where there is a network"
         ) from error
 
 
@@ -120,7 +121,7 @@ def open_checkpoint(
         model_base: directory or hub id of the weights under an adapter or projector; None = the one recorded there.
         vision_tower: directory or hub id of the image encoder, for weights that come without one.
         allow_other_base: accept a base whose fingerprint differs from the one recorded.
-        with_adapter: add LoRA's products to the weights; False leaves them to `builder.attach_adapter`.
+        with_adapter: add LoRA's products to the LLM's weights; False leaves them to `builder.attach_adapter`.
 
     Raises:
         FileNotFoundError: if a directory or file is missing.
@@ -138,7 +139,7 @@ def open_checkpoint(
         config, tensors = _open_on_base(directory, layout, config, base, allow_other_base)
         if layout is Layout.LORA:
             adapter = read_adapter(directory)
-            tensors = add_adapter(tensors, adapter) if with_adapter else tensors.overlaid(adapter.replaced.readers)
+            tensors = add_adapter(tensors, adapter if with_adapter else adapter.outside_llm())
     parts = base or directory
     tensors, config, processor_directory = attach_tower(config, tensors, vision_tower, [directory, parts])
     processor = None
@@ -167,8 +168,9 @@ def _open_on_base(
         found = fingerprint(weights)
         if found != config.base_model_fingerprint and not allow_other_base:
             raise ValueError(
-                f"{directory} was trained on {config.base_model_name_or_path} (fingerprint {config.base_model_fingerprint}), "
-                f"but {base} has fingerprint {found}; give that base, or --allow-other-base to use this one"
+                f"{directory} was trained on {config.base_model_name_or_path}, fingerprint "
+                f"{config.base_model_fingerprint}, but {base} has fingerprint {found}; give that base, or "
+                "--allow-other-base to use this one"
             )
     if layout is Layout.LORA:
         return config, weights

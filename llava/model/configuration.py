@@ -18,7 +18,8 @@ class LlavaConfig(LlamaConfig):
 
     Attributes:
         mm_vision_tower: name, hub id or directory of the image encoder, as the original records it.
-        mm_vision_config: sizes of the image encoder (`CLIPVisionConfig` as a dictionary); None = an LLM without eyes yet.
+        mm_vision_config: sizes of the image encoder (`CLIPVisionConfig` as a dictionary); None = an LLM without eyes
+            yet.
         mm_hidden_size: width of the image features, before the projector.
         mm_projector_type: "linear" or "mlp2x_gelu".
         mm_vision_select_layer: whose output becomes the features; -2 = the last but one.

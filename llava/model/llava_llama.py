@@ -20,8 +20,8 @@ from llava.model.vision_tower import CLIPVisionTower
 class LlavaLlamaForCausalLM(LlamaForCausalLM):
     """Answers questions about images.
 
-    `input_ids` hold `IMAGE_TOKEN_INDEX` where an image belongs; `images` are consumed in reading order. A row of text alone
-    may bring an image too, which is then ignored: the original's collators do so.
+    `input_ids` hold `IMAGE_TOKEN_INDEX` where an image belongs; `images` are consumed in reading order. A row of text
+    alone may bring an image too, which is then ignored: the original's collators do so.
     """
 
     config_class = LlavaConfig
@@ -76,7 +76,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in transformers' Llama.
 
         Returns:
-            logits (B, S, W) over the spliced sequence, the mean loss over supervised tokens if there are labels, the cache.
+            logits (B, S, W) over the spliced sequence, the mean loss over supervised tokens if there are labels, the
+            cache.
 
         Raises:
             ValueError: if images and placeholders don't match.

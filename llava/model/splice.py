@@ -12,7 +12,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 class SplicedInputs(NamedTuple):
-    """What the LLM takes: embeddings (B, S, D), mask (B, S) bool, positions (B, S) int64, labels (B, S) int64 or None."""
+    """What the LLM takes: embeddings (B, S, D), bool mask (B, S), positions (B, S), labels (B, S) or None, both int64."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
@@ -42,11 +42,12 @@ def splice_image_features(
         padding_side: "right" or "left", of the result.
 
     Returns:
-        inputs_embeds (B, S, D), attention_mask (B, S) bool, position_ids (B, S) counting from 0 at each row's first token,
-        labels (B, S) or None. Padding has embedding 0, position 0 and label `IGNORE_INDEX`.
+        inputs_embeds (B, S, D), attention_mask (B, S) bool, position_ids (B, S) counting from 0 at each row's first
+        token, labels (B, S) or None. Padding has embedding 0, position 0 and label `IGNORE_INDEX`.
 
     Raises:
-        ValueError: if the number of placeholders differs from `len(image_features)`, or the padding side has another name.
+        ValueError: if the number of placeholders differs from `len(image_features)`, or the padding side has another
+            name.
     """
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side is {padding_side!r}; choose right or left")

@@ -28,12 +28,14 @@ VIT_L_14_336 = {
 class CLIPVisionTower(nn.Module):
     """Patch features of pictures, (N, 3, H, W) -> (N, P, V).
 
-    Only the layers up to the selected one are built. The tensors of those behind it stay in `unused_tensors`, by their name
-    in the file, so that a saved checkpoint is as complete as the one that was loaded. `image_processor` makes the pixels.
+    Only the layers up to the selected one are built. The tensors of those behind it stay in `unused_tensors`, by their
+    name in the file, so that a saved checkpoint is as complete as the one that was loaded. `image_processor` makes the
+    pixels.
 
     Args:
         vision_config: keys of `CLIPVisionConfig`, with the number of layers of the whole encoder.
-        select_layer: index into [embeddings, layer 1, ..., layer L] whose output is taken; negative counts from the end.
+        select_layer: index into [embeddings, layer 1, ..., layer L] whose output is taken; negative counts from the
+            end.
         select_feature: "patch" drops the class token, "cls_patch" keeps it.
 
     Raises:

@@ -38,7 +38,7 @@ def _flag(default: object, help_text: str) -> object:
 
 @dataclass
 class ModelArguments:
-    """Which model, and what of it learns. What the checkpoint says of itself needs no flag; a flag that differs is an error."""
+    """Which model, and what of it learns. The checkpoint describes itself; a flag that differs from it is an error."""
 
     model_name_or_path: str = _flag("liuhaotian/llava-v1.5-7b", "Directory or hub id of the weights to start from.")
     version: str | None = _flag(None, "Prompt template; default: the checkpoint's, else v1.")
@@ -163,8 +163,9 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         f"--bits {training.bits}: choose 4, 8 or 16": training.bits not in (4, 8, 16),
         f"--lora_bias {training.lora_bias}: choose none, lora_only or all": training.lora_bias
         not in ("none", "lora_only", "all"),
-        "--double_quant False and --quant_type other than nf4 are not supported; leave them out": not training.double_quant
-        or training.quant_type != "nf4",
+        "--double_quant False and --quant_type other than nf4 are not supported; leave them out": (
+            not training.double_quant or training.quant_type != "nf4"
+        ),
         f"--bits {training.bits} holds the LLM frozen; add --lora_enable True": training.bits != 16
         and not training.lora_enable,
         f"--bits {training.bits} can't be partitioned by ZeRO-3; use scripts/zero2.json": training.bits != 16

@@ -16,7 +16,7 @@ TOWER = "vision_tower"
 
 
 def linear_names(model: LlavaLlamaForCausalLM) -> list[str]:
-    """Return the names of the linear layers inside the LLM's blocks (`q_proj`, ..., `down_proj`), quantised ones too."""
+    """Return the names of the linear layers in the LLM's blocks (`q_proj`, ..., `down_proj`), quantised ones too."""
     modules = model.model.layers.named_modules()
     return sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
 

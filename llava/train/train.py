@@ -120,8 +120,8 @@ def open_for_training(model_args: ModelArguments, data_args: DataArguments) -> C
     checkpoint = open_checkpoint(model_args.model_name_or_path, vision_tower=model_args.vision_tower)
     if checkpoint.layout is not Layout.FULL:
         raise ValueError(
-            f"--model_name_or_path {model_args.model_name_or_path} holds a {checkpoint.layout.value}; merge it first with "
-            "scripts/merge_lora_weights.py, or continue from it with --lora_weight_path and its base here"
+            f"--model_name_or_path {model_args.model_name_or_path} holds a {checkpoint.layout.value}; merge it first "
+            "with scripts/merge_lora_weights.py, or continue from it with --lora_weight_path and its base here"
         )
     if checkpoint.image_processor is None:
         raise ValueError(f"{model_args.model_name_or_path} has no vision tower; pass --vision_tower with its directory")
