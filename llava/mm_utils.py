@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def tokenizer_image_token(
 
 def get_model_name_from_path(model_path: str) -> str:
     """Return a directory's name for logs and answer files; of `run/checkpoint-500`, `run_checkpoint-500`."""
-    *parents, name = PurePath(model_path.strip("/")).parts
+    *parents, name = PurePath(model_path.strip("/")).parts or (Path.cwd().name,)
     return f"{parents[-1]}_{name}" if name.startswith("checkpoint-") and parents else name
 
 

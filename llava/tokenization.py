@@ -96,6 +96,9 @@ class LlavaTokenizer(PreTrainedTokenizer):
 
         Returns:
             token ids.
+
+        Raises:
+            UnicodeEncodeError: if the text holds half of a surrogate pair, which is no character.
         """
         ids: list[int] = []
         for index, stretch in enumerate(self._split_at.split(text)):
@@ -103,7 +106,7 @@ class LlavaTokenizer(PreTrainedTokenizer):
                 ids.append(self.convert_tokens_to_ids(stretch))
             elif stretch:
                 prefix = SPACE if (self.legacy if index else at_start) else ""
-                ids.extend(self._pieces.encode(prefix + stretch.replace(SPACE, " ")))
+                ids.extend(self._pieces.encode((prefix + stretch.replace(SPACE, " ")).encode()))
         return ids
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:

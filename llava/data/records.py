@@ -45,18 +45,21 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DataError: if it is no valid JSON; the line is named.
+        DataError: if it is no valid JSON in UTF-8, or holds no record; the line is named.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"data file {path} not found; make it with task_data_preprocessing.py or pass --data_path"
         )
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8 ({error}); save it in UTF-8") from error
     try:
         if path.suffix == ".jsonl":
-            lines = enumerate(text.splitlines(), start=1)
-            records = [_parse_line(line, number) for number, line in lines if line.strip()]
+            lines = enumerate(text.split("\n"), start=1)  # not splitlines(): texts may hold other line separators
+            records = [_parse_line(line, f"{path}: line {number}") for number, line in lines if line.strip()]
         else:
             records = json.loads(text)
     except json.JSONDecodeError as error:
@@ -117,18 +120,19 @@ def describe_problems(path: str | Path, problems: Sequence[Problem], total: int)
     return f"{path}: {len(problems)} of {total} rows can't be used\n" + "\n".join(lines)
 
 
-def _parse_line(line: str, number: int) -> dict[str, Any]:
+def _parse_line(line: str, place: str) -> dict[str, Any]:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"line {number} is no valid JSON ({error.msg}, column {error.colno}); mend or remove it"
-        ) from error
+        raise DataError(f"{place} is no valid JSON ({error.msg}, column {error.colno}); mend or remove it") from error
 
 
 def _list_files(folder: str | Path | None) -> set[str] | None:
-    """Return the names in a folder: one listing is far faster than asking for each of thousands of files."""
-    return {entry.name for entry in os.scandir(folder)} if folder and Path(folder).is_dir() else None
+    """Return the names of a folder's files: one listing is far faster than asking for each of thousands."""
+    if not folder or not Path(folder).is_dir():
+        return None
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def _encode_record(
@@ -142,6 +146,8 @@ def _encode_record(
         raise ValueError("not a record: it needs the key 'conversations' with a list of turns")
     names = record.get("image") or []
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"'image' is {names!r}; it is a file name or a list of them")
     input_ids, labels = encode_example(record["conversations"], template, tokenizer)
     placeholders = input_ids.count(IMAGE_TOKEN_INDEX)
     if placeholders != len(names):

@@ -42,7 +42,7 @@ def encode_example(
         model has to produce it (answers and what ends them), else `IGNORE_INDEX`.
 
     Raises:
-        ValueError: if the turns don't alternate, a turn is empty, or nothing is supervised.
+        ValueError: if the turns don't alternate, a turn is empty or no object, or nothing is supervised.
     """
     dialogue = build_dialogue(conversations, template, use_im_start_end=use_im_start_end)
     input_ids, labels = encode_segments(dialogue.segments(), tokenizer)
@@ -60,6 +60,9 @@ def build_dialogue(
     if is_plain:  # trained without the line break that the prompt has between image and caption
         dialogue.sep, dialogue.sep2 = "", dialogue.stop_text
     turns = list(conversations)
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {index + 1} is no object with 'from' and 'value'")
     if turns and turns[0].get("from") == ASSISTANT:
         turns = turns[1:]
     for index, turn in enumerate(turns):

@@ -47,7 +47,7 @@ def choose_entries(
     image_folder: Path,
     count: int,
 ) -> list[Entry]:
-    """Return up to `count` entries, half of them wrong answers as far as there are, spread over the file; wrong first."""
+    """Return up to `count` entries, half of them wrong answers if there are as many; the wrong ones first."""
     entries = []
     for question in questions:
         key = question["question_id"]
@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         predictions = read_predictions(options.answers_file)
         entries = choose_entries(questions, predictions, truth, options.image_folder, options.count)
         if not entries:
-            raise ValueError("no question has an image, a true answer and a given one; check that the files belong together")
+            raise ValueError(
+                "no question has an image, a true answer and a given one; check that the files belong together"
+            )
         sheet = draw_sheet(entries, options.columns)
         with atomic_write(options.output, "wb") as stream:
             sheet.save(stream, format="PNG")

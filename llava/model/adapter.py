@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.model.configuration import read_settings
 from llava.model.weights import LazyTensors, open_tensor_file
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -72,8 +72,8 @@ def read_adapter(directory: str | Path) -> Adapter:
         ValueError: if it uses what is not supported here, or a pair is not complete.
     """
     directory = Path(directory)
-    settings = json.loads((directory / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    settings = read_settings(directory / ADAPTER_CONFIG_FILE)
+    for key in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if settings.get(key):
             raise ValueError(f"{directory / ADAPTER_CONFIG_FILE}: {key} is not supported; merge this adapter with peft")
     tensors = open_tensor_file(_existing(directory, ADAPTER_FILES))
@@ -85,7 +85,8 @@ def read_adapter(directory: str | Path) -> Adapter:
             if partner not in tensors:
                 raise ValueError(f"{directory}: {name} has no {partner}; fetch the adapter again")
             pairs[plain_name(stem) + ".weight"] = (tensors.readers[name], tensors.readers[partner])
-    others = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]
+    partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
+    others = [name for name in tensors if ".lora_A." not in name and name not in partners]
     if others or not pairs:
         raise ValueError(f"{directory}: {others[0] if others else 'no tensor'} is no part of a LoRA adapter")
     return Adapter(settings, pairs, read_non_lora(directory))
@@ -119,8 +120,8 @@ def add_adapter(base: LazyTensors, adapter: Adapter, dtype: torch.dtype | None =
     Raises:
         ValueError: if the base lacks a tensor that the adapter changes.
     """
-    strangers = sorted((adapter.pairs.keys() | adapter.replaced.keys()) - base.keys())
-    strangers = [name for name in strangers if "mm_projector" not in name]
+    added = {name for name in adapter.replaced if "mm_projector" in name}  # a base may have no projector yet
+    strangers = sorted((adapter.pairs.keys() | adapter.replaced.keys()) - base.keys() - added)
     if strangers:
         raise ValueError(f"the base has no {strangers[0]}, which the adapter changes; name the base it was trained on")
     merged = {

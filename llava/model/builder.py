@@ -103,7 +103,7 @@ def build_model(
         ValueError: if tensors are missing, unexpected or of the wrong shape.
     """
     config = checkpoint.config
-    target = torch.device(device) if device is not None else best_device()
+    target = _single_device(device, device_map)
     weight_dtype = parse_dtype(dtype, target)
     config.dtype = weight_dtype
     if config.conversation_template is None:
@@ -122,6 +122,13 @@ def build_model(
     if spread:
         return accelerate.dispatch_model(model, spread)
     return model.to(target)
+
+
+def _single_device(device: str | torch.device | None, device_map: str | Mapping[str, Any]) -> torch.device:
+    """Return the device asked for, a map's first, or the best one."""
+    if device is None and not isinstance(device_map, str) and device_map:
+        device = next(iter(device_map.values()))
+    return best_device() if device is None else torch.device(device)
 
 
 def _spread(model: nn.Module, device_map: str | Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any] | None:
@@ -155,7 +162,7 @@ def load_tensors(
         make_parameter: from module, tensor, dtype and device.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of the wrong shape; all of them are named.
+        ValueError: if tensors are missing, unexpected or of the wrong shape (they are named), or have no device.
     """
     names = {file_name(name): name for name, _ in model.named_parameters()}
     unused = {name for name in tensors if name not in names and _is_unused_tower_layer(name, model)}
@@ -167,8 +174,10 @@ def load_tensors(
         tensor, expected = tensors[name], getattr(module, leaf).shape
         if tensor.shape != expected:
             raise ValueError(f"{name} is {tuple(tensor.shape)} in the file, but the config makes it {tuple(expected)}")
-        device = next(devices[prefix] for prefix in _prefixes(parameter_name) if prefix in devices)
-        setattr(module, leaf, make_parameter(module, tensor, dtype, device))
+        prefix = next((prefix for prefix in _prefixes(parameter_name) if prefix in devices), None)
+        if prefix is None:
+            raise ValueError(f"device_map has no place for {parameter_name}; add its module or '' for the rest")
+        setattr(module, leaf, make_parameter(module, tensor, dtype, devices[prefix]))
     if unused:
         model.get_vision_tower().unused_tensors = {name: tensors[name] for name in sorted(unused)}
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llava.image_processing import CLIPPixels, load_image_processor
 from llava.model.adapter import ADAPTER_CONFIG_FILE, PROJECTOR_FILE, add_adapter, read_adapter, read_projector
-from llava.model.configuration import CONFIG_FILE, LlavaConfig, load_config, save_config
+from llava.model.configuration import CONFIG_FILE, LlavaConfig, load_config, read_settings, save_config
 from llava.model.vision_tower import VIT_L_14_336
 from llava.model.weights import LazyTensors, find_weight_file, fingerprint, open_weights, write_weights
 from llava.tokenization import LlavaTokenizer, load_tokenizer, save_tokenizer
@@ -79,7 +79,7 @@ def detect_layout(directory: str | Path) -> Layout:
     if (directory / PROJECTOR_FILE).is_file() and not has_weights:
         return Layout.PROJECTOR
     config = directory / CONFIG_FILE
-    if config.is_file() and "vision_config" in json.loads(config.read_text(encoding="utf-8")):
+    if config.is_file() and "vision_config" in read_settings(config):
         raise ValueError(f"{directory} is in the llava-hf layout; use a checkpoint in the original's layout")
     if not has_weights:
         found = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
@@ -151,7 +151,7 @@ def open_checkpoint(
 
 def _recorded_base(directory: Path, config: LlavaConfig) -> str:
     settings_file = directory / ADAPTER_CONFIG_FILE
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    settings = read_settings(settings_file) if settings_file.is_file() else {}
     base = config.base_model_name_or_path or settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{directory} needs the weights it was trained on; pass --model-base")
@@ -226,7 +226,7 @@ def _tower_sizes(directory: Path | None, name: str) -> dict[str, Any]:
     """Return the encoder's sizes from its `config.json`; OpenAI's ViT-L/14-336 is known without one."""
     path = directory / CONFIG_FILE if directory else None
     if path is not None and path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_settings(path)
         settings = settings.get("vision_config", settings)
         return {key: settings.get(key, default) for key, default in VIT_L_14_336.items()}
     if "clip-vit-large-patch14-336" in name:

@@ -56,6 +56,21 @@ class LlavaConfig(LlamaConfig):
     base_model_fingerprint: str | None = None
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: if the file holds none.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is no valid JSON ({error}); fetch the file again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no JSON object; fetch the file again")
+    return settings
+
+
 def load_config(directory: str | Path) -> LlavaConfig:
     """Read `config.json`, of the original or ours.
 
@@ -66,10 +81,7 @@ def load_config(directory: str | Path) -> LlavaConfig:
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a model directory needs it: fetch the directory again")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); fetch the file again") from error
+    settings = read_settings(path)
     kind = settings.pop("model_type", "llama")
     if kind not in ("llava", LlavaConfig.model_type, "llama") or "vision_config" in settings:
         layout = "the llava-hf layout" if "vision_config" in settings else f"model_type {kind!r}"

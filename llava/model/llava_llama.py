@@ -86,6 +86,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             spliced = self.splice(input_ids, images, attention_mask=attention_mask, labels=labels)
             input_ids, inputs_embeds = None, spliced.inputs_embeds
             attention_mask, labels, position_ids = spliced.attention_mask, spliced.labels, spliced.position_ids
+        elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
+            assign_images([int((input_ids == IMAGE_TOKEN_INDEX).sum())], [])
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

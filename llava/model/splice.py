@@ -12,7 +12,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 class SplicedInputs(NamedTuple):
-    """What the LLM takes: embeddings (B, S, D), bool mask (B, S), positions (B, S), labels (B, S) or None, both int64."""
+    """What the LLM takes: embeddings (B, S, D); mask (B, S) bool; positions and labels (B, S) int64, labels or None."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor

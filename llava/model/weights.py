@@ -67,8 +67,8 @@ def open_weights(directory: str | Path) -> LazyTensors:
     if not entry.name.endswith(".index.json"):
         return open_tensor_file(entry)
     try:
-        locations: dict[str, str] = json.loads(entry.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
+        locations = dict(json.loads(entry.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{entry} is no index of weights ({error!r}); fetch the file again") from error
     missing = sorted({name for name in locations.values() if not (directory / name).is_file()})
     if missing:
@@ -112,15 +112,19 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise ValueError(
             f"{path} holds more than tensors and was not loaded ({reason}); don't trust its source"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); fetch it again") from error
+        raise ValueError(f"{path} is damaged ({_first_line(error)}); fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is no dictionary of tensors; use a file of weights")
     return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def write_weights(
@@ -146,7 +150,7 @@ def write_weights(
     shard_bytes = total_bytes = 0
 
     def flush() -> None:
-        save_file(shard, directory / _part_name(len(shards)), metadata={"format": "pt"})
+        save_tensors(shard, directory / _part_name(len(shards)))
         shards.append(list(shard))
         shard.clear()
 
@@ -164,6 +168,23 @@ def write_weights(
             progress(tensor.nbytes)
     flush()
     _name_shards(directory, shards, total_bytes)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one file of tensors: safetensors, or a pickle of nothing but tensors where the ending is `.bin`.
+
+    Raises:
+        OSError: if it can't be written; the file is removed then.
+    """
+    try:
+        if path.suffix == ".bin":
+            with path.open("wb") as stream:
+                torch.save(dict(tensors), stream)
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    except (SafetensorError, RuntimeError, OSError) as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error}); free some space or choose another directory") from error
 
 
 def _part_name(index: int) -> str:

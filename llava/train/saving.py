@@ -11,14 +11,13 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava.image_processing import CLIPPixels
 from llava.model.adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILES, NON_LORA_FILES, PROJECTOR_FILE
 from llava.model.checkpoint import file_name, save_checkpoint, save_settings, state_for_file
 from llava.model.configuration import LlavaConfig
-from llava.model.weights import open_tensor_file, open_weights
+from llava.model.weights import open_tensor_file, open_weights, save_tensors
 from llava.tokenization import LlavaTokenizer
 
 TRAINING_FILE = "training.json"
@@ -97,20 +96,23 @@ class Saver:
                 tensors, beside.config, beside.tokenizer, beside.image_processor, directory, dtype=self.dtype
             )
         else:
-            self._save_lora(state, directory) if self.kind == "lora" else torch.save(state, directory / PROJECTOR_FILE)
+            if self.kind == "lora":
+                self._save_lora(state, directory)
+            else:
+                save_tensors(state, directory / PROJECTOR_FILE)
             save_settings(beside.config, beside.tokenizer, beside.image_processor, directory)
         (directory / TRAINING_FILE).write_text(beside.training, encoding="utf-8")
 
     def _save_lora(self, state: Mapping[str, Tensor], directory: Path) -> None:
         adapter = peft.get_peft_model_state_dict(self.model, state_dict=dict(state))
-        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, directory / ADAPTER_FILES[0])
+        save_tensors(adapter, directory / ADAPTER_FILES[0])
         settings = self.model.peft_config[self.model.active_adapter].to_dict()
         settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
         settings["inference_mode"] = True
         text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
         (directory / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
         others = {name: tensor for name, tensor in state.items() if "lora_" not in name}
-        torch.save(others, directory / _PICKLED_NON_LORA_FILE)
+        save_tensors(others, directory / _PICKLED_NON_LORA_FILE)
 
     @torch.no_grad()
     def restore(self, directory: Path) -> None:

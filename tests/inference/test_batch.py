@@ -1,0 +1,108 @@
+"""Batches answer as single questions do, wherever they start, and bad rows disturb no other."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.image_processing import open_image
+from llava.inference import batch
+from llava.inference.batch import answer_questions, default_batch_size
+from llava.inference.questions import Question
+from llava.inference.session import Request, Sampling
+
+GREEDY = Sampling(max_new_tokens=6)
+QUESTIONS = [
+    Question(0, "Is there railing?", ("landscape.jpg",)),
+    Question(1, "hello"),
+    Question(2, "gone", ("none.jpg",)),
+    Question(3, "Compare <image> with <image>", ("portrait.png", "square.png")),
+    Question(4, " ", ("tiny.png",)),
+    Question(5, "What are the  colors?", ("portrait.png",)),
+    Question(6, "far", ("../images/tiny.png",)),
+    Question(7, "long " * 600),
+    Question(8, "broken", ("torn.png",)),
+    Question(9, "huge", ("huge.png",)),
+    Question(10, "<image>", ()),
+    Question(11, "last", ("tiny.png",)),
+]
+CODES = {
+    2: "image_missing",
+    4: "question_empty",
+    6: "path_outside_folder",
+    7: "prompt_too_long",
+    8: "image_corrupt",
+    9: "image_too_large",
+    10: "question_empty",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(goldens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("landscape.jpg", "portrait.png", "square.png", "tiny.png"):
+        (folder / name).write_bytes((goldens / "images" / name).read_bytes())
+    (folder / "torn.png").write_bytes((folder / "portrait.png").read_bytes()[:200])
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def singly(session, folder):
+    """Text of each good question, asked alone."""
+    good = [question for question in QUESTIONS if question.question_id not in CODES]
+    return {
+        question.question_id: session.answer_batch(
+            [Request(question.text, [open_image(folder / name) for name in question.images])], GREEDY
+        )[0]
+        for question in good
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 12, 50])
+def test_answers_equal_single_ones_and_errors_stay_their_own(session, folder, singly, batch_size):
+    answers = list(answer_questions(session, QUESTIONS, folder, GREEDY, batch_size=batch_size))
+    assert [answer.question for answer in answers] == QUESTIONS
+    assert {answer.question.question_id: answer.error for answer in answers if answer.error} == CODES
+    assert {answer.question.question_id: answer.text for answer in answers if not answer.error} == singly
+    assert all(answer.text == "" and answer.message for answer in answers if answer.error)
+
+
+@pytest.mark.parametrize("start", range(13))
+def test_a_run_may_start_anywhere(session, folder, singly, start):
+    answers = list(answer_questions(session, QUESTIONS, folder, GREEDY, batch_size=5, start=start))
+    assert [answer.question for answer in answers] == QUESTIONS[start:]
+    assert all(answer.error or answer.text == singly[answer.question.question_id] for answer in answers)
+
+
+def test_chance_is_the_same_wherever_the_run_starts(session, folder):
+    warm = Sampling(temperature=1.0, max_new_tokens=4, seed=0)
+    whole = [answer.text for answer in answer_questions(session, QUESTIONS, folder, warm, batch_size=5)]
+    rest = [answer.text for answer in answer_questions(session, QUESTIONS, folder, warm, batch_size=5, start=3)]
+    assert rest == whole[3:]
+
+
+def test_images_are_decoded_only_a_little_ahead(session, folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr(batch, "open_image", lambda path: opened.append(path) or open_image(path))
+    questions = [Question(index, "what?", ("tiny.png",)) for index in range(20)]
+    answers = answer_questions(session, questions, folder, GREEDY, batch_size=2)
+    next(answers)
+    assert len(opened) <= 2 * (1 + batch.BATCHES_AHEAD)
+    answers.close()
+
+
+def test_an_unusable_batch_size(session, folder):
+    with pytest.raises(ValueError, match=re.escape("batch_size is 0; choose 1 or more")):
+        next(answer_questions(session, QUESTIONS, folder, GREEDY, batch_size=0))
+
+
+@pytest.mark.parametrize(
+    "gib, bits, expected", [(80, 16, 32), (24, 16, 18), (16, 16, 2), (8, 16, 1), (8, 4, 5), (12, 8, 7)]
+)
+def test_the_default_batch_fits_the_device(monkeypatch, gib, bits, expected):
+    properties = type("Properties", (), {"total_memory": gib * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert default_batch_size(torch.device("cuda"), bits) == expected
+    assert default_batch_size(torch.device("cpu"), bits) == 8
