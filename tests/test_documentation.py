@@ -25,11 +25,11 @@ PROGRAMS = (
     "-m llava.eval.contact_sheet",
     "-m llava.serve.cli",
 )
-WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader"} | {
+WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/train/train_mem.py"} | {
     f"scripts/v1_5/{path.name}": "llava/train/train_mem.py" for path in (ROOT / "scripts/v1_5").glob("*.sh")
 }
 """Shell scripts that hand their flags on, and the program that takes them."""
-LAUNCHER_FLAGS = {"--num_gpus"}
+LAUNCHER_FLAGS = {"--num_gpus"}  # of deepspeed itself
 
 
 @cache
@@ -82,7 +82,7 @@ def test_command_of_a_document_exists(document: str, command: str) -> None:
 def test_shell_script_parses_and_its_flags_exist(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text(encoding="utf-8")
-    assert "set -euo pipefail" in text or script.name == "environment.sh"
+    assert "set -euo pipefail" in text or script.name in ("environment.sh", "launch.sh")
     for command in commands(text):
         program = program_of(command)
         for flag in set(re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", command)) - LAUNCHER_FLAGS if program else ():

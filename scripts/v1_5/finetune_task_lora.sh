@@ -5,26 +5,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${BASE_MODEL:=liuhaotian/llava-v1.5-7b}" "${DATA:=playground/data_train}"
 : "${OUT:=checkpoints/llava-v1.5-7b-task-lora}" "${ZERO:=scripts/zero2.json}" "${GPUS:=}"
+source scripts/v1_5/launch.sh
 
-deepspeed ${GPUS:+--num_gpus "$GPUS"} llava/train/train_mem.py \
-    --deepspeed "$ZERO" \
-    --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \
-    --model_name_or_path "$BASE_MODEL" \
-    --version v1 \
-    --data_path "$DATA/data.json" \
-    --image_folder "$DATA/images" \
-    --image_aspect_ratio pad \
-    --group_by_modality_length True \
-    --output_dir "$OUT" \
-    --num_train_epochs 1 \
-    --per_device_train_batch_size 16 \
-    --gradient_accumulation_steps 1 \
-    --eval_strategy no \
-    --save_strategy steps --save_steps 500 --save_total_limit 2 \
-    --learning_rate 2e-4 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine \
-    --logging_steps 1 \
-    --model_max_length 2048 \
-    --gradient_checkpointing True \
-    --dataloader_num_workers 4 \
-    --report_to tensorboard \
+launch \
+    --model_name_or_path "$BASE_MODEL" --version v1 \
+    --data_path "$DATA/data.json" --image_folder "$DATA/images" --image_aspect_ratio pad \
+    --output_dir "$OUT" --save_steps 500 \
+    --lora_enable True --lora_r 128 --lora_alpha 256 --learning_rate 2e-4 --mm_projector_lr 2e-5 \
+    --per_device_train_batch_size 16 --group_by_modality_length True \
     "$@"
