@@ -26,6 +26,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_IMAGE_PIXELS = 178_956_970
 """Larger pictures are refused: decoded they need over half a gigabyte. Twice Pillow's own limit for a warning."""
 
+MAX_IMAGE_SIDE = 26_754
+"""Longer pictures are refused too: padded to a square they need over two gigabytes, however thin they are."""
+MAX_ELONGATION = 5_000
+"""So are pictures so many times longer than wide: with the shorter side at 336 pixels they need over a gigabyte."""
+
 
 class ImageError(ValueError):
     """A picture that can't be used.
@@ -173,14 +178,15 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             width, height = picture.size
-            if width * height > MAX_IMAGE_PIXELS:
+            is_thin = max(width, height) > min(MAX_IMAGE_SIDE, MAX_ELONGATION * min(width, height))
+            if width * height > MAX_IMAGE_PIXELS or is_thin:
                 raise ImageError("image_too_large", f"image {name}: {width}x{height} pixels; make it smaller")
             return picture.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", f"image {name}: {error}; make it smaller") from error
     except ImageError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
         raise ImageError(
             "image_corrupt", f"image {name} can't be decoded ({error}); fetch or export it again"
         ) from error

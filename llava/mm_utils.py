@@ -39,7 +39,7 @@ def process_images(images: Sequence[Image.Image], image_processor: CLIPPixels, m
         (N, 3, H, W) float32; for "anyres" (N, tiles, 3, H, W), or a list where the numbers of tiles differ.
 
     Raises:
-        ValueError: if the aspect ratio has another name.
+        ValueError: if the aspect ratio has another name, or "anyres" has no pinpoints.
     """
     ratio = getattr(model_cfg, "image_aspect_ratio", None)  # any object will do here, as in the original
     if ratio in (None, "square"):
@@ -48,7 +48,9 @@ def process_images(images: Sequence[Image.Image], image_processor: CLIPPixels, m
         colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
         return image_processor.preprocess([expand_to_square(image, colour) for image in images])["pixel_values"]
     if ratio == "anyres":
-        pinpoints = model_cfg.image_grid_pinpoints
+        pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+        if not pinpoints:
+            raise ValueError("image_aspect_ratio is 'anyres', but the config has no image_grid_pinpoints; use 'pad'")
         resolutions = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         tiles = [split_anyres(image, image_processor, [tuple(size) for size in resolutions]) for image in images]
         return torch.stack(tiles) if len({tile.shape for tile in tiles}) == 1 else tiles

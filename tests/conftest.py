@@ -72,7 +72,7 @@ def tokenizer(tokenizers) -> Any:
 
 @pytest.fixture(scope="session")
 def golden_model() -> Any:
-    """Return (tokenizer, model, image processor, context length) of the goldens' full checkpoint, in fp32 on the CPU."""
+    """Return what `load_pretrained_model` gives for the goldens' full checkpoint, in fp32 on the CPU."""
     from llava.model.builder import load_pretrained_model
 
     return load_pretrained_model(str(GOLDENS / "llava-v1.5-golden"), None, "golden", device="cpu", dtype="float32")

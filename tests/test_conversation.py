@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from llava.conversation import SeparatorStyle, conv_templates, default_conversation, get_template
@@ -59,7 +61,7 @@ def test_segments_mark_the_answer_and_its_end():
 def test_segments_join_to_the_prompt_and_alternate(name):
     segments = ask(name, [("one", "two"), ("three", None)]).segments()
     assert "".join(segment.text for segment in segments) == ask(name, [("one", "two"), ("three", None)]).get_prompt()
-    assert all(left.supervised != right.supervised for left, right in zip(segments, segments[1:], strict=False))
+    assert all(left.supervised != right.supervised for left, right in itertools.pairwise(segments))
 
 
 def test_copies_are_independent():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from llava import image_processing
 from llava.image_processing import (
@@ -143,6 +144,20 @@ def test_damaged_bytes_never_escape_as_another_error(goldens):
                 continue
 
 
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "TIFF", "WEBP"])
+def test_damaged_bytes_of_other_formats(kind):
+    stream, rng = io.BytesIO(), np.random.default_rng(1)
+    if kind.lower() in ("avif", "webp") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow has no {kind}")
+    Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(stream, kind)
+    data = np.frombuffer(stream.getvalue(), np.uint8)
+    for _ in range(60):
+        damaged = data.copy()
+        damaged[rng.integers(0, min(len(data), 200), 3)] = rng.integers(0, 256, 3)
+        with contextlib.suppress(ImageError):
+            assert decode_image(damaged.tobytes(), kind).mode == "RGB"
+
+
 def test_bomb():
     """A small file that says it is enormous: refused before it is decoded."""
     data = bytearray(png(Image.new("L", (1, 1))))
@@ -160,6 +175,17 @@ def test_too_large_by_our_own_limit(monkeypatch):
         "image_too_large",
         "image a.png: 3x2 pixels; make it smaller",
     )
+
+
+@pytest.mark.parametrize("size", [(1, 26_755), (5_001, 1), (26_755, 6)])
+def test_thin_pictures_that_would_fill_the_memory(size):
+    width, height = size
+    assert refusal(decode_image, png(Image.new("L", size)), "thin.png") == (
+        "image_too_large",
+        f"image thin.png: {width}x{height} pixels; make it smaller",
+    )
+    assert decode_image(png(Image.new("L", (5_000, 1))), "thin.png").size == (5_000, 1)
+    assert decode_image(png(Image.new("L", (6, 26_754))), "long.png").size == (6, 26_754)
 
 
 def test_names_inside_the_folder(tmp_path):

@@ -40,7 +40,7 @@ class TestProcessImages:
         pixels = pixels[0] if ratio == "anyres" else pixels  # the goldens hold one picture's tiles
         key = f"{name}|{ratio}"
         assert list(pixels.shape) == list(golden_pixels[f"{key}|shape"])
-        np.testing.assert_allclose(pixels[..., ::7, ::7], golden_pixels[f"{key}|stride7"], atol=1e-5, rtol=0)
+        np.testing.assert_array_equal(pixels[..., ::7, ::7], golden_pixels[f"{key}|stride7"])  # bit for bit
         mean_std = [pixels.mean(), pixels.std()]
         np.testing.assert_allclose(mean_std, golden_pixels[f"{key}|mean_std"], atol=1e-5, rtol=0)
 
@@ -63,6 +63,19 @@ class TestProcessImages:
         square = process_images(pictures, CLIPPixels(28), config("square"))
         assert torch.equal(square, process_images(pictures, CLIPPixels(28), SimpleNamespace()))
 
+    @pytest.mark.parametrize("size", [(1, 20), (20, 1), (3, 20), (20, 3), (1, 1)])
+    @pytest.mark.parametrize("ratio", ["pad", None, "anyres"])
+    def test_thin_pictures(self, size, ratio):
+        pixels = process_images([Image.new("RGB", size, (10, 200, 30))], CLIPPixels(336), config(ratio))
+        assert pixels.shape[-3:] == (3, 336, 336)
+        assert torch.isfinite(pixels).all()
+
+    @pytest.mark.parametrize("settings", [config("anyres", None), SimpleNamespace(image_aspect_ratio="anyres")])
+    def test_tiles_need_resolutions(self, settings):
+        message = r"^image_aspect_ratio is 'anyres', but the config has no image_grid_pinpoints; use 'pad'$"
+        with pytest.raises(ValueError, match=message):
+            process_images([Image.new("RGB", (2, 2))], CLIPPixels(28), settings)
+
     def test_an_unknown_ratio(self):
         with pytest.raises(ValueError, match="image_aspect_ratio is 'stretch'; choose pad, square, anyres or None"):
             process_images([Image.new("RGB", (4, 4))], CLIPPixels(28), config("stretch"))
@@ -80,6 +93,18 @@ class TestTokenizerImageToken:
         assert ids.dtype == torch.int64
         assert ids.tolist() == [1, *tokenizer("a").input_ids[1:], -5, *tokenizer("b").input_ids[1:]]
 
+    def test_literal_ids(self, tokenizer):
+        ids = tokenizer_image_token("a <image> b <image>", tokenizer)
+        assert ids == [1, 264, 28705, -200, 28705, 287, 28705, -200]
+        assert tokenizer_image_token("<image>", tokenizer) == [1, -200]
+
+    def test_a_tokenizer_without_a_token_for_the_start(self):
+        def letters(text):
+            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+        letters.bos_token_id = None
+        assert tokenizer_image_token("ab<image>c", letters) == [97, 98, -200, 99]
+
     def test_other_tensors_are_refused(self, tokenizer):
         with pytest.raises(ValueError, match="return_tensors is 'np'; use None or 'pt'"):
             tokenizer_image_token("a", tokenizer, return_tensors="np")
@@ -93,6 +118,11 @@ class TestModelName:
     @pytest.mark.parametrize("path", ["checkpoint-5", "/checkpoint-5/"])
     def test_a_checkpoint_without_a_parent_keeps_its_name(self, path):
         assert get_model_name_from_path(path) == "checkpoint-5"
+
+    def test_the_current_directory_has_a_name(self, tmp_path, monkeypatch):
+        (tmp_path / "my-model").mkdir()
+        monkeypatch.chdir(tmp_path / "my-model")
+        assert get_model_name_from_path(".") == "my-model"
 
 
 class TestBase64:

@@ -87,8 +87,12 @@ def detect_layout(directory: str | Path) -> Layout:
     return Layout.FULL
 
 
-def resolve_directory(name: str | Path) -> Path:
+def resolve_directory(name: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Return a local directory: the path itself, else a hub id's snapshot, from the cache first.
+
+    Args:
+        name: path or hub id.
+        cache_dir: the hub's cache; None = the usual one.
 
     Raises:
         FileNotFoundError: if there is no such directory and the hub can't give it.
@@ -96,9 +100,11 @@ def resolve_directory(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     with contextlib.suppress(LocalEntryNotFoundError, ValueError):
-        return Path(snapshot_download(str(name), local_files_only=True, allow_patterns=DOWNLOADED_FILES))
+        return Path(
+            snapshot_download(str(name), cache_dir=cache_dir, local_files_only=True, allow_patterns=DOWNLOADED_FILES)
+        )
     try:
-        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED_FILES))
+        return Path(snapshot_download(str(name), cache_dir=cache_dir, allow_patterns=DOWNLOADED_FILES))
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         raise FileNotFoundError(
             f"{name} is neither a directory nor in the hub's cache, and could not be downloaded ({error}); "
@@ -113,6 +119,7 @@ def open_checkpoint(
     vision_tower: str | Path | None = None,
     allow_other_base: bool = False,
     with_adapter: bool = True,
+    cache_dir: str | Path | None = None,
 ) -> Checkpoint:
     """Open any supported directory without reading its tensors yet.
 
@@ -122,12 +129,13 @@ def open_checkpoint(
         vision_tower: directory or hub id of the image encoder, for weights that come without one.
         allow_other_base: accept a base whose fingerprint differs from the one recorded.
         with_adapter: add LoRA's products to the LLM's weights; False leaves them to `builder.attach_adapter`.
+        cache_dir: where hub ids are looked up and downloaded to; None = the hub's usual cache.
 
     Raises:
         FileNotFoundError: if a directory or file is missing.
         ValueError: if the base is not the one the adapter was trained on, or is superfluous.
     """
-    directory = resolve_directory(model_path)
+    directory = resolve_directory(model_path, cache_dir)
     layout = detect_layout(directory)
     if layout is Layout.FULL:
         if model_base is not None and Path(model_base) != Path(model_path):
@@ -135,13 +143,13 @@ def open_checkpoint(
         config, tensors, base = load_config(directory), open_weights(directory), None
     else:
         config = load_config(directory)
-        base = resolve_directory(model_base or _recorded_base(directory, config))
+        base = resolve_directory(model_base or _recorded_base(directory, config), cache_dir)
         config, tensors = _open_on_base(directory, layout, config, base, allow_other_base)
         if layout is Layout.LORA:
             adapter = read_adapter(directory)
             tensors = add_adapter(tensors, adapter if with_adapter else adapter.outside_llm())
     parts = base or directory
-    tensors, config, processor_directory = attach_tower(config, tensors, vision_tower, [directory, parts])
+    tensors, config, processor_directory = attach_tower(config, tensors, vision_tower, [directory, parts], cache_dir)
     processor = None
     if processor_directory is not None:
         processor = load_image_processor(processor_directory, config.mm_vision_config["image_size"])
@@ -182,7 +190,11 @@ def _open_on_base(
 
 
 def attach_tower(
-    config: LlavaConfig, tensors: LazyTensors, vision_tower: str | Path | None, near: list[Path]
+    config: LlavaConfig,
+    tensors: LazyTensors,
+    vision_tower: str | Path | None,
+    near: list[Path],
+    cache_dir: str | Path | None = None,
 ) -> tuple[LazyTensors, LlavaConfig, Path | None]:
     """Find the image encoder: inside the weights, else where asked, else beside them, else by its name.
 
@@ -191,6 +203,7 @@ def attach_tower(
         tensors: of the model; the encoder's are added.
         vision_tower: directory or hub id; None = as the config names it.
         near: directories whose neighbours are looked at.
+        cache_dir: the hub's cache; None = the usual one.
 
     Returns:
         tensors, config, and the directory of `preprocessor_config.json`; None where the model has no encoder.
@@ -209,7 +222,7 @@ def attach_tower(
         holder = next((place for place in near if (place / "preprocessor_config.json").is_file()), beside or near[-1])
         sizes = config.mm_vision_config or _tower_sizes(beside, name)
     else:
-        holder = beside or resolve_directory(name)
+        holder = beside or resolve_directory(name, cache_dir)
         logger.info("vision tower: %s", holder)
         sizes = _tower_sizes(holder, name)
         found = open_weights(holder)

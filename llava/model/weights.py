@@ -116,7 +116,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds more than tensors and was not loaded ({reason}); don't trust its source"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle fails in many ways, which all mean the same
         raise ValueError(f"{path} is damaged ({_first_line(error)}); fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is no dictionary of tensors; use a file of weights")

@@ -99,6 +99,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir is missing; say where checkpoints and the result go")
+        zero_stage(self.deepspeed)  # a file that can't be read is named here, before transformers looks at it
         if best_device().type == "cpu":
             self.use_cpu = True  # else DeepSpeed's processes don't find each other without an accelerator
         if self.bf16 is None and self.fp16 is None:
@@ -159,6 +160,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         not in (None, "flat"),
         "--is_multimodal False: rows without image need no flag; leave it out": not data.is_multimodal,
         "--lazy_preprocess False: images are read when needed; leave it out": not data.lazy_preprocess,
+        f"--image_aspect_ratio {data.image_aspect_ratio}: choose pad, square or anyres": data.image_aspect_ratio
+        not in (None, "pad", "square", "anyres"),
         f"--on_bad_row {data.on_bad_row}: choose error or skip": data.on_bad_row not in ("error", "skip"),
         f"--bits {training.bits}: choose 4, 8 or 16": training.bits not in (4, 8, 16),
         f"--lora_bias {training.lora_bias}: choose none, lora_only or all": training.lora_bias
@@ -178,6 +181,10 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train": model.freeze_backbone
         and training.freeze_mm_mlp_adapter,
         "--bf16 and --fp16 exclude each other": training.bf16 and training.fp16,
+        "--neftune_noise_alpha can't be computed on rows with images; leave it out": bool(training.neftune_noise_alpha),
+        "--label_smoothing_factor can't be computed on images' patches; leave it out": bool(
+            training.label_smoothing_factor
+        ),
         "--remove_unused_columns True would remove the images; leave it out": training.remove_unused_columns,
     }
     reasons = [message for message, applies in refuse.items() if applies]

@@ -77,7 +77,7 @@ class Saver:
         model: unwrapped, `requires_grad` set; a `peft.PeftModel` for LoRA.
         beside: what stands beside the weights.
         kind: "lora", "projector" or "full".
-        dtype: of full weights in the file.
+        dtype: of full weights in the result.
     """
 
     def __init__(self, model: nn.Module, beside: Surroundings, kind: str, dtype: torch.dtype) -> None:
@@ -87,14 +87,20 @@ class Saver:
         """Return the parameters that `save` needs, whole; every process must call it."""
         return gather_parameters(self.model, trainable_only=self.kind != "full")
 
-    def save(self, state: Mapping[str, Tensor], directory: Path) -> None:
-        """Write a complete directory into an empty one."""
+    def save(self, state: Mapping[str, Tensor], directory: Path, *, is_result: bool = True) -> None:
+        """Write a complete directory into an empty one.
+
+        Args:
+            state: from `gather`.
+            directory: to be filled.
+            is_result: full weights are cast to the run's dtype; those of a checkpoint keep the precision they learn in,
+                else a resumed run would go on from rounded weights.
+        """
         beside = self.beside
         if self.kind == "full":
             tensors = state_for_file(self.model, state)
-            save_checkpoint(
-                tensors, beside.config, beside.tokenizer, beside.image_processor, directory, dtype=self.dtype
-            )
+            dtype = self.dtype if is_result else None
+            save_checkpoint(tensors, beside.config, beside.tokenizer, beside.image_processor, directory, dtype=dtype)
         else:
             if self.kind == "lora":
                 self._save_lora(state, directory)

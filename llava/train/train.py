@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import get_template
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.records import DataError, EncodedRecord, describe_problems, encode_records, read_records
-from llava.model.adapter import read_projector
+from llava.model.adapter import read_adapter, read_projector
 from llava.model.builder import build_model
 from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint
 from llava.model.llava_llama import LlavaLlamaForCausalLM
@@ -75,10 +74,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         FileNotFoundError: if a file is missing.
         ValueError: if data, checkpoint and flags don't fit each other.
     """
-    if training_args.cache_dir:
-        os.environ["HF_HUB_CACHE"] = training_args.cache_dir
     transformers.set_seed(training_args.seed)
-    checkpoint = open_for_training(model_args, data_args)
+    checkpoint = open_for_training(model_args, data_args, training_args.cache_dir)
     config = checkpoint.config
     config.tokenizer_model_max_length = training_args.model_max_length
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
@@ -86,6 +83,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     records = load_data(data_args, checkpoint, training_args.model_max_length, patches)
     base = (model_args.model_name_or_path, fingerprint(checkpoint.tensors))
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)
+    if training_args.lora_weight_path:
+        checkpoint = add_what_was_trained(checkpoint, model_args, training_args)
 
     model, kind = load_model(checkpoint, model_args, training_args)
     beside = surroundings(checkpoint, base, model_args, data_args, training_args)
@@ -111,13 +110,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     trainer.save_model()
 
 
-def open_for_training(model_args: ModelArguments, data_args: DataArguments) -> Checkpoint:
+def open_for_training(model_args: ModelArguments, data_args: DataArguments, cache_dir: str | None = None) -> Checkpoint:
     """Open the weights to start from and settle what flags and checkpoint say about the model.
 
     Raises:
         ValueError: if a flag contradicts the checkpoint, or the weights are no full model.
     """
-    checkpoint = open_checkpoint(model_args.model_name_or_path, vision_tower=model_args.vision_tower)
+    checkpoint = open_checkpoint(
+        model_args.model_name_or_path, vision_tower=model_args.vision_tower, cache_dir=cache_dir
+    )
     if checkpoint.layout is not Layout.FULL:
         raise ValueError(
             f"--model_name_or_path {model_args.model_name_or_path} holds a {checkpoint.layout.value}; merge it first "
@@ -157,6 +158,31 @@ def add_projector(checkpoint: Checkpoint, model_args: ModelArguments, seed: int)
     fresh = build_projector(config.mm_projector_type, config.mm_hidden_size, config.hidden_size).state_dict()
     readers = {f"model.mm_projector.{name}": (lambda tensor=tensor: tensor) for name, tensor in fresh.items()}
     return dataclasses.replace(checkpoint, tensors=checkpoint.tensors.overlaid(readers))
+
+
+def add_what_was_trained(
+    checkpoint: Checkpoint, model_args: ModelArguments, training_args: TrainingArguments
+) -> Checkpoint:
+    """Put the projector of a LoRA directory, whose adapters are trained further, in the place of the base's.
+
+    Raises:
+        FileNotFoundError: if one of its files is missing.
+        ValueError: if it was trained on another base, or has adapters outside the LLM.
+    """
+    directory = training_args.lora_weight_path
+    if read_adapter(directory).outside_llm().pairs:
+        raise ValueError(
+            f"--lora_weight_path {directory} has adapters outside the LLM; merge it with scripts/merge_lora_weights.py "
+            "and start from the result"
+        )
+    trained = open_checkpoint(
+        directory,
+        model_args.model_name_or_path,
+        vision_tower=model_args.vision_tower,
+        with_adapter=False,
+        cache_dir=training_args.cache_dir,
+    )
+    return dataclasses.replace(checkpoint, tensors=trained.tensors)
 
 
 def load_data(data_args: DataArguments, checkpoint: Checkpoint, max_length: int, patches: int) -> list[EncodedRecord]:
@@ -239,14 +265,18 @@ def surroundings(
 
 
 def find_resume_point(training_args: TrainingArguments) -> str | None:
-    """Return the checkpoint to continue from: the one asked for, else the newest in the output directory."""
+    """Return the checkpoint to continue from: the one asked for, else the output directory's newest complete one."""
     asked = training_args.resume_from_checkpoint
     if asked and asked not in ("auto", "True", "true"):
         return asked
-    newest = get_last_checkpoint(training_args.output_dir) if Path(training_args.output_dir).is_dir() else None
-    if newest:
-        logger.info("continuing from %s", newest)
-    return newest
+    # The trainer's state is written last, so a checkpoint without it was cut off.
+    complete = [path.parent for path in Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json")]
+    numbered = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdigit()}
+    if not numbered:
+        return None
+    newest = numbered[max(numbered)]
+    logger.info("continuing from %s", newest)
+    return str(newest)
 
 
 def _facts(checkpoint: Checkpoint, kind: str, training_args: TrainingArguments) -> list[tuple[str, str]]:

@@ -58,7 +58,7 @@ class LlavaTrainer(Trainer):
         state = self.saver.gather()
         if self.args.should_save:
             with filled_at_the_end(output_dir or self.args.output_dir) as directory:
-                self.saver.save(state, directory)
+                self.saver.save(state, directory, is_result=not _internal_call)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -38,7 +39,7 @@ def test_lengths_within_a_stretch_fall_into_sorted_batches(count, batch_size):
     assert sorted(index for batch in batches for index in batch) == list(range(count))
     spans = sorted(([lengths[index] for index in batch] for batch in batches), reverse=True)
     if count <= 50 * batch_size:  # one stretch: batches don't overlap in length
-        assert all(min(left) >= max(right) for left, right in zip(spans, spans[1:], strict=False))
+        assert all(min(left) >= max(right) for left, right in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize("kind", [True, False])

@@ -1,0 +1,223 @@
+"""Merged = base + scale * B A, of peft's directories, the original's and ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava.model.adapter import add_adapter, plain_name, read_adapter, read_projector
+from llava.model.builder import attach_adapter, build_model
+from llava.model.checkpoint import open_checkpoint
+from llava.model.weights import open_weights
+
+LAYER = "base_model.model.model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def adapter_directory(goldens, tmp_path):
+    """A copy of the golden LoRA directory whose settings and tensors a test may change."""
+    directory = tmp_path / "adapter"
+    shutil.copytree(goldens / "llava-v1.5-golden-task-lora", directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    return directory
+
+
+def change_settings(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(directory, change):
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    path.unlink()
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def base(goldens):
+    return open_weights(goldens / "llava-v1.5-golden")
+
+
+def products(directory, scale):
+    """By plain name, scale * B A in fp64."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    stems = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    assert stems
+    return {
+        plain_name(stem) + ".weight": scale
+        * (tensors[f"{stem}.lora_B.weight"].double() @ tensors[f"{stem}.lora_A.weight"].double())
+        for stem in stems
+    }
+
+
+@pytest.mark.parametrize(("rank_stabilised", "scale"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
+def test_merged_is_base_plus_scaled_product(adapter_directory, base, rank_stabilised, scale):
+    change_settings(adapter_directory, use_rslora=rank_stabilised)
+    merged = add_adapter(base, read_adapter(adapter_directory))
+    expected = products(adapter_directory, scale)
+    replaced = torch.load(adapter_directory / "non_lora_trainables.bin", weights_only=True)
+    replaced = {plain_name(name): tensor for name, tensor in replaced.items()}
+    assert sorted(replaced) == [f"model.mm_projector.{leaf}" for leaf in ("0.bias", "0.weight", "2.bias", "2.weight")]
+    assert {name.split(".")[-2] for name in expected if name.startswith("model.layers")} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert sorted(merged) == sorted(base)
+    for name in base:
+        if name in expected:
+            torch.testing.assert_close(
+                merged[name].double(), base[name].double() + expected[name], atol=1e-6, rtol=1e-6
+            )
+            assert not torch.equal(merged[name], base[name])
+        else:
+            assert torch.equal(merged[name], replaced.get(name, base[name]))
+
+
+def test_the_sum_is_cast_once(adapter_directory, base):
+    half = base.overlaid({name: lambda name=name: base[name].to(torch.bfloat16) for name in base})
+    name = plain_name(LAYER) + ".weight"
+    product = products(adapter_directory, 2.0)[name]
+    exact = (half[name].double() + product).float()
+    assert torch.equal(add_adapter(half, read_adapter(adapter_directory))[name], exact.to(torch.bfloat16))
+    merged = add_adapter(half, read_adapter(adapter_directory), dtype=torch.float32)[name]
+    torch.testing.assert_close(merged, exact, atol=1e-7, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_merged_equals_pefts_own_unmerged_forward(goldens, golden_model):
+    directory, path = goldens / "llava-v1.5-golden-task-lora", goldens / "llava-v1.5-golden"
+    bare = build_model(open_checkpoint(directory, path, with_adapter=False), dtype="float32", device="cpu")
+    apart = attach_adapter(bare, directory)
+    assert any("lora_A" in name for name, _ in apart.named_parameters())
+    merged = build_model(open_checkpoint(directory, path), dtype="float32", device="cpu").eval()
+    ids = torch.tensor([[1, -200, 1691, 736, 8314]])
+    images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    logits = merged(input_ids=ids, images=images).logits
+    torch.testing.assert_close(apart(input_ids=ids, images=images).logits, logits, atol=1e-5, rtol=1e-5)
+    assert (golden_model[1](input_ids=ids, images=images).logits - logits).abs().max() > 1e-2
+
+
+def test_names_lose_what_peft_puts_before_them():
+    assert plain_name("base_model.model.model.mm_projector.0.bias") == "model.mm_projector.0.bias"
+    assert plain_name("base_model.model.lm_head") == "lm_head"
+    assert plain_name("model.mm_projector.0.bias") == "model.mm_projector.0.bias"
+    assert plain_name("model.model.layers.0") == "model.layers.0"
+
+
+def test_parts(goldens):
+    adapter = read_adapter(goldens / "llava-v1.5-golden-task-lora")
+    inside = {name for name in adapter.pairs if name.startswith("model.layers.")}
+    assert len(inside) == 14
+    assert set(adapter.outside_llm().pairs) == set(adapter.pairs) - inside
+    assert adapter.outside_llm().replaced is adapter.replaced
+
+
+def test_pickled_adapters_are_read_too(adapter_directory, base):
+    tensors = load_file(adapter_directory / "adapter_model.safetensors")
+    expected = dict(add_adapter(base, read_adapter(adapter_directory)))
+    (adapter_directory / "adapter_model.safetensors").unlink()
+    torch.save(tensors, adapter_directory / "adapter_model.bin")
+    others = torch.load(adapter_directory / "non_lora_trainables.bin", weights_only=True)
+    (adapter_directory / "non_lora_trainables.bin").unlink()
+    save_file(others, adapter_directory / "non_lora_trainables.safetensors")
+    merged = add_adapter(base, read_adapter(adapter_directory))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("rank_pattern", {"up_proj": 8}),
+        ("alpha_pattern", {"up_proj": 8}),
+        ("modules_to_save", ["lm_head"]),
+    ],
+)
+def test_settings_that_would_change_the_sum_are_refused(adapter_directory, key, value):
+    change_settings(adapter_directory, **{key: value})
+    message = f"adapter_config.json: {key} is not supported; merge this adapter with peft$"
+    with pytest.raises(ValueError, match=message):
+        read_adapter(adapter_directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop(f"{LAYER}.lora_B.weight"),
+            r"up_proj.lora_A.weight has no .*up_proj.lora_B.weight;",
+        ),
+        (lambda tensors: tensors.pop(f"{LAYER}.lora_A.weight"), r"up_proj.lora_B.weight is no part of a LoRA adapter$"),
+        (
+            lambda tensors: tensors.update({f"{LAYER}.lora_B.bias": torch.zeros(40)}),
+            r"up_proj.lora_B.bias is no part of a LoRA adapter$",
+        ),
+        (lambda tensors: tensors.update({"x": torch.zeros(1)}), r": x is no part of a LoRA adapter$"),
+        (
+            lambda tensors: (tensors.clear(), tensors.update({"x": torch.zeros(1)})),
+            r": x is no part of a LoRA adapter$",
+        ),
+    ],
+)
+def test_tensors_that_make_no_adapter_are_refused(adapter_directory, change, message):
+    change_tensors(adapter_directory, change)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(adapter_directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors", "lacks adapter_model.safetensors or adapter_model.bin; use the directory that"),
+        ("non_lora_trainables.bin", "lacks non_lora_trainables.safetensors or non_lora_trainables.bin; use the dir"),
+    ],
+)
+def test_missing_files(adapter_directory, name, message):
+    (adapter_directory / name).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        read_adapter(adapter_directory)
+
+
+def test_broken_settings(adapter_directory):
+    (adapter_directory / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json is no valid JSON"):
+        read_adapter(adapter_directory)
+
+
+def test_a_base_without_the_layer(adapter_directory, base):
+    name = plain_name(LAYER) + ".weight"
+    smaller = type(base)({key: reader for key, reader in base.readers.items() if key != name})
+    message = f"^the base has no {name}, which the adapter changes; name the base it was trained on$"
+    with pytest.raises(ValueError, match=message):
+        add_adapter(smaller, read_adapter(adapter_directory))
+
+
+def test_a_base_without_projector_gets_the_trained_one(adapter_directory, base):
+    bare = type(base)({name: reader for name, reader in base.readers.items() if "mm_projector" not in name})
+    assert sorted(add_adapter(bare, read_adapter(adapter_directory))) == sorted(base)
+
+
+def test_a_base_of_another_width(adapter_directory, base):
+    name = plain_name(LAYER) + ".weight"
+    wider = base.overlaid({name: lambda: torch.zeros(40, 18)})
+    merged = add_adapter(wider, read_adapter(adapter_directory))
+    with pytest.raises(ValueError, match=rf"^{name} is \(40, 18\) in the base, but \(40, 16\) in the adapter$"):
+        merged[name]
+
+
+def test_projector_of_a_directory_or_file(goldens):
+    directory = goldens / "golden-pretrained-projector"
+    names = [f"model.mm_projector.{leaf}" for leaf in ("0.bias", "0.weight", "2.bias", "2.weight")]
+    assert sorted(read_projector(directory)) == names
+    assert sorted(read_projector(directory / "mm_projector.bin")) == names
+    with pytest.raises(FileNotFoundError, match=r"mm_projector.bin is missing; fetch it again$"):
+        read_projector(goldens / "llava-v1.5-golden")

@@ -1,0 +1,323 @@
+"""What a directory holds is decided by its files; what we write is complete and loads without network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants as hub_constants
+
+from llava.model.builder import build_model, load_pretrained_model
+from llava.model.checkpoint import (
+    Layout,
+    detect_layout,
+    file_name,
+    open_checkpoint,
+    resolve_directory,
+    save_checkpoint,
+    state_for_file,
+)
+from llava.model.configuration import load_config
+from llava.model.weights import fingerprint, open_weights, write_weights
+
+FULL, LORA, PROJECTOR = "llava-v1.5-golden", "llava-v1.5-golden-task-lora", "golden-pretrained-projector"
+TOWER = "clip-vit-tiny-patch14-56"
+TOWER_PREFIX = "model.vision_tower."
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def copy_golden(goldens, name, target):
+    shutil.copytree(goldens / name, target)
+    for path in target.iterdir():
+        path.chmod(0o644)
+    return target
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    settings = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to open a connection fails the test."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize(("name", "layout"), [(FULL, Layout.FULL), (LORA, Layout.LORA), (PROJECTOR, Layout.PROJECTOR)])
+def test_files_decide(goldens, tmp_path, name, layout):
+    assert detect_layout(goldens / name) is layout
+    shutil.copytree(goldens / name, tmp_path / "anything-lora-mpt")
+    assert detect_layout(tmp_path / "anything-lora-mpt") is layout
+
+
+def test_a_projector_beside_weights_is_part_of_them(goldens, tmp_path):
+    directory = copy_golden(goldens, FULL, tmp_path / "x")
+    shutil.copyfile(goldens / PROJECTOR / "mm_projector.bin", directory / "mm_projector.bin")
+    assert detect_layout(directory) is Layout.FULL
+
+
+def test_directories_that_hold_no_model(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no model: no weights, no adapter, no projector \(found nothing\)$"
+    ):
+        detect_layout(tmp_path)
+    (tmp_path / "readme.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"\(found readme.txt\)$"):
+        detect_layout(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
+    with pytest.raises(ValueError, match=r"is in the llava-hf layout; use a checkpoint in the original's layout$"):
+        detect_layout(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is no valid JSON"):
+        detect_layout(tmp_path)
+
+
+def test_opens_full_weights(goldens):
+    checkpoint = open_checkpoint(goldens / FULL)
+    assert (checkpoint.layout, checkpoint.base) == (Layout.FULL, None)
+    assert checkpoint.config.mm_vision_config["num_hidden_layers"] == 3
+    assert checkpoint.config.mm_vision_config["image_size"] == 56
+    assert checkpoint.image_processor.crop_size["height"] == 56
+    assert checkpoint.tokenizer.legacy is False
+    assert sorted(checkpoint.tensors) == sorted(open_weights(goldens / FULL))
+
+
+@pytest.mark.parametrize("name", [LORA, PROJECTOR])
+def test_opens_on_its_base(goldens, name):
+    checkpoint = open_checkpoint(goldens / name, goldens / FULL)
+    base = open_weights(goldens / FULL)
+    assert checkpoint.base == goldens / FULL
+    assert sorted(checkpoint.tensors) == sorted(base)
+    changed = {key for key in base if not torch.equal(base[key], checkpoint.tensors[key])}
+    assert "model.mm_projector.0.weight" in changed
+    assert any("layers" in key for key in changed) is (name == LORA)
+
+
+def test_the_recorded_base_is_found_without_a_flag(goldens, monkeypatch):
+    monkeypatch.chdir(goldens)  # the golden adapter records a relative path
+    assert open_checkpoint(LORA).base == Path(FULL)
+
+
+def test_a_base_is_needed(goldens):
+    with pytest.raises(
+        ValueError, match=r"golden-pretrained-projector needs the weights it was trained on; pass --model"
+    ):
+        open_checkpoint(goldens / PROJECTOR)
+
+
+def test_a_superfluous_base_is_refused(goldens):
+    with pytest.raises(ValueError, match=r"golden holds full weights, so model base .*-lora has no use; leave it out$"):
+        open_checkpoint(goldens / FULL, goldens / LORA)
+    assert open_checkpoint(goldens / FULL, f"{goldens / FULL}").base is None
+
+
+def test_a_base_must_be_full_weights(goldens):
+    message = r"model base .*projector holds a projector; give the directory of full weights$"
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(goldens / LORA, goldens / PROJECTOR)
+
+
+def test_another_base_than_the_recorded_one(goldens, tmp_path):
+    adapter = copy_golden(goldens, LORA, tmp_path / "adapter")
+    base = open_weights(goldens / FULL)
+    change_config(adapter, base_model_name_or_path=str(goldens / FULL), base_model_fingerprint=fingerprint(base))
+    assert open_checkpoint(adapter).base == goldens / FULL
+    other = copy_golden(goldens, FULL, tmp_path / "other")
+    for path in other.glob("pytorch_model*"):
+        path.unlink()
+    write_weights(base.overlaid({"lm_head.weight": lambda: base["lm_head.weight"] * 1.01}), other)
+    message = rf"adapter was trained on {goldens / FULL}, fingerprint \w{{32}}, but {other} has fingerprint \w{{32}};"
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(adapter, other)
+    shutil.copytree(goldens / TOWER, tmp_path / TOWER)
+    assert open_checkpoint(adapter, other, allow_other_base=True).base == other
+    model = load_pretrained_model(str(adapter), str(other), "x", device="cpu", allow_other_base=True)[1]
+    assert model.lm_head.weight.shape == (32000, 16)
+
+
+def test_strangers_in_a_projector(goldens, tmp_path):
+    directory = copy_golden(goldens, PROJECTOR, tmp_path / "x")
+    tensors = torch.load(directory / "mm_projector.bin", weights_only=True)
+    torch.save({**tensors, "model.embed_tokens.weight": torch.zeros(1)}, directory / "mm_projector.bin")
+    with pytest.raises(ValueError, match=r"mm_projector.bin holds model.embed_tokens.weight; only a projector is supp"):
+        open_checkpoint(directory, goldens / FULL)
+
+
+@pytest.fixture
+def towerless(goldens, tmp_path):
+    """The golden checkpoint without the tower's tensors."""
+    directory = copy_golden(goldens, FULL, tmp_path / "models" / "towerless")
+    for path in directory.glob("pytorch_model*"):
+        path.unlink()
+    golden = open_weights(goldens / FULL)
+    write_weights({name: golden[name] for name in golden if not name.startswith(TOWER_PREFIX)}, directory)
+    return directory
+
+
+def test_a_tower_beside_the_checkpoint_is_found(goldens, towerless, golden_model, no_network):
+    shutil.copytree(goldens / TOWER, towerless.parent / TOWER)
+    checkpoint = open_checkpoint(towerless)
+    tower = open_weights(goldens / TOWER)
+    used = {name for name in checkpoint.tensors if name.startswith(TOWER_PREFIX)}
+    assert used == {f"model.vision_tower.vision_tower.{name}" for name in tower if name.startswith("vision_model.")}
+    model = build_model(checkpoint, dtype="float32", device="cpu")
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    inside = golden_model[1].get_vision_tower()(pixels)
+    assert model.get_vision_tower()(pixels).shape == inside.shape
+
+
+def test_a_tower_asked_for_is_used(goldens, towerless):
+    checkpoint = open_checkpoint(towerless, vision_tower=goldens / TOWER)
+    assert checkpoint.config.mm_vision_tower == str(goldens / TOWER)
+    assert any(name.startswith(TOWER_PREFIX) for name in checkpoint.tensors)
+    assert checkpoint.image_processor.crop_size["height"] == 56
+
+
+def test_a_tower_that_is_nowhere(towerless, no_network):
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{TOWER} is neither a directory nor in the hub's cache, and could not"
+    ):
+        open_checkpoint(towerless)
+
+
+def test_an_llm_without_tower_has_no_eyes(towerless):
+    change_config(towerless, mm_vision_tower=None)
+    checkpoint = open_checkpoint(towerless)
+    assert checkpoint.image_processor is None
+    assert checkpoint.config.mm_vision_config is None
+
+
+def test_unknown_sizes_of_a_tower_inside(goldens, tmp_path):
+    directory = copy_golden(goldens, FULL, tmp_path / "alone" / "x")
+    message = f"^the sizes of vision tower '{TOWER}' are unknown; pass --vision-tower with its directory$"
+    with pytest.raises(FileNotFoundError, match=message):
+        open_checkpoint(directory)
+    change_config(directory, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    assert open_checkpoint(directory).config.mm_vision_config["num_hidden_layers"] == 24
+
+
+def test_the_hubs_cache_is_enough(goldens, tmp_path, monkeypatch, no_network, golden_model):
+    """`liuhaotian/llava-v1.5-7b` as huggingface_hub lays it out, found without asking the hub."""
+    revision = "4481d270cc22fd5c4d1bb5df129622006ccd9234"
+    for name, source in (("models--liuhaotian--llava-v1.5-7b", FULL), (f"models--tiny--{TOWER}", TOWER)):
+        shutil.copytree(goldens / source, tmp_path / name / "snapshots" / revision)
+        (tmp_path / name / "refs").mkdir()
+        (tmp_path / name / "refs" / "main").write_text(revision)
+    snapshot = tmp_path / "models--liuhaotian--llava-v1.5-7b" / "snapshots" / revision
+    (snapshot / "config.json").chmod(0o644)
+    settings = json.loads((tmp_path / f"models--tiny--{TOWER}" / "snapshots" / revision / "config.json").read_text())
+    change_config(snapshot, mm_vision_config=settings.get("vision_config", settings))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    assert resolve_directory("liuhaotian/llava-v1.5-7b") == snapshot
+    model = load_pretrained_model("liuhaotian/llava-v1.5-7b", None, "llava-v1.5-7b", device="cpu")[1]
+    assert torch.equal(model.lm_head.weight, golden_model[1].lm_head.weight)
+
+
+def test_a_name_that_is_nowhere(tmp_path, no_network):
+    message = (
+        r"^no/such-model is neither a directory nor in the hub's cache, and could not be downloaded \(.*give the path"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve_directory("no/such-model")
+    with pytest.raises(FileNotFoundError, match=r"neither a directory nor in the hub's cache"):
+        resolve_directory(tmp_path / "no" / "such" / "path")
+
+
+COMPLETE = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+]
+
+
+@pytest.fixture
+def written(golden_model, tmp_path):
+    """A directory that `save_checkpoint` wrote."""
+    tokenizer, model, processor, _ = golden_model
+    directory = tmp_path / "alone" / "written"
+    directory.mkdir(parents=True)
+    save_checkpoint(state_for_file(model), copy.deepcopy(model.config), tokenizer, processor, directory)
+    return directory
+
+
+def test_a_directory_we_write_is_complete(written):
+    assert names(written) == COMPLETE
+    assert json.loads((written / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def test_its_tensors_have_the_released_names_and_values(goldens, written):
+    golden, found = open_weights(goldens / FULL), open_weights(written)
+    assert sorted(found) == sorted(golden)
+    for name in golden:
+        assert torch.equal(found[name], golden[name]), name
+
+
+def test_it_loads_without_network_or_anything_beside_it(written, golden_model, no_network):
+    tokenizer, model, processor, context_length = load_pretrained_model(str(written), None, "x", device="cpu")
+    ours = golden_model[1]
+    ids = torch.tensor([[1, -200, 1691, 736, 8314]])
+    images = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, images=images).logits, ours(input_ids=ids, images=images).logits)
+    assert model.config.conversation_template == "vicuna_v1"
+    assert tokenizer("a</s>b").input_ids == golden_model[0]("a</s>b").input_ids
+    assert processor.to_dict() == golden_model[2].to_dict()
+    assert context_length == 256
+
+
+def test_written_in_half_precision(golden_model, tmp_path):
+    tokenizer, model, processor, _ = golden_model
+    config = copy.deepcopy(model.config)
+    save_checkpoint(state_for_file(model), config, tokenizer, processor, tmp_path, dtype=torch.float16)
+    assert load_config(tmp_path).dtype in ("float16", torch.float16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float16"
+    assert {tensor.dtype for tensor in open_weights(tmp_path).values()} == {torch.float16}
+    assert str(config.dtype) in ("float32", "torch.float32")
+
+
+def test_no_sampling_settings_that_libraries_refuse(written):
+    from transformers import GenerationConfig
+
+    GenerationConfig.from_pretrained(written).validate()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "stored"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        (
+            "model.vision_tower.vision_tower.encoder.layers.0.mlp.fc1.bias",
+            "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+        ),
+        (
+            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
+            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
+        ),
+    ],
+)
+def test_names_in_files_are_the_released_ones(parameter, stored):
+    assert file_name(parameter) == stored

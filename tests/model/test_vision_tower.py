@@ -1,0 +1,90 @@
+"""The tower gives transformers' hidden states, without running the layers behind them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llava.model.vision_tower import CLIPVisionTower
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 42,
+    "patch_size": 14,
+    "projection_dim": 8,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """transformers' encoder with all layers, random weights."""
+    torch.manual_seed(0)
+    model = CLIPVisionModel(CLIPVisionConfig(**SIZES)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+
+
+def build(whole, **options):
+    tower = CLIPVisionTower(SIZES, **options).eval()
+    missing, _ = tower.vision_tower.load_state_dict(whole.state_dict(), strict=False)
+    assert missing == []
+    return tower
+
+
+@pytest.mark.parametrize("layer", [-5, -3, -2, -1, 0, 1, 3, 4])
+def test_equals_transformers_hidden_states(whole, pixels, layer):
+    with torch.no_grad():
+        states = whole(pixels, output_hidden_states=True).hidden_states
+        features = build(whole, select_layer=layer)(pixels)
+    assert len(states) == 5
+    torch.testing.assert_close(features, states[layer][:, 1:])
+
+
+def test_class_token_is_kept_on_request(whole, pixels):
+    with torch.no_grad():
+        expected = whole(pixels, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(build(whole, select_feature="cls_patch")(pixels), expected)
+
+
+@pytest.mark.parametrize(("layer", "depth"), [(-2, 3), (-1, 4), (2, 2), (0, 0)])
+def test_layers_behind_the_selected_one_are_not_built(layer, depth):
+    tower = CLIPVisionTower(SIZES, layer)
+    assert tower.config.num_hidden_layers == depth
+    built = {name.split("layers.")[1].split(".")[0] for name, _ in tower.named_parameters() if "layers." in name}
+    assert built == {str(index) for index in range(depth)}
+
+
+def test_sizes():
+    tower = CLIPVisionTower(SIZES)
+    assert (tower.hidden_size, tower.num_patches_per_side, tower.num_patches) == (16, 3, 9)
+    assert tower(torch.zeros(1, 3, 42, 42)).shape == (1, 9, 16)
+    assert (tower.dtype, tower.device) == (torch.float32, torch.device("cpu"))
+
+
+def test_computes_in_its_own_dtype():
+    tower = CLIPVisionTower(SIZES).to(torch.bfloat16)
+    assert tower(torch.zeros(1, 3, 42, 42)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layer", [5, -6])
+def test_layer_that_does_not_exist(layer):
+    with pytest.raises(ValueError, match=f"^mm_vision_select_layer {layer} does not exist in an encoder of 4 layers$"):
+        CLIPVisionTower(SIZES, layer)
+
+
+def test_unknown_feature():
+    with pytest.raises(ValueError, match=r"^mm_vision_select_feature is 'cls'; choose patch or cls_patch$"):
+        CLIPVisionTower(SIZES, select_feature="cls")

@@ -1,0 +1,249 @@
+"""Weight files are read lazily, refused when damaged, never executed, and written so that they come back."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava.model.weights import (
+    LazyTensors,
+    fingerprint,
+    open_tensor_file,
+    open_weights,
+    write_weights,
+)
+
+TENSORS = {
+    "model.a": torch.arange(6.0).view(2, 3),
+    "model.b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "model.c": torch.arange(4),
+}
+
+
+def same(found, expected):
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A directory of two pickled shards with an index."""
+    torch.save({"model.a": TENSORS["model.a"]}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({name: TENSORS[name] for name in ("model.b", "model.c")}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    places = {name: f"pytorch_model-0000{1 if name == 'model.a' else 2}-of-00002.bin" for name in TENSORS}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return tmp_path
+
+
+def test_reads_every_layout(tmp_path, sharded):
+    same(open_weights(sharded), TENSORS)
+    for name, save in (("pytorch_model.bin", torch.save), ("model.safetensors", save_file)):
+        directory = tmp_path / name.partition(".")[0]
+        directory.mkdir()
+        save(TENSORS, directory / name)
+        same(open_weights(directory), TENSORS)
+
+
+def test_reads_pickles_of_old_pytorch(tmp_path):
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    same(open_weights(tmp_path), TENSORS)
+
+
+def test_safetensors_go_before_pickles(tmp_path):
+    torch.save({"old": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    save_file({"new": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert list(open_weights(tmp_path)) == ["new"]
+
+
+def test_tensors_are_read_when_asked_for():
+    asked = []
+    tensors = LazyTensors({"a": lambda: asked.append("a") or torch.zeros(1), "b": lambda: torch.ones(1)})
+    assert (len(tensors), list(tensors), asked) == (2, ["a", "b"], [])
+    laid_over = tensors.overlaid({"b": lambda: torch.full((1,), 2.0), "c": lambda: torch.zeros(1)})
+    assert (laid_over["b"].item(), tensors["b"].item(), sorted(laid_over)) == (2.0, 1.0, ["a", "b", "c"])
+    assert asked == []
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no weights \(model.safetensors.index.json, model.safetensors,"):
+        open_weights(tmp_path)
+
+
+def test_missing_shard(sharded):
+    (sharded / "pytorch_model-00002-of-00002.bin").unlink()
+    message = r"lacks pytorch_model-00002-of-00002.bin, named in pytorch_model.bin.index.json; fetch the missing files$"
+    with pytest.raises(FileNotFoundError, match=message):
+        open_weights(sharded)
+
+
+def test_lying_index(sharded):
+    path = sharded / "pytorch_model.bin.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.b"] = "pytorch_model-00001-of-00002.bin"
+    path.write_text(json.dumps(index))
+    message = "places model.b in pytorch_model-00001-of-00002.bin, which lacks it; fetch both files again$"
+    with pytest.raises(ValueError, match=message):
+        open_weights(sharded)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "3", '{"weight_map": 3}', '{"weight_map": [1]}', "\xff"])
+def test_an_index_that_is_none(sharded, text):
+    (sharded / "pytorch_model.bin.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin.index.json is no index of weights \(.*fetch the file again"
+    ):
+        open_weights(sharded)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -1])
+def test_truncated_safetensors(tmp_path, kept):
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged \(.*\); fetch it again$"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, 300, -1, -200])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_truncated_pickle(tmp_path, kept, is_zip):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=is_zip)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"pytorch_model.bin (is damaged|holds more than tensors and was not loaded)"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_damaged_bytes_never_escape_as_another_error(tmp_path, is_zip):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=is_zip)
+    data = bytearray(path.read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for position in torch.randint(0, len(data), (3,), generator=generator).tolist():
+            damaged[position] = int(torch.randint(0, 256, (), generator=generator))
+        path.write_bytes(damaged)
+        try:
+            assert all(isinstance(tensor, torch.Tensor) for tensor in open_weights(tmp_path).values())
+        except ValueError as error:
+            assert str(error).startswith(str(path))
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path, is_zip):
+    mark = tmp_path / "it-ran"
+    content = {"a": torch.zeros(1), "b": Payload(mark)}
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match=r"holds more than tensors and was not loaded \(.*\); don't trust its source$"):
+        open_weights(tmp_path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"a": 3}, torch.zeros(1), {"state": {"a": torch.zeros(1)}}])
+def test_pickles_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is no dictionary of tensors; use a file of weights$"):
+        open_weights(tmp_path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"mm_projector.bin is missing; fetch it again$"):
+        open_tensor_file(tmp_path / "mm_projector.bin")
+
+
+def test_written_weights_come_back(tmp_path):
+    seen = []
+    write_weights(TENSORS, tmp_path, progress=seen.append)
+    assert names(tmp_path) == ["model.safetensors"]
+    same(open_weights(tmp_path), TENSORS)
+    assert seen == [24, 4, 32]
+    with (tmp_path / "model.safetensors").open("rb") as stream:
+        assert b'{"format":"pt"}' in stream.read(400)
+
+
+def test_written_in_shards(tmp_path):
+    write_weights(TENSORS, tmp_path, max_shard_bytes=30)
+    assert names(tmp_path) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index == {
+        "metadata": {"total_size": 60},
+        "weight_map": {
+            "model.a": "model-00001-of-00002.safetensors",
+            "model.b": "model-00001-of-00002.safetensors",
+            "model.c": "model-00002-of-00002.safetensors",
+        },
+    }
+    same(open_weights(tmp_path), TENSORS)
+
+
+def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path):
+    write_weights(TENSORS, tmp_path, max_shard_bytes=1)
+    assert len(names(tmp_path)) == 4
+    same(open_weights(tmp_path), TENSORS)
+
+
+def test_written_in_another_dtype(tmp_path):
+    write_weights(TENSORS, tmp_path, dtype=torch.float16)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {
+        "model.a": torch.float16,
+        "model.b": torch.float16,
+        "model.c": torch.int64,
+    }
+
+
+def test_views_and_gradients_are_written_too(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    write_weights({"a": base.T, "b": torch.nn.Parameter(base[:, 1])}, tmp_path)
+    same(open_weights(tmp_path), {"a": base.T.contiguous(), "b": torch.tensor([1.0, 5.0, 9.0])})
+
+
+def test_fingerprint_depends_on_the_weights_alone(goldens, tmp_path):
+    golden = open_weights(goldens / "llava-v1.5-golden")
+    expected = fingerprint(golden)
+    assert expected == fingerprint(open_weights(goldens / "llava-v1.5-golden"))
+    assert len(expected) == 32
+    for index, options in enumerate(({}, {"max_shard_bytes": 500_000})):
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        write_weights(golden, directory, **options)
+        assert fingerprint(open_weights(directory)) == expected
+    torch.save(dict(golden), tmp_path / "pytorch_model.bin")
+    assert fingerprint(open_weights(tmp_path)) == expected
+    llm = LazyTensors({name: reader for name, reader in golden.readers.items() if "vision_tower" not in name})
+    assert fingerprint(llm) == expected
+
+
+def test_another_base_has_another_fingerprint(goldens):
+    golden = open_weights(goldens / "llava-v1.5-golden")
+    for name in ("lm_head.weight", "model.mm_projector.0.bias", "model.layers.1.mlp.up_proj.weight"):
+        changed = golden.overlaid({name: lambda name=name: golden[name] + 0.01})
+        assert fingerprint(changed) != fingerprint(golden)
+    renamed = {f"x{name}": tensor for name, tensor in TENSORS.items()}
+    assert len({fingerprint(TENSORS), fingerprint(renamed), fingerprint({"model.a": TENSORS["model.a"]})}) == 3
