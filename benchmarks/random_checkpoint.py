@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def random_tensors(config: LlavaConfig, seed: int) -> LazyTensors:
-    """Return every tensor of a released checkpoint: norms 1, the rest normal with a small deviation, made on the GPU."""
+    """Return every tensor of a released checkpoint: norms 1, the rest normal, made on the GPU."""
     torch.manual_seed(seed)
     with accelerate.init_empty_weights():
         model = LlavaLlamaForCausalLM(config)

@@ -18,6 +18,11 @@ if [ "$VENV" != none ]; then
         pip install --quiet --upgrade pip
         pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} torch  # first, so that packages built from source find it
         pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".[$EXTRAS]"
+        if [ "$CONSTRAINTS" = requirements/cpu.txt ]; then
+            # DeepSpeed compiles an extension when it first runs on a CPU; better now than in the first training.
+            python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)' \
+                >/dev/null 2>&1 || echo "DeepSpeed's extension for CPUs could not be compiled; it does without"
+        fi
         echo "$wanted" >"$VENV/installed.txt"
     fi
 fi

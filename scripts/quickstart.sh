@@ -7,9 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 step() { printf '\n== %s\n' "$*"; }
-tune=checkpoints/llava-tiny-task-lora merged=checkpoints/llava-tiny-merged
-[ "$RUN" = quickstart ] || tune="$RUN/task-lora" merged="$RUN/merged"
-mkdir -p "$RUN"
+tune="$RUN/task-lora" merged="$RUN/merged"
 
 step "World: drawn scenes with questions, as two tables and two folders of images"
 python scripts/tiny/make_world.py --output "$RUN"
@@ -26,7 +24,9 @@ step "Finetuning"
 if [ -f "$tune/adapter_model.safetensors" ]; then
     echo "$tune is there already"
 else
-    BASE_MODEL="$BASE" DATA="$RUN/data_train" OUT="$tune" GPUS=1 bash scripts/v1_5/finetune_task_lora.sh @@FLAGS@@
+    BASE_MODEL="$BASE" DATA="$RUN/data_train" OUT="$tune" GPUS=1 bash scripts/v1_5/finetune_task_lora.sh \
+        --lora_r 16 --lora_alpha 32 --lora_dropout 0 --learning_rate 1e-3 --mm_projector_lr 2e-4 \
+        --per_device_train_batch_size 16 --gradient_checkpointing False --dataloader_num_workers 0 --logging_steps 20
 fi
 
 step "Merging"

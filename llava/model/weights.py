@@ -182,6 +182,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
                 torch.save(dict(tensors), stream)
         else:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+            path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps files to their owner
     except (SafetensorError, RuntimeError, OSError) as error:
         path.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error}); free some space or choose another directory") from error

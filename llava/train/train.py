@@ -234,7 +234,10 @@ def _with_adapters(
     model: LlavaLlamaForCausalLM, model_args: ModelArguments, training_args: TrainingArguments
 ) -> nn.Module:
     if training_args.lora_weight_path:
-        return continue_lora(model, training_args.lora_weight_path)
+        wrapped = continue_lora(model, training_args.lora_weight_path)
+        settings = wrapped.peft_config[wrapped.active_adapter]
+        logger.info("adapters go on with their own rank %d and alpha %d", settings.r, settings.lora_alpha)
+        return wrapped
     return add_lora(
         model,
         rank=training_args.lora_r,
