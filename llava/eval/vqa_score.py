@@ -145,7 +145,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava.eval.vqa_score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--answers-file", nargs="+", required=True, metavar="JSONL", help="answers to score, one column for each file")
+    add(
+        "--answers-file",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="JSONL",
+        help="answers to score, one column for each file",
+    )
     add("--annotations", required=True, metavar="FILE", help=_ANNOTATIONS_HELP)
     add("--kind-key", metavar="NAME", help=_KIND_HELP)
     for field, name in Columns()._asdict().items():
