@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from transformers import BatchFeature
 
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -72,8 +73,8 @@ class CLIPPixels:
         # One row per byte value: indexing gives the same float32 as scaling and normalising each pixel would.
         self._normalised = (scaled - np.array(image_mean, np.float32)) / np.array(image_std, np.float32)
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
-        """Return `{"pixel_values": (N, 3, crop, crop) float32}` of one or several pictures.
+    def preprocess(self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt") -> BatchFeature:
+        """Return `pixel_values`, (N, 3, crop, crop) float32, of one or several pictures, as key and attribute.
 
         Raises:
             ValueError: if `return_tensors` is not "pt".
@@ -81,7 +82,7 @@ class CLIPPixels:
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported")
         pictures = [images] if isinstance(images, Image.Image) else list(images)
-        return {"pixel_values": torch.stack([self._pixels(picture) for picture in pictures])}
+        return BatchFeature({"pixel_values": torch.stack([self._pixels(picture) for picture in pictures])})
 
     __call__ = preprocess
 

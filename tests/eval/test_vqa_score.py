@@ -210,6 +210,13 @@ def test_predictions(write, tmp_path):
         read_predictions(tmp_path / "e.jsonl")
 
 
+def test_answer_files_may_each_have_their_own_flag(write, capsys):
+    base, tuned = write("base.jsonl", [answer(1, "yes")]), write("finetuned.jsonl", [answer(1, "no")])
+    table = write("t.jsonl", [{"question_id": 1, "answer": "yes", "kind": "exist"}])
+    assert main(["--answers-file", base, "--answers-file", tuned, "--annotations", table]) == 0
+    assert "base  finetuned" in capsys.readouterr().out
+
+
 def test_program_compares_files_side_by_side(write, tmp_path, capsys):
     base = write("base.jsonl", [answer(1, "Yes."), answer(2, "3"), answer(3, "", error="boom")])
     tuned = write("finetuned.jsonl", [answer(1, "yes"), answer(2, "Two"), answer(3, "no")])
