@@ -34,7 +34,8 @@ from tokenizer import VOCABULARY, train_tokenizer
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.image_processing import CLIP_MEAN, CLIP_STD, CLIPPixels
-from llava.model.checkpoint import save_checkpoint, state_for_file
+from llava.model.builder import build_model
+from llava.model.checkpoint import open_checkpoint, save_checkpoint, state_for_file
 from llava.model.configuration import LlavaConfig
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 
@@ -72,8 +73,9 @@ this repository runs and is tested without a GPU or a download. It knows scenes 
 Made from scratch in this repository, from pictures drawn by `scripts/tiny/scenes.py`; no other weights or data went in.
 Licence: Apache-2.0.
 
-Trained by `python scripts/tiny/train_base.py {command}`. Right answers on {exam_scenes} unseen scenes, one question of
-each kind per scene where it allows one, exact match under greedy decoding:
+Trained by `python scripts/tiny/train_base.py {command}`.
+Right answers on {exam_scenes} unseen scenes, one question of each kind per scene where it allows one, exact match under
+greedy decoding (`python scripts/tiny/train_base.py --exam_only`):
 
 {table}
 
@@ -95,12 +97,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="for drawing the scenes")
+    parser.add_argument("--exam_only", action="store_true", help="only examine the model that --output holds already")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, examine, write the directory; returns the exit code."""
     arguments = parse_arguments(argv)
+    if arguments.exam_only:
+        print(examine_directory(arguments))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_file = Path(folder) / "tokenizer.model"
         tokenizer_file.write_bytes(train_tokenizer())
@@ -110,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = make_tokenizer(tokenizer_file)
         prefix = torch.tensor(encode_question(Question("", "?", "?"), tokenizer)[0], device=arguments.device)
         torch.manual_seed(arguments.seed)
-        model = build_model().to(arguments.device)
+        model = new_model().to(arguments.device)
         train(model, corpus, prefix, arguments)
         table = format_table(examine(model, exam, prefix))
         print(table)
@@ -118,7 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_model() -> LlavaLlamaForCausalLM:
+def examine_directory(arguments: argparse.Namespace) -> str:
+    """The table of a model that was written before."""
+    tokenizer_file = arguments.output / "tokenizer.model"
+    exam = build_corpus(EXAM_SEED, arguments.exam_scenes, EXAM_SLOTS, tokenizer_file, arguments.processes)
+    prefix = encode_question(Question("", "?", "?"), make_tokenizer(tokenizer_file))[0]
+    model = build_model(open_checkpoint(arguments.output), dtype="float32", device=arguments.device)
+    return format_table(examine(model.eval(), exam, torch.tensor(prefix, device=arguments.device)))
+
+
+def new_model() -> LlavaLlamaForCausalLM:
     """The model with random weights: LLaVA-1.5's classes at small sizes."""
     config = LlavaConfig(
         **LLM,
