@@ -1,15 +1,34 @@
-"""Files and directories that are either complete or not there: written beside the target, then renamed."""
+"""Files and directories that are either complete or not there: written beside the target, then renamed.
+
+And reading the small JSON files of a checkpoint, with an error that names the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _NAME_SHOWN = 40
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: if the file holds none.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is no valid JSON ({error}); fetch the file again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no JSON object; fetch the file again")
+    return settings
 
 
 @contextlib.contextmanager

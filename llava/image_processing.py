@@ -21,6 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BatchFeature
 
+from llava.files import read_settings
+
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -132,12 +134,12 @@ def load_image_processor(directory: str | Path, image_size: int) -> CLIPPixels:
     """Read `preprocessor_config.json` of a directory; without one, CLIP's values at `image_size` pixels.
 
     Raises:
-        ValueError: if the file asks for steps that CLIP's preprocessing does not have.
+        ValueError: if the file holds no JSON object, or asks for steps that CLIP's preprocessing does not have.
     """
     path = Path(directory) / PREPROCESSOR_CONFIG_FILE
     if not path.is_file():
         return CLIPPixels(image_size)
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_settings(path)
     off = [key for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize") if settings.get(key) is False]
     if off or settings.get("resample", 3) != 3:
         raise ValueError(

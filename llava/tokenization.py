@@ -17,6 +17,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AddedToken, PreTrainedTokenizer
 
+from llava.files import read_settings
+
 VOCABULARY_FILE = "tokenizer.model"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -173,6 +175,7 @@ def load_tokenizer(directory: str | Path) -> LlavaTokenizer:
 
     Raises:
         FileNotFoundError: if `tokenizer.model` is missing.
+        ValueError: if one of its JSON files holds no object.
     """
     directory = Path(directory)
     vocabulary = directory / VOCABULARY_FILE
@@ -223,7 +226,7 @@ def save_tokenizer(tokenizer: LlavaTokenizer, directory: str | Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_settings(path) if path.is_file() else {}
 
 
 def _content(token: str | dict[str, Any]) -> str:

@@ -215,3 +215,9 @@ def test_best_resolution():
     assert select_best_resolution((300, 1000), choices) == (336, 1008)
     assert select_best_resolution((600, 600), choices) == (672, 672)
     assert select_best_resolution((100, 100), choices) == (336, 672)
+
+
+def test_a_broken_preprocessor_config_is_named(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json is no JSON object; fetch the file again"):
+        load_image_processor(tmp_path, 336)

@@ -12,11 +12,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "llava"
 MAY_IMPORT = {  # layer -> layers of llava it may import
     "constants": (),
     "conversation": (),
-    "tokenization": (),
-    "files": (),  # complete-or-absent writes, for whoever writes
-    "image_processing": (),  # pixels without a model: mm_utils and data need them, the tower carries its processor
+    "tokenization": ("files",),
+    "files": (),  # complete-or-absent writes and small JSON files, for whoever writes and reads
+    "image_processing": (
+        "files",
+    ),  # pixels without a model: mm_utils and data need them, the tower carries its processor
     "mm_utils": ("constants", "image_processing"),
-    "model": ("constants", "tokenization", "image_processing"),
+    "model": ("constants", "tokenization", "files", "image_processing"),
     "data": ("constants", "conversation", "tokenization", "mm_utils", "files", "image_processing"),  # without a model
     "inference": (
         "constants",

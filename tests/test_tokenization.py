@@ -172,3 +172,11 @@ def test_a_vocabulary_that_merges_spaces_is_refused(goldens, tmp_path):
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(ValueError, match="this sentencepiece model changes spaces, so it is not a Llama tokenizer"):
         LlavaTokenizer(str(path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_broken_settings_file_is_named(name, goldens, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((goldens / "llava-v1.5-golden/tokenizer.model").read_bytes())
+    (tmp_path / name).write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name} is no valid JSON .*; fetch the file again"):
+        load_tokenizer(tmp_path)

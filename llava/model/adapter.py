@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.model.configuration import read_settings
+from llava.files import read_settings
 from llava.model.weights import LazyTensors, open_tensor_file
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"

@@ -21,9 +21,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
+from llava.files import read_settings
 from llava.image_processing import CLIPPixels, load_image_processor
 from llava.model.adapter import ADAPTER_CONFIG_FILE, PROJECTOR_FILE, add_adapter, read_adapter, read_projector
-from llava.model.configuration import CONFIG_FILE, LlavaConfig, load_config, read_settings, save_config
+from llava.model.configuration import CONFIG_FILE, LlavaConfig, load_config, save_config
 from llava.model.vision_tower import VIT_L_14_336
 from llava.model.weights import LazyTensors, find_weight_file, fingerprint, open_weights, write_weights
 from llava.tokenization import LlavaTokenizer, load_tokenizer, save_tokenizer

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from llava.files import read_settings
+
 CONFIG_FILE = "config.json"
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
@@ -54,21 +56,6 @@ class LlavaConfig(LlamaConfig):
     conversation_template: str | None = None
     base_model_name_or_path: str | None = None
     base_model_fingerprint: str | None = None
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: if the file holds none.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is no valid JSON ({error}); fetch the file again") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no JSON object; fetch the file again")
-    return settings
 
 
 def load_config(directory: str | Path) -> LlavaConfig:

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from llava.model.configuration import LlavaConfig, load_config, read_settings, save_config
+from llava.files import read_settings
+from llava.model.configuration import LlavaConfig, load_config, save_config
 
 
 def write(directory, **settings):
