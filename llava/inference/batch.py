@@ -19,6 +19,7 @@ from llava.inference.session import Prompt, Sampling, Session
 BATCHES_AHEAD = 2
 CPU_BATCH_SIZE = 8
 MAX_BATCH_SIZE = 32
+# Counted from the model's sizes, not measured: weights by their bits, and a row's cache and activations on top.
 _WEIGHTS_GIB = {16: 14.0, 8: 7.5, 4: 4.5}
 _ROW_GIB = 0.5
 _RESERVE_GIB = 1.0

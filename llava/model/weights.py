@@ -209,8 +209,8 @@ def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Return a short identity of weights: the same from pickles or safetensors, in one file or many.
 
-    Names, shapes and 64 values spread over each tensor are hashed, so that 7B take well under a second to read. The
-    image encoder is left out, since some directories carry it and others don't.
+    Names, shapes and 64 values spread over each tensor are hashed, so that only a small part of the files is read.
+    The image encoder is left out, since some directories carry it and others don't.
     """
     digest = hashlib.sha256()
     for name in sorted(name for name in tensors if "vision_tower" not in name and "inv_freq" not in name):
