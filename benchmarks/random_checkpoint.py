@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Write LLaVA-1.5-7B at its true sizes with random weights, for measurements where the real ones can't be had.
 
-Example: python benchmarks/random_checkpoint.py --output /tmp/random-7b --tokenizer playground/llava-tiny
+Example: python benchmarks/random_checkpoint.py --output /tmp/7b --tokenizer playground/llava-tiny --lora /tmp/7b-lora
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,15 @@ from tqdm import tqdm
 from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
 from llava.image_processing import CLIPPixels
-from llava.model.checkpoint import TOWER_PREFIX, file_name, save_checkpoint
+from llava.model.adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILES, NON_LORA_FILES, PEFT_PREFIX, is_llm_block
+from llava.model.checkpoint import save_checkpoint, save_settings
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import best_device
+from llava.model.lazy_tensors import LazyTensor, LazyTensors, fingerprint
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.vision_tower import VIT_L_14_336
-from llava.model.weights import LazyTensors
+from llava.model.vision_tower import TOWER_PREFIX, VIT_L_14_336, released_name
+from llava.model.weight_writer import save_tensors
+from llava.model.weights import open_weights
 from llava.tokenization import load_tokenizer
 
 STANDARD_DEVIATION = 0.02
@@ -38,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, type=Path, help="directory whose tokenizer is used")
     parser.add_argument("--layers", type=int, default=32, help="LLM layers (default: %(default)s, as 7B)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--lora", type=Path, help="write an adapter on all of the LLM's linear layers too, into this directory"
+    )
+    parser.add_argument("--rank", type=int, default=128, help="of that adapter (default: %(default)s)")
     options = parser.parse_args(argv)
+    torch.manual_seed(options.seed)
     config = LlavaConfig(
         num_hidden_layers=options.layers,
         max_position_embeddings=4096,
@@ -51,23 +60,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         image_aspect_ratio="pad",
         conversation_template=DEFAULT_TEMPLATE,
     )
-    tensors = random_tensors(config, options.seed)
-    tokenizer = load_tokenizer(options.tokenizer)
+    tensors = random_tensors(config)
+    tokenizer, processor = load_tokenizer(options.tokenizer), CLIPPixels(VIT_L_14_336["image_size"])
     with atomic_directory(options.output) as directory, tqdm(total=len(tensors), unit="tensor") as bar:
-        processor = CLIPPixels(VIT_L_14_336["image_size"])
         save_checkpoint(
             tensors, config, tokenizer, processor, directory, dtype=torch.bfloat16, progress=lambda _: bar.update()
         )
     print(f"wrote {options.output}")
+    if options.lora:
+        config.base_model_name_or_path = str(options.output)
+        config.base_model_fingerprint = fingerprint(open_weights(options.output))
+        with atomic_directory(options.lora) as directory:
+            write_adapter(tensors, config, options.rank, directory)
+            save_settings(config, tokenizer, processor, directory)
+        print(f"wrote {options.lora}")
     return 0
 
 
-def random_tensors(config: LlavaConfig, seed: int) -> LazyTensors:
-    """Return every tensor of a released checkpoint: norms 1, the rest normal, made on the GPU."""
-    torch.manual_seed(seed)
+def write_adapter(base: LazyTensors, config: LlavaConfig, rank: int, directory: Path) -> None:
+    """Write a LoRA directory's weights, with a projector of its own."""
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapter, projector = {}, {}
+    for name, entry in base.entries.items():
+        module, _, leaf = name.rpartition(".")
+        if is_llm_block(name) and leaf == "weight" and module.rpartition(".")[2] in kinds:
+            out, into = entry.shape
+            stem = f"{PEFT_PREFIX}{module}"
+            adapter[f"{stem}.lora_A.weight"] = _random_tensor("lora_A", (rank, into))
+            adapter[f"{stem}.lora_B.weight"] = _random_tensor("lora_B", (out, rank))
+        elif "mm_projector" in name:
+            projector[PEFT_PREFIX + name] = _random_tensor("projector", entry.shape)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05}
+    settings |= {"target_modules": list(kinds), "bias": "none", "inference_mode": True}
+    settings["base_model_name_or_path"] = config.base_model_name_or_path
+    (directory / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_tensors({name: tensor.cpu() for name, tensor in adapter.items()}, directory / ADAPTER_FILES[0])
+    save_tensors({name: tensor.cpu() for name, tensor in projector.items()}, directory / NON_LORA_FILES[0])
+
+
+def random_tensors(config: LlavaConfig) -> LazyTensors:
+    """Return every tensor of a released checkpoint: norms 1, the rest normal, made on the GPU if there is one."""
     with accelerate.init_empty_weights():
         model = LlavaLlamaForCausalLM(config)
-    shapes = {file_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {released_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     last = config.mm_vision_config["num_hidden_layers"] - 1
     layers = f"{TOWER_PREFIX}vision_model.encoder.layers."
     shapes |= {
@@ -75,12 +110,17 @@ def random_tensors(config: LlavaConfig, seed: int) -> LazyTensors:
         for name, shape in shapes.items()
         if name.startswith(f"{layers}0.")
     }
-    return LazyTensors({name: functools.partial(_random_tensor, name, shape) for name, shape in shapes.items()})
+    return LazyTensors(
+        {
+            name: LazyTensor(torch.Size(shape), torch.bfloat16, functools.partial(_random_tensor, name, shape))
+            for name, shape in shapes.items()
+        }
+    )
 
 
 def _random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     if "norm" in name:
-        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
+        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.bfloat16)
     return torch.randn(shape, device=best_device(), dtype=torch.bfloat16) * STANDARD_DEVIATION
 
 

@@ -6,6 +6,7 @@ And reading the small JSON files of a checkpoint, with an error that names the f
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -13,7 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _NAME_SHOWN = 40
+_PARTIAL = ".partial"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -79,7 +86,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
 def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden empty directory beside `path` that is renamed to `path` once everything in it is safely on disk.
 
-    After an exception the hidden directory is removed and `path` is as it was before.
+    After an exception the hidden directory is removed and `path` is as it was before. What a killed process left behind
+    is removed by the next one that writes the same directory.
 
     Args:
         path: the directory to write; its missing parents are created and a symbolic link is followed.
@@ -94,22 +102,55 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     """
     target = Path(os.path.realpath(path))
     _refuse_occupied(target, replace)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden_sibling(target)
-    temporary.mkdir()
     try:
-        yield temporary
-        _sync_tree(temporary)
-        _refuse_occupied(target, replace)
-        _move_directory(temporary, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        temporary.mkdir()
+    except OSError as error:
+        raise OSError(
+            f"{target} can't be written ({error.strerror}); choose another directory, or let yourself write there"
+        ) from error
+    try:
+        with _locked(temporary):
+            yield temporary
+            _sync_tree(temporary)
+            _refuse_occupied(target, replace)
+            _move_directory(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(target.parent)
 
 
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Hold a directory's lock, which ends with the process; yield whether it could be had."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_held = True
+    except OSError:  # another process has it, or the file system knows no locks
+        is_held = False
+    try:
+        yield is_held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(target: Path) -> None:
+    for path in target.parent.glob(f".{glob.escape(target.name[:_NAME_SHOWN])}.*{_PARTIAL}"):
+        if path.is_dir():
+            with _locked(path) as is_held:
+                if is_held and any(path.iterdir()):  # nobody writes it any more; an empty one may just begin
+                    shutil.rmtree(path, ignore_errors=True)
+
+
 def _hidden_sibling(target: Path) -> Path:
-    return target.with_name(f".{target.name[:_NAME_SHOWN]}.{os.urandom(4).hex()}.partial")
+    return target.with_name(f".{target.name[:_NAME_SHOWN]}.{os.urandom(4).hex()}{_PARTIAL}")
 
 
 def _refuse_occupied(target: Path, replace: bool) -> None:

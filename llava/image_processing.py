@@ -24,6 +24,7 @@ from transformers import BatchFeature
 from llava.files import read_settings
 
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
+PROCESSOR_CONFIG_FILE = "processor_config.json"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_IMAGE_PIXELS = 178_956_970
@@ -131,27 +132,90 @@ class CLIPPixels:
 
 
 def load_image_processor(directory: str | Path, image_size: int) -> CLIPPixels:
-    """Read `preprocessor_config.json` of a directory; without one, CLIP's values at `image_size` pixels.
+    """Read a directory's image settings; without any, CLIP's values at `image_size` pixels.
+
+    They are those of transformers' `CLIPImageProcessor` or `LlavaImageProcessor`: in `processor_config.json` under
+    `image_processor`, as transformers 5 writes them and prefers them, else in `preprocessor_config.json`. Whether they
+    pad says `pads_images`.
 
     Raises:
-        ValueError: if the file holds no JSON object, or asks for steps that CLIP's preprocessing does not have.
+        ValueError: if a file holds no JSON object, or asks for steps that CLIP's preprocessing does not have.
     """
-    path = Path(directory) / PREPROCESSOR_CONFIG_FILE
-    if not path.is_file():
-        return CLIPPixels(image_size)
-    settings = read_settings(path)
+    path, settings = _image_settings(Path(directory))
     off = [key for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize") if settings.get(key) is False]
-    if off or settings.get("resample", 3) != 3:
-        raise ValueError(
-            f"{path}: {', '.join(off) or 'resample'} differs from CLIP's preprocessing, which is what runs here"
-        )
     size, crop = settings.get("size", image_size), settings.get("crop_size", image_size)
+    differs = {
+        "resample": settings.get("resample", 3) != 3,
+        "rescale_factor": not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255),
+        "size": isinstance(size, dict) and "shortest_edge" not in size,
+        "crop_size": isinstance(crop, dict) and crop["height"] != crop["width"],
+    }
+    reasons = off + [key for key, is_other in differs.items() if is_other]
+    if reasons:
+        raise ValueError(f"{path}: {', '.join(reasons)} differs from CLIP's preprocessing, which is what runs here")
     return CLIPPixels(
         size if isinstance(size, int) else size["shortest_edge"],
         crop if isinstance(crop, int) else crop["height"],
         settings.get("image_mean", CLIP_MEAN),
         settings.get("image_std", CLIP_STD),
     )
+
+
+def pads_images(directory: str | Path) -> bool | None:
+    """Tell whether a directory's image settings pad pictures to squares (`do_pad`); None where they don't say.
+
+    Raises:
+        ValueError: if a file holds no JSON object.
+    """
+    return _image_settings(Path(directory))[1].get("do_pad")
+
+
+def hf_image_processor_settings(processor: CLIPPixels, *, do_pad: bool) -> dict[str, Any]:
+    """Return the content of `preprocessor_config.json` for transformers' `LlavaImageProcessor`.
+
+    Loaded by `AutoProcessor.from_pretrained(directory, backend="pil")` (transformers 4: `use_fast=False`) it gives the
+    pixels of `process_images` bit for bit. Without that argument transformers takes torchvision where it is installed,
+    whose resize differs; no setting in a file selects Pillow.
+
+    Args:
+        processor: of the model.
+        do_pad: whether the model's `image_aspect_ratio` is "pad".
+    """
+    return {**processor.to_dict(), "do_pad": do_pad, "image_processor_type": "LlavaImageProcessor"}
+
+
+def hf_processor_settings(*, patch_size: int, select_feature: str, image_token: str) -> dict[str, Any]:
+    """Return the content of `processor_config.json` for transformers' `LlavaProcessor`, which repeats image tokens.
+
+    Args:
+        patch_size: of the vision tower, in pixels.
+        select_feature: `mm_vision_select_feature` of the model: "patch", or "cls_patch" for the class token as well.
+        image_token: mark for an image in a prompt.
+
+    Raises:
+        ValueError: if `select_feature` has another name.
+    """
+    strategies = {"patch": "default", "cls_patch": "full"}
+    if select_feature not in strategies:
+        raise ValueError(f"mm_vision_select_feature is {select_feature!r}; choose one of {', '.join(strategies)}")
+    return {
+        "image_token": image_token,
+        "num_additional_image_tokens": 1,  # the class token, which the strategy "default" takes away again
+        "patch_size": patch_size,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": strategies[select_feature],
+    }
+
+
+def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that holds a directory's image settings, and these without nulls; none without a file."""
+    nested, path = directory / PROCESSOR_CONFIG_FILE, directory / PREPROCESSOR_CONFIG_FILE
+    settings = read_settings(nested).get("image_processor") if nested.is_file() else None
+    if settings is not None:
+        path = nested
+    else:
+        settings = read_settings(path) if path.is_file() else {}
+    return path, {key: value for key, value in settings.items() if value is not None}
 
 
 def open_image(path: str | Path) -> Image.Image:

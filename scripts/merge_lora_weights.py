@@ -13,16 +13,17 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
-from llava.inference.parity import Probe, compare_probes, probe_model
-from llava.model.builder import attach_adapter, build_model
+from llava.inference.parity import Parity, Prober, compare_probes
 from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint, save_checkpoint
-from llava.model.devices import DTYPES
+from llava.model.devices import DTYPES, best_device, default_dtype
+from llava.model.quantization import quantization_note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-model-path", required=True, type=Path, help="directory to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written weights (default: the base's)")
     parser.add_argument("--vision-tower", help="image encoder, for a base that comes without one")
+    parser.add_argument(
+        "--mm-projector", help="projector, for an adapter directory that comes without the one trained with it"
+    )
     parser.add_argument("--allow-other-base", action="store_true", help="accept a base the adapter was not trained on")
     parser.add_argument("--overwrite", action="store_true", help="replace a directory that is already there")
     parser.add_argument("--no-parity", action="store_true", help="don't compare adapter and merged model afterwards")
@@ -59,22 +63,32 @@ def merge(options: argparse.Namespace) -> None:
         FileExistsError: if the directory is there already.
         ValueError: if the model path holds full weights, or the base is another one.
     """
-    places = {"vision_tower": options.vision_tower, "allow_other_base": options.allow_other_base}
-    checkpoint = open_checkpoint(options.model_path, options.model_base, **places)
-    if checkpoint.layout is Layout.FULL:
-        raise ValueError(f"--model-path {options.model_path} holds full weights: there is nothing to merge")
+    checkpoint = open_checkpoint(options.model_path, options.model_base, **places(options))
+    if checkpoint.layout not in (Layout.LORA, Layout.PROJECTOR):
+        raise ValueError(
+            f"--model-path {options.model_path} holds {checkpoint.layout.value}: there is nothing to merge"
+        )
     checkpoint.config.conversation_template = checkpoint.config.conversation_template or DEFAULT_TEMPLATE
-    dtype = DTYPES[options.dtype] if options.dtype else checkpoint.tensors["model.embed_tokens.weight"].dtype
+    dtype = DTYPES[options.dtype] if options.dtype else checkpoint.tensors.entries["model.embed_tokens.weight"].dtype
     with atomic_directory(options.save_model_path, replace=options.overwrite) as directory:
         write_merged(checkpoint, directory, dtype)
     print(f"wrote {options.save_model_path} in {str(dtype).removeprefix('torch.')}")
+    note = quantization_note(checkpoint.config.base_model_bits)
+    if note:
+        print(note)
     if not options.no_parity:
-        print(measure_parity(options, checkpoint.layout))
+        measure_parity(options, checkpoint)
+
+
+def places(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `open_checkpoint` that the command line gives."""
+    return {key: getattr(options, key) for key in ("vision_tower", "mm_projector", "allow_other_base")}
 
 
 def write_merged(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) -> None:
     """Write a complete checkpoint, tensor by tensor, with a progress bar."""
-    with tqdm(total=len(checkpoint.tensors), unit="tensor", desc="merging") as bar:
+    total = sum(entry.shape.numel() * dtype.itemsize for entry in checkpoint.tensors.entries.values())
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="merging") as bar:
         save_checkpoint(
             checkpoint.tensors,
             checkpoint.config,
@@ -82,34 +96,34 @@ def write_merged(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) ->
             checkpoint.image_processor,
             directory,
             dtype=dtype,
-            progress=lambda _: bar.update(),
+            progress=bar.update,
         )
 
 
-def measure_parity(options: argparse.Namespace, layout: Layout) -> str:
-    """Return in words how far the written model differs from base and adapter side by side."""
-    is_lora = layout is Layout.LORA
-    separate = open_checkpoint(
-        options.model_path,
-        options.model_base,
-        vision_tower=options.vision_tower,
-        allow_other_base=options.allow_other_base,
-        with_adapter=not is_lora,
-    )
-    before = _probe(separate, options.device, options.model_path if is_lora else None)
-    after = _probe(open_checkpoint(options.save_model_path), options.device, None)
-    parity = compare_probes(before, after)
+def measure_parity(options: argparse.Namespace, merged: Checkpoint) -> None:
+    """Print how far adapter beside base, sums in memory, and the directory just written differ."""
+    is_lora = merged.layout is Layout.LORA
+    separate = open_checkpoint(options.model_path, options.model_base, with_adapter=not is_lora, **places(options))
+    device = torch.device(options.device) if options.device else best_device()
+    size = sum(entry.shape.numel() for entry in merged.tensors.entries.values()) * default_dtype(device).itemsize
+    prober = Prober(size, device)
+    if prober.is_streamed:
+        print("comparing with the weights left in their files, since memory is short; --no-parity leaves it out")
+    adapter = options.model_path if is_lora else None
+    before = prober.ask(separate, adapter_directory=adapter)
+    summed = prober.ask(merged)
+    reloaded = prober.ask(open_checkpoint(options.save_model_path))
+    print(f"parity on {len(before)} question(s), computed in {default_dtype(device)}:")
+    print(f"  {merged.layout.value} beside its base - merged   {describe(compare_probes(before, summed))}")
+    print(f"  merged - reloaded from {options.save_model_path}   {describe(compare_probes(summed, reloaded))}")
+
+
+def describe(parity: Parity) -> str:
+    """Return a comparison in words."""
     return (
-        f"parity of {layout.value} and merged model on {len(before)} questions: largest logit difference "
-        f"{parity.logit_difference:.2g} (largest logit {parity.logit_scale:.3g}), equal greedy answers "
-        f"{100 * parity.greedy_agreement:.0f} %"
+        f"largest logit difference {parity.logit_difference:.2g} (largest logit {parity.logit_scale:.3g}), "
+        f"equal greedy answers {100 * parity.greedy_agreement:.0f} %"
     )
-
-
-def _probe(checkpoint: Checkpoint, device: str | None, adapter: str | None) -> list[Probe]:
-    model = build_model(checkpoint, device=device).eval()
-    asked = attach_adapter(model, adapter) if adapter else model
-    return probe_model(asked, checkpoint.tokenizer, checkpoint.config.conversation_template)
 
 
 if __name__ == "__main__":

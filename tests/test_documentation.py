@@ -16,6 +16,8 @@ SHELL_SCRIPTS = [ROOT / "inference.sh", ROOT / ".ci/run", *sorted((ROOT / "scrip
 PROGRAMS = (
     "task_data_preprocessing.py",
     "scripts/merge_lora_weights.py",
+    "scripts/convert_checkpoint.py",
+    "scripts/quantize_checkpoint.py",
     "scripts/tiny/make_world.py",
     "scripts/tiny/train_base.py",
     "llava/train/train_mem.py",

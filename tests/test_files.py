@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,32 @@ def test_directory_appears_complete(tmp_path, prepare):
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
+WRITE_UNTIL_KILLED = """
+import sys, time
+from llava.files import atomic_directory
+with atomic_directory(sys.argv[1]) as directory:
+    (directory / "half.txt").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    target = tmp_path / "model"
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITE_UNTIL_KILLED, str(target)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    ) as process:
+        process.stdout.readline()
+        with atomic_directory(target) as directory:  # the other one is alive: its files are left alone
+            (directory / "a.txt").write_text("a")
+        assert len(list(tmp_path.glob(".model.*.partial/half.txt"))) == 1
+        process.kill()
+    assert tree(target) == {"a.txt": "a"}
+    with atomic_directory(target, replace=True) as directory:
+        (directory / "b.txt").write_text("b")
+    assert tree(tmp_path) == {"model/b.txt": "b"}
+
+
 def test_occupied_directory_is_refused_before_any_work(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.txt").write_text("old")
@@ -106,6 +134,14 @@ def test_occupied_directory_is_refused_before_any_work(tmp_path):
     ):
         pytest.fail("the body must not run")
     assert tree(tmp_path) == {"model/a.txt": "old"}
+
+
+def test_where_nothing_may_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (Path("/proc/model"), tmp_path / "file" / "model"):  # the first one stops root too
+        message = rf"^{target} can't be written \(.*\); choose another directory, or let yourself write there$"
+        with pytest.raises(OSError, match=message), atomic_directory(target):
+            pass
 
 
 def test_file_in_the_way_is_refused(tmp_path):

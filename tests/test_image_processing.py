@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, features
+from transformers import LlavaImageProcessorPil
 
 from llava import image_processing
 from llava.image_processing import (
@@ -17,11 +19,15 @@ from llava.image_processing import (
     ImageError,
     decode_image,
     expand_to_square,
+    hf_image_processor_settings,
+    hf_processor_settings,
     load_image_processor,
     open_image,
+    pads_images,
     resolve_image,
     select_best_resolution,
 )
+from llava.mm_utils import process_images
 
 
 def png(picture):
@@ -85,6 +91,9 @@ def test_sizes_as_plain_numbers(tmp_path):
         ({"do_center_crop": False}, "do_center_crop"),
         ({"do_resize": False, "do_normalize": False}, "do_resize, do_normalize"),
         ({"resample": 2}, "resample"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"size": {"height": 336, "width": 336}}, "size"),
+        ({"do_resize": False, "crop_size": {"height": 336, "width": 224}}, "do_resize, crop_size"),
     ],
 )
 def test_other_steps_than_clips_are_refused(tmp_path, settings, reason):
@@ -221,3 +230,75 @@ def test_a_broken_preprocessor_config_is_named(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"preprocessor_config.json is no JSON object; fetch the file again"):
         load_image_processor(tmp_path, 336)
+
+
+def test_settings_inside_the_processors(tmp_path):
+    """As transformers 5 writes them; they count before `preprocessor_config.json`."""
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 224, "crop_size": 224}')
+    (tmp_path / "processor_config.json").write_text('{"patch_size": 14, "processor_class": "LlavaProcessor"}')
+    assert load_image_processor(tmp_path, 336).to_dict() == CLIPPixels(224).to_dict()
+    nested = {
+        "size": {"shortest_edge": 56},
+        "crop_size": {"height": 56, "width": 56},
+        "image_mean": None,
+        "do_pad": True,
+    }
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested, "patch_size": 14}))
+    assert load_image_processor(tmp_path, 336).to_dict() == CLIPPixels(56).to_dict()
+    assert pads_images(tmp_path) is True
+    nested["resample"] = 2
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested}))
+    with pytest.raises(ValueError, match=r"processor_config.json: resample differs from CLIP's preprocessing"):
+        load_image_processor(tmp_path, 336)
+
+
+def test_whether_pictures_are_padded(tmp_path, goldens):
+    assert pads_images(tmp_path) is None
+    assert pads_images(goldens / "clip-vit-tiny-patch14-56") is None
+    for do_pad in (False, True):
+        settings = hf_image_processor_settings(CLIPPixels(56), do_pad=do_pad)
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        assert pads_images(tmp_path) is do_pad
+        assert load_image_processor(tmp_path, 336).to_dict() == CLIPPixels(56).to_dict()
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json is no JSON object"):
+        pads_images(tmp_path)
+
+
+@pytest.mark.parametrize("ratio", ["pad", None])
+def test_transformers_computes_the_same_pixels(tmp_path, goldens, ratio):
+    settings = hf_image_processor_settings(CLIPPixels(336), do_pad=ratio == "pad")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = LlavaImageProcessorPil.from_pretrained(str(tmp_path))
+    pictures = [Image.open(path) for path in sorted((goldens / "images").iterdir())]
+    assert {picture.mode for picture in pictures} == {"L", "P", "RGB", "RGBA"}
+    rng = np.random.default_rng(0)
+    for width, height in ((1, 9), (9, 1), (3, 7), (7, 3), (3, 3), (1, 1)):
+        pictures.append(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+    for picture in pictures:
+        expected = process_images([picture.convert("RGB")], CLIPPixels(336), SimpleNamespace(image_aspect_ratio=ratio))
+        assert torch.equal(processor(picture, return_tensors="pt")["pixel_values"], expected), picture
+
+
+def test_what_transformers_saves_is_read(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(hf_image_processor_settings(CLIPPixels(336, image_mean=(0.5, 0.5, 0.5)), do_pad=True))
+    )
+    LlavaImageProcessorPil.from_pretrained(str(tmp_path)).save_pretrained(tmp_path / "again")
+    assert load_image_processor(tmp_path / "again", 56).image_mean == [0.5, 0.5, 0.5]
+    assert pads_images(tmp_path / "again") is True
+
+
+def test_settings_of_the_processor():
+    settings = hf_processor_settings(patch_size=14, select_feature="patch", image_token="<image>")
+    assert settings == {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,
+        "patch_size": 14,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": "default",
+    }
+    both = hf_processor_settings(patch_size=14, select_feature="cls_patch", image_token="<image>")
+    assert both == {**settings, "vision_feature_select_strategy": "full"}
+    with pytest.raises(ValueError, match=r"^mm_vision_select_feature is 'cls'; choose one of patch, cls_patch$"):
+        hf_processor_settings(patch_size=14, select_feature="cls", image_token="<image>")

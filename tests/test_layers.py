@@ -12,7 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "llava"
 MAY_IMPORT = {  # layer -> layers of llava it may import
     "constants": (),
     "conversation": (),
-    "tokenization": ("files",),
+    "tokenizer_json": ("files",),
+    "tokenization": ("constants", "files", "tokenizer_json"),
+    "chat_template": ("constants", "conversation"),
     "files": (),  # complete-or-absent writes and small JSON files, for whoever writes and reads
     "image_processing": (
         "files",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from llava.eval.run_llava import eval_model
 from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +123,22 @@ def test_stages_of_zero_learn_the_same(lora_run: Callable[[str, str], Path]) -> 
     first, second = losses(lora_run("2", "2")), losses(lora_run("3", "2"))
     assert first == pytest.approx(second, rel=1e-4)
     assert first[-1] < first[0]
+
+
+def test_an_unfinished_run_of_the_original_opens(lora_run: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """There the projector is in DeepSpeed's states alone, and `config.json` comes with the finished run."""
+    run, left = lora_run("2", "2"), tmp_path / "checkpoint-2"
+    ours = ("config.json", "non_lora_trainables.bin", "training.json", "tokenizer.model", "preprocessor_config.json")
+    shutil.copytree(run / "checkpoint-2", left, ignore=shutil.ignore_patterns(*ours))
+    assert list(left.glob("global_step2/mp_rank_00_model_states.pt"))
+    expected = open_checkpoint(run / "checkpoint-2", BASE)
+    found = open_checkpoint(left, BASE)
+    assert sorted(found.tensors) == sorted(expected.tensors)
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in found.tensors)
+    assert found.image_processor.to_dict() == expected.image_processor.to_dict()
+    with pytest.raises(FileNotFoundError, match="lacks non_lora_trainables"):  # ZeRO-3 keeps parts in many files
+        shutil.rmtree(left / "global_step2")
+        open_checkpoint(left, BASE)
 
 
 def test_from_training_to_answers(lora_run: Callable[[str, str], Path], data: Path, tmp_path: Path) -> None:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoProcessor, AutoTokenizer
 
-from llava.mm_utils import tokenizer_image_token
-from llava.tokenization import LlavaTokenizer, load_tokenizer, save_tokenizer
+from llava.chat_template import chat_template
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import get_template
+from llava.data.supervision import encode_example
+from llava.image_processing import CLIPPixels, hf_image_processor_settings, hf_processor_settings
+from llava.inference.prompts import first_turn_ids, place_question
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.tokenization import LlavaTokenizer, load_tokenizer, save_tokenizer, write_hf_tokenizer
 
 MARKS = ("<s>", "</s>", "<unk>")
 
@@ -156,6 +166,211 @@ def test_save_and_load_round_trip(tokenizers, tmp_path, golden_json):
         for case in golden_json("tokenization"):
             if case["legacy"] is legacy and "ids" in case:
                 assert loaded(case["text"]).input_ids == case["ids"]
+
+
+def test_bytes_do_for_a_file(goldens, tmp_path):
+    path = goldens / "llava-v1.5-golden" / "tokenizer.model"
+    tokenizer = pickle.loads(pickle.dumps(LlavaTokenizer(vocabulary=path.read_bytes(), legacy=False)))
+    assert tokenizer("a</s>b").input_ids == [1, 264, 2, 28726]
+    assert tokenizer.save_vocabulary(str(tmp_path)) == (str(tmp_path / "tokenizer.model"),)
+    assert (tmp_path / "tokenizer.model").read_bytes() == path.read_bytes()
+
+
+def test_neither_file_nor_bytes():
+    with pytest.raises(
+        ValueError, match=r"^no vocabulary; pass vocab_file=, the path of tokenizer.model, or its bytes$"
+    ):
+        LlavaTokenizer()
+
+
+def test_rows_that_no_token_has_are_empty_text(hf_directories):
+    tokenizer = load_tokenizer(hf_directories[False])
+    assert tokenizer.decode([32002, 5081, 32063, 287, 2, 32010]) == "yes b</s>"
+    assert tokenizer.convert_ids_to_tokens([32063]) == [""]
+    assert tokenizer.decode([32002]) == ""
+    with pytest.raises(IndexError, match="out of range"):
+        tokenizer.decode([IMAGE_TOKEN_INDEX])
+
+
+IMAGE_ID, PAD_ID = 32000, 32001
+
+
+@pytest.fixture(scope="module")
+def hf_directories(tokenizers, tmp_path_factory):
+    """A complete processor directory by `legacy`, as it stands beside converted weights."""
+    directories = {}
+    for legacy, tokenizer in tokenizers.items():
+        path = directories[legacy] = tmp_path_factory.mktemp(f"legacy_{legacy}".lower())
+        template = chat_template(get_template("v1"))
+        write_hf_tokenizer(tokenizer, path, image_token_id=IMAGE_ID, pad_token_id=PAD_ID, chat_template=template)
+        pixels = hf_image_processor_settings(CLIPPixels(56), do_pad=True)
+        processor = hf_processor_settings(patch_size=14, select_feature="patch", image_token="<image>")
+        for name, content in (("preprocessor", pixels), ("processor", processor), ("", {"model_type": "llava"})):
+            (path / f"{name}_config.json".lstrip("_")).write_text(json.dumps(content))
+    return directories
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizers(hf_directories):
+    return {legacy: AutoTokenizer.from_pretrained(str(path)) for legacy, path in hf_directories.items()}
+
+
+def with_image_id(ids, count=1):
+    return [new for token in ids for new in ([IMAGE_ID] * count if token == IMAGE_TOKEN_INDEX else [token])]
+
+
+def test_the_files_for_transformers(hf_directories):
+    path = hf_directories[False]
+    assert sorted(file.name for file in path.iterdir()) == [
+        *("added_tokens.json", "chat_template.jinja", "config.json", "preprocessor_config.json"),
+        *("processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
+        "tokenizer_config.json",
+    ]
+    assert json.loads((path / "added_tokens.json").read_text()) == {"<image>": 32000, "<pad>": 32001}
+    assert json.loads((path / "special_tokens_map.json").read_text()) == {
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    }
+
+
+def test_transformers_gives_every_golden(hf_tokenizers, golden_json):
+    for case in golden_json("tokenization"):
+        ids = hf_tokenizers[case["legacy"]](case["text"])["input_ids"]
+        assert ids == with_image_id(case["image_ids"]), case
+
+
+spans = st.sampled_from(
+    [*MARKS, " ", "  ", "\n", "\t", "é", "e\u0301", "漢", "🦙", "a", "The", "USER:", "[INST]", "▁", "</", "<0x0A>"]
+)
+turns = st.lists(st.lists(spans, min_size=1).map("".join).filter(str.strip), min_size=2, max_size=6)
+
+
+@pytest.mark.parametrize("name", ["v1", "llava_v1", "llava_llama_2", "mistral_instruct"])
+@given(turns, st.integers(0, 2))
+@settings(max_examples=60, deadline=None)
+def test_transformers_gives_the_ids_of_our_dialogues(hf_tokenizers, tokenizers, name, dialogue, images):
+    template = get_template(name)
+    dialogue = dialogue[: len(dialogue) // 2 * 2]
+    records, messages = [], []
+    for index, text in enumerate(dialogue):
+        n_images = images if index == 0 else 0
+        value = text if index % 2 else place_question(text, n_images)
+        parts = [*[{"type": "image"}] * n_images, {"type": "text", "text": text}]
+        records.append({"from": ("human", "gpt")[index % 2], "value": value})
+        messages.append({"role": ("user", "assistant")[index % 2], "content": parts})
+    for legacy, engine in hf_tokenizers.items():
+        engine.chat_template = chat_template(template)
+        prompt = engine.apply_chat_template(messages, tokenize=False)
+        ids, _ = encode_example(records, template, tokenizers[legacy])
+        assert engine(prompt)["input_ids"] == with_image_id(ids)
+        prompt = engine.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        ids = first_turn_ids(dialogue[0], images, template, tokenizers[legacy])
+        assert engine(prompt)["input_ids"] == with_image_id(ids)
+
+
+def test_what_transformers_saves_again_is_the_same(hf_directories, golden_json, tmp_path):
+    """transformers writes no `tokenizer.model`; the settings come from its `tokenizer.json`."""
+    for legacy, path in hf_directories.items():
+        AutoProcessor.from_pretrained(str(path)).save_pretrained(tmp_path)
+        assert not (tmp_path / "tokenizer.model").exists()
+        loaded = load_tokenizer(tmp_path)
+        assert (loaded.legacy, loaded.pad_token_id, loaded.convert_tokens_to_ids("<image>")) == (legacy, 32001, 32000)
+        for case in golden_json("tokenization"):
+            if case["legacy"] is legacy:
+                assert tokenizer_image_token(case["text"], loaded) == case["image_ids"]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_legacy_shows_in_what_the_engine_does(hf_directories, legacy, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((hf_directories[legacy] / "tokenizer.json").read_bytes())
+    assert load_tokenizer(tmp_path).legacy is legacy
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": not legacy}))
+    assert load_tokenizer(tmp_path).legacy is not legacy
+
+
+def test_added_tokens_for_images_change_no_example(hf_directories, tokenizers, golden_json):
+    for legacy, path in hf_directories.items():
+        loaded = load_tokenizer(path)
+        for case in golden_json("supervision"):
+            if case["legacy"] is legacy:
+                arguments = case["conversations"], case["version"]
+                assert encode_example(*arguments, loaded) == encode_example(*arguments, tokenizers[legacy])
+
+
+def test_settings_as_found_in_the_wild(hf_directories, tmp_path):
+    """As on the hub for llava-1.5-7b-hf, with nulls as older releases wrote them."""
+    (tmp_path / "tokenizer.json").write_bytes((hf_directories[False] / "tokenizer.json").read_bytes())
+    mark = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": True}
+    content = {
+        "add_bos_token": None,
+        "add_prefix_space": None,
+        "added_tokens_decoder": {"32000": {**mark, "content": "<image>"}},
+        "additional_special_tokens": None,
+        "bos_token": {"__type": "AddedToken", "content": "<s>", **mark},
+        "chat_template": None,
+        "extra_special_tokens": {"image_token": "<image>"},
+        "image_token": "<image>",
+        "legacy": None,
+        "model_max_length": None,
+        "pad_token": None,
+        "padding_side": "left",
+        "processor_class": "LlavaProcessor",
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": {"content": "<pad>", **mark}, "eos_token": None, "image_token": "<image>"})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("a<image>b</s>c").input_ids == [1, 264, 32000, 28726, 2, 28717]
+    assert (tokenizer.legacy, tokenizer.padding_side, tokenizer.pad_token_id) == (False, "left", 32001)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**content, "added_tokens_decoder": None}))
+    assert load_tokenizer(tmp_path).convert_tokens_to_ids(["<image>", "<pad>"]) == [32000, 32001]
+
+
+def test_a_row_that_pads_already(tokenizer, tmp_path):
+    write_hf_tokenizer(tokenizer, tmp_path, image_token_id=IMAGE_ID, pad_token_id=0, chat_template="")
+    engine = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert (engine.pad_token, engine.pad_token_id, len(engine)) == ("<unk>", 0, 32001)
+
+
+def test_rows_that_are_taken(tokenizer, hf_directories, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^'<image>' can't have id 5081: id 5081 is '▁yes'; give it the next free row$"
+    ):
+        write_hf_tokenizer(tokenizer, tmp_path, image_token_id=5081, pad_token_id=0, chat_template="")
+    with pytest.raises(ValueError, match=r"^'<pad>' can't have id 32000: id 32000 is '<image>'; give it the next free"):
+        write_hf_tokenizer(tokenizer, tmp_path, image_token_id=32000, pad_token_id=32000, chat_template="")
+    has_both = load_tokenizer(hf_directories[False])
+    with pytest.raises(
+        ValueError, match=r"^'<image>' can't have id 32002: it has id 32000; give it the next free row$"
+    ):
+        write_hf_tokenizer(has_both, tmp_path, image_token_id=32002, pad_token_id=32001, chat_template="")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["alpha.png", "gray.jpg", "landscape.jpg", "palette.png", "tiny.png", "wide.png"])
+def test_a_processor_of_transformers_asks_as_we_do(hf_directories, tokenizers, goldens, name):
+    picture = Image.open(goldens / "images" / name)
+    pixels = process_images([picture.convert("RGB")], CLIPPixels(56), SimpleNamespace(image_aspect_ratio="pad"))
+    question = "What are the  colors? "
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    shown = [{"role": "user", "content": [{"type": "image", "image": picture}, *messages[0]["content"][1:]]}]
+    for legacy, path in hf_directories.items():
+        processor = AutoProcessor.from_pretrained(str(path), backend="pil")
+        assert type(processor.image_processor).__name__ == "LlavaImageProcessorPil"
+        ids = first_turn_ids(question, 1, get_template("v1"), tokenizers[legacy])
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        for inputs in (
+            processor(images=picture, text=prompt, return_tensors="pt"),
+            processor.apply_chat_template(
+                shown, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ),
+        ):
+            assert inputs["input_ids"].tolist() == [with_image_id(ids, count=16)]
+            assert torch.equal(inputs["pixel_values"], pixels)
 
 
 def test_missing_vocabulary(tmp_path):

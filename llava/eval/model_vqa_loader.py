@@ -30,6 +30,7 @@ from llava.inference.questions import Question, digest_questions, read_questions
 from llava.inference.session import Sampling
 from llava.mm_utils import get_model_name_from_path
 from llava.model.devices import best_device
+from llava.model.quantization import saved_bits
 
 _SEED = 0
 _EXAMPLE = """example:
@@ -129,7 +130,8 @@ def _answer(args: argparse.Namespace, sampling: Sampling, questions: Sequence[Qu
     try:
         answers.begin()
         device = torch.device(args.device or best_device())
-        batch_size = args.batch_size or default_batch_size(device, selected_bits(args))
+        bits = saved_bits(session.model.config, args.model_path) or selected_bits(args)
+        batch_size = args.batch_size or default_batch_size(device, bits)
         model_id = get_model_name_from_path(args.model_path)
         rows = answer_questions(
             session, questions, args.image_folder, sampling, batch_size=batch_size, start=answers.done

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from llava.files import read_settings
-from llava.model.weights import LazyTensors, open_tensor_file
+from llava.model.lazy_tensors import LazyTensor, LazyTensors, fingerprint
+from llava.model.weights import find_weight_file, load_plain_pickle, open_tensor_file, open_weights
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 PROJECTOR_FILE = "mm_projector.bin"
+DEEPSPEED_STATES = "global_step*/mp_rank_00_model_states.pt"
+"""The whole model in an unfinished run's directory, as DeepSpeed writes it up to ZeRO-2."""
 PEFT_PREFIX = "base_model.model."
 OUTSIDE_LLM = r".*(vision_tower|mm_projector).*"
 """Module names that never carry an adapter, though some are called like those of the LLM."""
@@ -34,12 +37,12 @@ class Adapter:
 
     Attributes:
         settings: content of `adapter_config.json`.
-        pairs: by weight name, the tensors A (r, in) and B (out, r), lazily.
+        pairs: by weight name, the tensors A (r, in) and B (out, r).
         replaced: by weight name, tensors trained without an adapter.
     """
 
     settings: Mapping[str, Any]
-    pairs: Mapping[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]
+    pairs: Mapping[str, tuple[LazyTensor, LazyTensor]]
     replaced: LazyTensors
 
     def scale(self, rank: int) -> float:
@@ -51,6 +54,11 @@ class Adapter:
         return dataclasses.replace(
             self, pairs={name: pair for name, pair in self.pairs.items() if not is_llm_block(name)}
         )
+
+    def fingerprint(self) -> str:
+        """Return a short identity of what was trained."""
+        halves = {f"{name}.{half}": pair[half] for name, pair in self.pairs.items() for half in (0, 1)}
+        return fingerprint(self.replaced.overlaid(halves))
 
 
 def is_llm_block(name: str) -> bool:
@@ -64,8 +72,12 @@ def plain_name(name: str) -> str:
     return name.removeprefix("model.") if name.startswith("model.model.") else name
 
 
-def read_adapter(directory: str | Path) -> Adapter:
+def read_adapter(directory: str | Path, mm_projector: str | Path | None = None) -> Adapter:
     """Open a LoRA directory, of peft, the original or ours.
+
+    Args:
+        directory: of the adapter.
+        mm_projector: where the projector is, if not in the directory; see `read_non_lora`.
 
     Raises:
         FileNotFoundError: if one of its files is missing.
@@ -84,29 +96,70 @@ def read_adapter(directory: str | Path) -> Adapter:
             partner = name.replace(".lora_A.", ".lora_B.")
             if partner not in tensors:
                 raise ValueError(f"{directory}: {name} has no {partner}; fetch the adapter again")
-            pairs[plain_name(stem) + ".weight"] = (tensors.readers[name], tensors.readers[partner])
+            pairs[plain_name(stem) + ".weight"] = (tensors.entries[name], tensors.entries[partner])
     partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
     others = [name for name in tensors if ".lora_A." not in name and name not in partners]
     if others or not pairs:
         raise ValueError(f"{directory}: {others[0] if others else 'no tensor'} is no part of a LoRA adapter")
-    return Adapter(settings, pairs, read_non_lora(directory))
+    return Adapter(settings, pairs, read_non_lora(directory, mm_projector))
 
 
-def read_non_lora(directory: Path) -> LazyTensors:
-    """Open what was trained beside the adapter.
+def read_non_lora(directory: Path, mm_projector: str | Path | None = None) -> LazyTensors:
+    """Open what was trained beside the adapter, the projector above all.
+
+    It is a file of its own; directories of the original's unfinished runs have it inside DeepSpeed's states alone.
+
+    Args:
+        directory: of the adapter.
+        mm_projector: for a directory without it: a file of it, or a directory that holds a projector.
 
     Raises:
-        FileNotFoundError: if the file is missing: without it the projector's training is lost.
+        FileNotFoundError: if it is nowhere: without it the projector's training is lost.
+        ValueError: if it is in the directory and `mm_projector` is given too, or if the states hold no projector.
     """
-    tensors = open_tensor_file(_existing(directory, NON_LORA_FILES))
-    return LazyTensors({plain_name(name): reader for name, reader in tensors.readers.items()})
+    places = [path for name in NON_LORA_FILES if (path := directory / name).is_file()]
+    states = sorted(directory.glob(DEEPSPEED_STATES))
+    if mm_projector is not None:
+        if places:
+            raise ValueError(f"{places[0]} is the projector trained with the adapter; leave --mm-projector out")
+        return _projector_of(Path(mm_projector))
+    if places:
+        return open_tensor_file(places[0]).renamed(plain_name)
+    if states:
+        return _projector_in_states(states[-1])
+    raise FileNotFoundError(
+        f"{directory} lacks {' or '.join(NON_LORA_FILES)}, which holds the projector trained with the adapter; use the "
+        "directory that training wrote, complete, or pass --mm-projector with a directory or file of the projector "
+        "(the base, to keep the base's)"
+    )
+
+
+def _projector_of(place: Path) -> LazyTensors:
+    """Return the projector in a file, or in a directory of any kind."""
+    if place.is_dir():
+        files = [place / name for name in (*NON_LORA_FILES, PROJECTOR_FILE)]
+        place = next((file for file in files if file.is_file()), place)
+    is_weights = place.is_dir() and find_weight_file(place) is not None
+    tensors = open_weights(place) if is_weights else open_tensor_file(place)
+    found = tensors.renamed(lambda name: plain_name(name) if "mm_projector" in name else None)
+    if not found:
+        raise ValueError(f"{place} holds no projector; name a file or directory that does")
+    return found
+
+
+def _projector_in_states(path: Path) -> LazyTensors:
+    states = load_plain_pickle(path)
+    module = states.get("module") if isinstance(states, dict) else None
+    projector = {name: tensor for name, tensor in (module or {}).items() if "mm_projector" in name}
+    if not projector:
+        raise ValueError(f"{path} holds no projector; pass --mm-projector with a directory or file of it")
+    return LazyTensors.of(projector).renamed(plain_name)
 
 
 def read_projector(directory: str | Path) -> LazyTensors:
     """Open `mm_projector.bin` of a directory, or such a file itself, with names as in full weights."""
     path = Path(directory)
-    tensors = open_tensor_file(path / PROJECTOR_FILE if path.is_dir() else path)
-    return LazyTensors({plain_name(name): reader for name, reader in tensors.readers.items()})
+    return open_tensor_file(path / PROJECTOR_FILE if path.is_dir() else path).renamed(plain_name)
 
 
 def add_adapter(base: LazyTensors, adapter: Adapter, dtype: torch.dtype | None = None) -> LazyTensors:
@@ -124,26 +177,27 @@ def add_adapter(base: LazyTensors, adapter: Adapter, dtype: torch.dtype | None =
     strangers = sorted((adapter.pairs.keys() | adapter.replaced.keys()) - base.keys() - added)
     if strangers:
         raise ValueError(f"the base has no {strangers[0]}, which the adapter changes; name the base it was trained on")
-    merged = {
-        name: functools.partial(_merge_weight, base.readers[name], pair, adapter.scale, dtype, name)
-        for name, pair in adapter.pairs.items()
-    }
-    return base.overlaid({**adapter.replaced.readers, **merged})
+    merged = {name: _merged(name, base.entries[name], pair, adapter, dtype) for name, pair in adapter.pairs.items()}
+    return base.overlaid({**adapter.replaced.entries, **merged})
 
 
-def _merge_weight(
-    weight: Callable[[], Tensor],
-    pair: tuple[Callable[[], Tensor], Callable[[], Tensor]],
-    scale: Callable[[int], float],
-    dtype: torch.dtype | None,
-    name: str,
-) -> Tensor:
-    base, down, up = weight(), pair[0]().float(), pair[1]().float()
+def _merged(
+    name: str, base: LazyTensor, pair: tuple[LazyTensor, LazyTensor], adapter: Adapter, dtype: torch.dtype | None
+) -> LazyTensor:
+    down, up = pair
     if base.shape != (up.shape[0], down.shape[1]):
         raise ValueError(
             f"{name} is {tuple(base.shape)} in the base, but {(up.shape[0], down.shape[1])} in the adapter"
         )
-    return torch.addmm(base.float(), up, down, alpha=scale(down.shape[0])).to(dtype or base.dtype)
+    scale = adapter.scale(down.shape[0])
+    result = dtype or base.dtype
+    read = functools.partial(_merge_weight, base, down, up, scale, result)
+    return LazyTensor(base.shape, result, read, f"{base.source} + {down.source}")
+
+
+def _merge_weight(base: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return W + scale B A, summed in fp32 and cast once."""
+    return torch.addmm(base.read().float(), up.read().float(), down.read().float(), alpha=scale).to(dtype)
 
 
 def _existing(directory: Path, names: tuple[str, ...]) -> Path:

@@ -14,11 +14,22 @@ from torch import Tensor, nn
 from llava.constants import DEFAULT_TEMPLATE
 from llava.image_processing import CLIPPixels
 from llava.model.adapter import OUTSIDE_LLM
-from llava.model.checkpoint import Checkpoint, file_name, open_checkpoint
+from llava.model.checkpoint import Checkpoint, open_checkpoint
 from llava.model.devices import best_device, parse_dtype
+from llava.model.lazy_tensors import LazyTensors, check_finite, is_finite
 from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.quantization import plain_parameter, quantize_linears, quantized_parameter
-from llava.model.weights import LazyTensors
+from llava.model.quantization import (
+    check_placement,
+    choose_bits,
+    narrow_dtypes,
+    plain_parameter,
+    quantize_linears,
+    quantized_parameter,
+    saved_bits,
+)
+from llava.model.quantized_files import StoredPart, stored_layout, stored_parameter
+from llava.model.transfer import Mover
+from llava.model.vision_tower import released_name
 from llava.tokenization import LlavaTokenizer
 
 logger = logging.getLogger(__name__)
@@ -97,12 +108,16 @@ def build_model(
         device: a single device; wins over `device_map`.
         device_map: see `load_pretrained_model`.
         bits: 16, or 8 or 4 for the LLM's linear layers through bitsandbytes; then `dtype` is that of computation.
+            Weights stored in 8 or 4 bit need no saying.
         attention: transformers' name of the attention implementation.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of the wrong shape.
+        ValueError: if tensors are missing, unexpected or of the wrong shape, or if `bits` doesn't fit them or the
+            device.
     """
     config = checkpoint.config
+    place = checkpoint.directory
+    bits, stored_bits = choose_bits(bits, config, place), saved_bits(config, place)
     target = _single_device(device, device_map)
     weight_dtype = parse_dtype(dtype, target)
     config.dtype = weight_dtype
@@ -112,11 +127,14 @@ def build_model(
     config._attn_implementation = attention
     with accelerate.init_empty_weights(include_buffers=False):
         model = LlavaLlamaForCausalLM(config)
-    spread = None if device is not None else _spread(model, device_map, weight_dtype)
+    spread = None if device is not None else _spread(model, device_map, weight_dtype, bits)
+    places = spread or {"": target}
     if bits != 16:
         quantize_linears(model.model.layers, bits, weight_dtype)
+        check_placement(model.model.layers, bits, {torch.device(place) for place in places.values()})
     make_parameter = plain_parameter if bits == 16 else quantized_parameter
-    load_tensors(model, checkpoint.tensors, weight_dtype, spread or {"": target}, make_parameter)
+    stored = stored_layout(model, stored_bits)
+    load_tensors(model, checkpoint.tensors, weight_dtype, places, make_parameter, stored)
     if checkpoint.image_processor is not None:
         model.get_vision_tower().image_processor = checkpoint.image_processor
     if spread:
@@ -131,18 +149,30 @@ def _single_device(device: str | torch.device | None, device_map: str | Mapping[
     return best_device() if device is None else torch.device(device)
 
 
-def _spread(model: nn.Module, device_map: str | Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any] | None:
+def _spread(
+    model: nn.Module, device_map: str | Mapping[str, Any], dtype: torch.dtype, bits: int
+) -> dict[str, Any] | None:
     """Return where each module goes, or None for a single device."""
     if not isinstance(device_map, str):
+        _refuse_disk(device_map)
         return dict(device_map) if len(set(device_map.values())) > 1 else None
     if device_map != "auto":
         raise ValueError(f"device_map is {device_map!r}; pass 'auto', a map from module to device, or device=")
-    weight_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    sizes = {"dtype": dtype, "special_dtypes": narrow_dtypes(model, bits)}
+    weight_bytes = accelerate.utils.compute_module_sizes(model, **sizes)[""]
     if torch.cuda.device_count() < 2 or weight_bytes < 0.9 * torch.cuda.mem_get_info(0)[0]:
         return None
-    return accelerate.infer_auto_device_map(
-        model, dtype=dtype, no_split_module_classes=["LlamaDecoderLayer", "CLIPVisionTower"]
+    spread = accelerate.infer_auto_device_map(
+        model, **sizes, no_split_module_classes=["LlamaDecoderLayer", "CLIPVisionTower"]
     )
+    _refuse_disk(spread)
+    return spread
+
+
+def _refuse_disk(device_map: Mapping[str, Any]) -> None:
+    for name, place in device_map.items():
+        if place == "disk":
+            raise ValueError(f"device_map leaves {name or 'the model'} on disk; load 4 bit, or use more or larger GPUs")
 
 
 def load_tensors(
@@ -150,36 +180,83 @@ def load_tensors(
     tensors: LazyTensors,
     dtype: torch.dtype,
     devices: Mapping[str, Any],
-    make_parameter: Callable[[nn.Module, Tensor, torch.dtype, Any], nn.Parameter] = plain_parameter,
+    make_parameter: Callable[[nn.Module, Tensor, torch.dtype], nn.Parameter] = plain_parameter,
+    stored: Mapping[str, Mapping[str, StoredPart]] | None = None,
 ) -> None:
-    """Fill an empty model, strictly.
+    """Fill an empty model, strictly; names and shapes are compared before anything is read.
 
     Args:
         model: with parameters on `meta`.
         tensors: by released name.
         dtype: of the parameters.
         devices: by module name, as in accelerate's device maps; "" stands for the whole model.
-        make_parameter: from module, tensor, dtype and device.
+        make_parameter: from module, tensor on its device, and dtype.
+        stored: of the weights that are quantised in the file, the parts each is stored in; see `stored_layout`.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of the wrong shape (they are named), or have no device.
+        ValueError: if tensors are missing, unexpected, of the wrong shape or hold NaN (they are named), or have no
+            device.
     """
-    names = {file_name(name): name for name, _ in model.named_parameters()}
+    names = {released_name(name): name for name, _ in model.named_parameters()}
     unused = {name for name in tensors if name not in names and _is_unused_tower_layer(name, model)}
     derived = {name for name in tensors if name.endswith(_DERIVED)}
-    check_names(names.keys(), tensors.keys() - unused - derived)
+    stored = stored or {}
+    layout = {
+        name: stored.get(name, {name: StoredPart(model.get_parameter(parameter_name).shape, None)})
+        for name, parameter_name in names.items()
+    }
+    _check_fit(layout, tensors, unused | derived)
+    move, finite = Mover(), {}
     for name, parameter_name in names.items():
-        module_name, _, leaf = parameter_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        tensor, expected = tensors[name], getattr(module, leaf).shape
-        if tensor.shape != expected:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} in the file, but the config makes it {tuple(expected)}")
-        prefix = next((prefix for prefix in _prefixes(parameter_name) if prefix in devices), None)
-        if prefix is None:
-            raise ValueError(f"device_map has no place for {parameter_name}; add its module or '' for the rest")
-        setattr(module, leaf, make_parameter(module, tensor, dtype, devices[prefix]))
+        place = _place_of(parameter_name, devices)
+        parts = layout[name]
+        finite |= _fill(
+            model, parameter_name, name, {part: move(tensors[part], place) for part in parts}, dtype, make_parameter
+        )
+    for name, flag in finite.items():  # all at the end: asking a GPU at once would make it wait each time
+        if not flag:
+            check_finite(name, tensors[name], tensors.entries[name].source)
     if unused:
-        model.get_vision_tower().unused_tensors = {name: tensors[name] for name in sorted(unused)}
+        model.get_vision_tower().unused_tensors = {name: tensors[name].clone() for name in sorted(unused)}
+
+
+def _fill(
+    model: nn.Module,
+    parameter_name: str,
+    name: str,
+    parts: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    make_parameter: Callable[[nn.Module, Tensor, torch.dtype], nn.Parameter],
+) -> dict[str, Tensor]:
+    """Set a parameter; return, by name of what it was made of, a scalar that tells whether that is finite.
+
+    What was read lives no longer than this call, so that there is never more than one weight in two forms.
+    """
+    module_name, _, leaf = parameter_name.rpartition(".")
+    module = model.get_submodule(module_name)
+    is_plain = parts.keys() == {name}
+    parameter = make_parameter(module, parts[name], dtype) if is_plain else stored_parameter(module, name, parts)
+    setattr(module, leaf, parameter)
+    return {part: is_finite(tensor) for part, tensor in parts.items()}
+
+
+def _check_fit(layout: Mapping[str, Mapping[str, StoredPart]], tensors: LazyTensors, ignored: set[str]) -> None:
+    """Compare what a model needs, by weight and part, with what the files hold."""
+    expected = {part: kind for parts in layout.values() for part, kind in parts.items()}
+    check_names(expected.keys(), tensors.keys() - ignored)
+    for name, kind in expected.items():
+        found = tensors.entries[name]
+        if kind.shape is not None and found.shape != kind.shape:
+            raise ValueError(f"{name} is {tuple(found.shape)} in the file, but the config makes it {tuple(kind.shape)}")
+        if kind.dtype is not None and found.dtype != kind.dtype:
+            raise ValueError(f"{name} is {found.dtype} in the file, but the config makes it {kind.dtype}")
+
+
+def _place_of(parameter_name: str, devices: Mapping[str, Any]) -> torch.device:
+    prefix = next((prefix for prefix in _prefixes(parameter_name) if prefix in devices), None)
+    if prefix is None:
+        raise ValueError(f"device_map has no place for {parameter_name}; add its module or '' for the rest")
+    return torch.device(devices[prefix])
 
 
 def check_names(expected: set[str], found: set[str]) -> None:

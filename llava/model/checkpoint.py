@@ -6,9 +6,7 @@ released names; `builder` makes a model of them, `merge_lora_weights.py` another
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -17,29 +15,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 from llava.files import read_settings
 from llava.image_processing import CLIPPixels, load_image_processor
 from llava.model.adapter import ADAPTER_CONFIG_FILE, PROJECTOR_FILE, add_adapter, read_adapter, read_projector
-from llava.model.configuration import CONFIG_FILE, LlavaConfig, load_config, save_config
-from llava.model.vision_tower import VIT_L_14_336
-from llava.model.weights import LazyTensors, find_weight_file, fingerprint, open_weights, write_weights
-from llava.tokenization import LlavaTokenizer, load_tokenizer, save_tokenizer
+from llava.model.configuration import CONFIG_FILE, LlavaConfig, is_hf_config, load_config, save_config
+from llava.model.encoder_place import attach_tower
+from llava.model.hf_layout import config_from_hf, open_hf_weights
+from llava.model.hub import resolve_directory, snapshot_revision
+from llava.model.lazy_tensors import LazyTensors, fingerprint
+from llava.model.quantization import refuse_quantized
+from llava.model.vision_tower import released_name
+from llava.model.weight_writer import write_weights
+from llava.model.weights import find_weight_file, open_weights
+from llava.tokenization import VOCABULARY_FILE, LlavaTokenizer, load_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG_FILE = "generation_config.json"
-TOWER_PREFIX = "model.vision_tower.vision_tower."
-DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.bin", "*.model"]
+INTERMEDIATE_DIRECTORY = "checkpoint-"
+"""How training's directories of unfinished runs begin; the run's own files are one level up."""
 
 
 class Layout(Enum):
     """What a directory holds."""
 
     FULL = "full weights"
+    HF = "full weights in the llava-hf layout"
     LORA = "LoRA adapter"
     PROJECTOR = "projector"
 
@@ -55,6 +58,7 @@ class Checkpoint:
         tokenizer: of the model.
         image_processor: fits the vision tower; None without one.
         layout: what the directory held.
+        directory: where it lies.
         base: directory the adapter or projector was put on; None for full weights.
     """
 
@@ -63,6 +67,7 @@ class Checkpoint:
     tokenizer: LlavaTokenizer
     image_processor: CLIPPixels | None
     layout: Layout
+    directory: Path
     base: Path | None
 
 
@@ -71,7 +76,7 @@ def detect_layout(directory: str | Path) -> Layout:
 
     Raises:
         FileNotFoundError: if it holds nothing that can be loaded.
-        ValueError: if it is in the llava-hf layout.
+        ValueError: if one of the files it depends on is damaged.
     """
     directory = Path(directory)
     if (directory / ADAPTER_CONFIG_FILE).is_file():
@@ -79,38 +84,11 @@ def detect_layout(directory: str | Path) -> Layout:
     has_weights = find_weight_file(directory) is not None
     if (directory / PROJECTOR_FILE).is_file() and not has_weights:
         return Layout.PROJECTOR
-    config = directory / CONFIG_FILE
-    if config.is_file() and "vision_config" in read_settings(config):
-        raise ValueError(f"{directory} is in the llava-hf layout; use a checkpoint in the original's layout")
     if not has_weights:
         found = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
         raise FileNotFoundError(f"{directory} holds no model: no weights, no adapter, no projector (found {found})")
-    return Layout.FULL
-
-
-def resolve_directory(name: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """Return a local directory: the path itself, else a hub id's snapshot, from the cache first.
-
-    Args:
-        name: path or hub id.
-        cache_dir: the hub's cache; None = the usual one.
-
-    Raises:
-        FileNotFoundError: if there is no such directory and the hub can't give it.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    with contextlib.suppress(LocalEntryNotFoundError, ValueError):
-        return Path(
-            snapshot_download(str(name), cache_dir=cache_dir, local_files_only=True, allow_patterns=DOWNLOADED_FILES)
-        )
-    try:
-        return Path(snapshot_download(str(name), cache_dir=cache_dir, allow_patterns=DOWNLOADED_FILES))
-    except Exception as error:  # the hub's client raises many kinds; all mean the same here
-        raise FileNotFoundError(
-            f"{name} is neither a directory nor in the hub's cache, and could not be downloaded ({error}); "
-            "give the path of a directory, or download it where there is a network"
-        ) from error
+    config = directory / CONFIG_FILE
+    return Layout.HF if config.is_file() and is_hf_config(read_settings(config)) else Layout.FULL
 
 
 def open_checkpoint(
@@ -118,6 +96,7 @@ def open_checkpoint(
     model_base: str | Path | None = None,
     *,
     vision_tower: str | Path | None = None,
+    mm_projector: str | Path | None = None,
     allow_other_base: bool = False,
     with_adapter: bool = True,
     cache_dir: str | Path | None = None,
@@ -128,6 +107,7 @@ def open_checkpoint(
         model_path: directory or hub id of full weights, a LoRA adapter or a projector.
         model_base: directory or hub id of the weights under an adapter or projector; None = the one recorded there.
         vision_tower: directory or hub id of the image encoder, for weights that come without one.
+        mm_projector: file or directory of the projector, for an adapter that comes without the one it was trained with.
         allow_other_base: accept a base whose fingerprint differs from the one recorded.
         with_adapter: add LoRA's products to the LLM's weights; False leaves them to `builder.attach_adapter`.
         cache_dir: where hub ids are looked up and downloaded to; None = the hub's usual cache.
@@ -138,121 +118,129 @@ def open_checkpoint(
     """
     directory = resolve_directory(model_path, cache_dir)
     layout = detect_layout(directory)
-    if layout is Layout.FULL:
+    base = None
+    if layout in (Layout.FULL, Layout.HF):
         if model_base is not None and Path(model_base) != Path(model_path):
             raise ValueError(f"{model_path} holds full weights, so model base {model_base} has no use; leave it out")
-        config, tensors, base = load_config(directory), open_weights(directory), None
+        config, tensors = _open_full(directory, layout)
+        if config.base_model_name_or_path is None and snapshot_revision(directory):
+            config.base_model_name_or_path = str(model_path)
+            config.base_model_revision = snapshot_revision(directory)
     else:
-        config = load_config(directory)
-        base = resolve_directory(model_base or _recorded_base(directory, config), cache_dir)
-        config, tensors = _open_on_base(directory, layout, config, base, allow_other_base)
-        if layout is Layout.LORA:
-            adapter = read_adapter(directory)
-            tensors = add_adapter(tensors, adapter if with_adapter else adapter.outside_llm())
+        config = _config_beside(directory)
+        named = model_base or _recorded_base(directory, config)
+        revision = config.base_model_revision if model_base is None else None
+        base = resolve_directory(named, cache_dir, revision=revision)
+        config, weights = _open_base(directory, config, base, named, allow_other_base)
+        tensors = _put_on_base(directory, layout, config, weights, mm_projector, with_adapter=with_adapter)
     parts = base or directory
     tensors, config, processor_directory = attach_tower(config, tensors, vision_tower, [directory, parts], cache_dir)
     processor = None
     if processor_directory is not None:
         processor = load_image_processor(processor_directory, config.mm_vision_config["image_size"])
-    has_tokenizer = (directory / "tokenizer.model").is_file()
-    return Checkpoint(config, tensors, load_tokenizer(directory if has_tokenizer else parts), processor, layout, base)
+    rows = config.vocab_size if layout is Layout.HF else None
+    tokenizer = load_tokenizer(directory if _has_tokenizer(directory) else parts, rows=rows)
+    return Checkpoint(config, tensors, tokenizer, processor, layout, directory, base)
 
 
-def _recorded_base(directory: Path, config: LlavaConfig) -> str:
+def read_config(directory: Path) -> LlavaConfig:
+    """Read the config of a directory in any layout; the sizes of an encoder elsewhere are not in it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another architecture.
+    """
+    path = directory / CONFIG_FILE
+    settings = read_settings(path) if path.is_file() else {}
+    return config_from_hf(settings, str(path)) if is_hf_config(settings) else load_config(directory)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in (VOCABULARY_FILE, "tokenizer.json"))
+
+
+def _open_full(directory: Path, layout: Layout) -> tuple[LlavaConfig, LazyTensors]:
+    if layout is Layout.HF:
+        return open_hf_weights(directory)
+    return load_config(directory), open_weights(directory).renamed(released_name)
+
+
+def _config_beside(directory: Path) -> LlavaConfig | None:
+    """Return the config of an adapter or projector; the original's unfinished runs have it one level up, or nowhere."""
+    places = [directory, directory.parent] if directory.name.startswith(INTERMEDIATE_DIRECTORY) else [directory]
+    place = next((place for place in places if (place / CONFIG_FILE).is_file()), None)
+    return None if place is None else load_config(place)
+
+
+def _recorded_base(directory: Path, config: LlavaConfig | None) -> str:
     settings_file = directory / ADAPTER_CONFIG_FILE
     settings = read_settings(settings_file) if settings_file.is_file() else {}
-    base = config.base_model_name_or_path or settings.get("base_model_name_or_path")
+    base = (config and config.base_model_name_or_path) or settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{directory} needs the weights it was trained on; pass --model-base")
     return base
 
 
-def _open_on_base(
-    directory: Path, layout: Layout, config: LlavaConfig, base: Path, allow_other_base: bool
+def _open_base(
+    directory: Path, config: LlavaConfig | None, base: Path, named: str | Path, allow_other_base: bool
 ) -> tuple[LlavaConfig, LazyTensors]:
-    if detect_layout(base) is not Layout.FULL:
-        raise ValueError(f"model base {base} holds a {detect_layout(base).value}; give the directory of full weights")
-    weights = open_weights(base)
-    if config.base_model_fingerprint is not None:
-        found = fingerprint(weights)
-        if found != config.base_model_fingerprint and not allow_other_base:
-            raise ValueError(
-                f"{directory} was trained on {config.base_model_name_or_path}, fingerprint "
-                f"{config.base_model_fingerprint}, but {base} has fingerprint {found}; give that base, or "
-                "--allow-other-base to use this one"
-            )
+    """Open the weights under an adapter or projector; the config says from now on which they are."""
+    layout = detect_layout(base)
+    if layout not in (Layout.FULL, Layout.HF):
+        raise ValueError(f"model base {base} holds a {layout.value}; give the directory of full weights")
+    base_config, weights = _open_full(base, layout)
+    refuse_quantized(base_config, base, "the base of an adapter or projector")
+    if config is None:
+        logger.info("%s has no %s; that of %s is used", directory, CONFIG_FILE, base)
+        config = base_config
+        recorded = None
+    else:
+        recorded = config.base_model_fingerprint
+    found = fingerprint(weights)
+    if recorded is not None and found != recorded and not allow_other_base:
+        raise ValueError(
+            f"{directory} was trained on {config.base_model_name_or_path}, fingerprint {recorded}, but {base} has "
+            f"fingerprint {found}; give that base, or --allow-other-base to use this one"
+        )
+    config.base_model_name_or_path, config.base_model_revision = str(named), snapshot_revision(base)
+    config.base_model_fingerprint = found
+    config.merged_adapter_fingerprint = base_config.merged_adapter_fingerprint
+    return config, weights
+
+
+def _put_on_base(
+    directory: Path,
+    layout: Layout,
+    config: LlavaConfig,
+    weights: LazyTensors,
+    mm_projector: str | Path | None,
+    *,
+    with_adapter: bool,
+) -> LazyTensors:
     if layout is Layout.LORA:
-        return config, weights
+        adapter = read_adapter(directory, mm_projector)
+        identity = adapter.fingerprint()
+        if identity == config.merged_adapter_fingerprint:
+            raise ValueError(
+                f"{directory} is merged into {config.base_model_name_or_path} already; use that as it is, or give the "
+                "base from before the merge"
+            )
+        if not with_adapter:
+            return add_adapter(weights, adapter.outside_llm())
+        config.merged_adapter_fingerprint = identity
+        return add_adapter(weights, adapter)
     projector = read_projector(directory)
     strangers = [name for name in projector if "mm_projector" not in name]
     if strangers:
         raise ValueError(f"{directory / PROJECTOR_FILE} holds {strangers[0]}; only a projector is supported there")
-    return config, weights.overlaid(projector.readers)
-
-
-def attach_tower(
-    config: LlavaConfig,
-    tensors: LazyTensors,
-    vision_tower: str | Path | None,
-    near: list[Path],
-    cache_dir: str | Path | None = None,
-) -> tuple[LazyTensors, LlavaConfig, Path | None]:
-    """Find the image encoder: inside the weights, else where asked, else beside them, else by its name.
-
-    Args:
-        config: of the model; `mm_vision_config` is filled in.
-        tensors: of the model; the encoder's are added.
-        vision_tower: directory or hub id; None = as the config names it.
-        near: directories whose neighbours are looked at.
-        cache_dir: the hub's cache; None = the usual one.
-
-    Returns:
-        tensors, config, and the directory of `preprocessor_config.json`; None where the model has no encoder.
-
-    Raises:
-        FileNotFoundError: if there is none to be found.
-    """
-    inside = any(name.startswith(TOWER_PREFIX) for name in tensors)
-    name = str(vision_tower or config.mm_vision_tower or "")
-    if not inside and not name:
-        return tensors, config, None
-    places = [Path(name), *(directory.parent / Path(name).name for directory in near)] if name else []
-    beside = next((place for place in places if place.is_dir()), None)
-    if inside:
-        logger.info("vision tower: inside the checkpoint")
-        holder = next((place for place in near if (place / "preprocessor_config.json").is_file()), beside or near[-1])
-        sizes = config.mm_vision_config or _tower_sizes(beside, name)
-    else:
-        holder = beside or resolve_directory(name, cache_dir)
-        logger.info("vision tower: %s", holder)
-        sizes = _tower_sizes(holder, name)
-        found = open_weights(holder)
-        tensors = tensors.overlaid(
-            {TOWER_PREFIX + key: reader for key, reader in found.readers.items() if key.startswith("vision_model.")}
-        )
-    config.mm_vision_config = sizes
-    config.mm_vision_tower = name or None
-    config.mm_hidden_size = config.mm_hidden_size or sizes["hidden_size"]
-    return tensors, config, holder
-
-
-def _tower_sizes(directory: Path | None, name: str) -> dict[str, Any]:
-    """Return the encoder's sizes from its `config.json`; OpenAI's ViT-L/14-336 is known without one."""
-    path = directory / CONFIG_FILE if directory else None
-    if path is not None and path.is_file():
-        settings = read_settings(path)
-        settings = settings.get("vision_config", settings)
-        return {key: settings.get(key, default) for key, default in VIT_L_14_336.items()}
-    if "clip-vit-large-patch14-336" in name:
-        return dict(VIT_L_14_336)
-    raise FileNotFoundError(f"the sizes of vision tower {name!r} are unknown; pass --vision-tower with its directory")
+    return weights.overlaid(projector.entries)
 
 
 def save_checkpoint(
-    tensors: Mapping[str, Tensor],
+    tensors: LazyTensors,
     config: LlavaConfig,
     tokenizer: LlavaTokenizer,
-    image_processor: CLIPPixels,
+    image_processor: CLIPPixels | None,
     directory: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -264,7 +252,7 @@ def save_checkpoint(
         tensors: by released name, the vision tower's too; see `state_for_file`.
         config: of the model.
         tokenizer: of the model.
-        image_processor: of the model.
+        image_processor: of the model; None without image encoder.
         directory: exists and is empty.
         dtype: of the tensors in the file; None = as they are.
         write_options: further ones of `write_weights`.
@@ -283,17 +271,14 @@ def save_settings(
     save_tokenizer(tokenizer, directory)
     if image_processor is not None:
         image_processor.save_pretrained(directory)
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # No sampling settings: with them and without do_sample newer libraries refuse to save the model.
+    save_generation_config(tokenizer, directory, pad_token_id=tokenizer.pad_token_id)
+
+
+def save_generation_config(tokenizer: LlavaTokenizer, directory: str | Path, *, pad_token_id: int | None) -> None:
+    """Write `generation_config.json`: with sampling settings and without do_sample newer libraries refuse to save."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad_token_id}
     text = json.dumps({key: value for key, value in ids.items() if value is not None}, indent=2) + "\n"
     (Path(directory) / GENERATION_CONFIG_FILE).write_text(text, encoding="utf-8")
-
-
-def file_name(module_name: str) -> str:
-    """Return a parameter's name in released files; newer libraries left out a level of the encoder's."""
-    inner = module_name.removeprefix(TOWER_PREFIX)
-    is_short = inner != module_name and not inner.startswith("vision_model.")
-    return f"{TOWER_PREFIX}vision_model.{inner}" if is_short else module_name
 
 
 def state_for_file(model: torch.nn.Module, state: Mapping[str, Tensor] | None = None) -> LazyTensors:
@@ -303,6 +288,5 @@ def state_for_file(model: torch.nn.Module, state: Mapping[str, Tensor] | None = 
         model: a `LlavaLlamaForCausalLM`.
         state: its state dict where that had to be gathered (ZeRO-3); None = `model.state_dict()`.
     """
-    named = {file_name(name): tensor for name, tensor in (state or model.state_dict()).items()}
-    named.update(model.get_vision_tower().unused_tensors)
-    return LazyTensors({name: functools.partial(named.__getitem__, name) for name in named})
+    named = {released_name(name): tensor for name, tensor in (state or model.state_dict()).items()}
+    return LazyTensors.of({**named, **model.get_vision_tower().unused_tensors})

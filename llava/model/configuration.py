@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ class LlavaConfig(LlamaConfig):
         tokenizer_model_max_length: longest row in training, in tokens, image patches included.
         conversation_template: prompt template the weights were trained with; None = not recorded.
         base_model_name_or_path: where the weights came from.
-        base_model_fingerprint: of those weights; see `checkpoint.fingerprint`.
+        base_model_revision: commit on the hub they were read at; None for a directory of another origin.
+        base_model_fingerprint: of those weights; see `lazy_tensors.fingerprint`.
+        base_model_bits: in which the base was held while an adapter was trained on it: 16, 8 or 4.
+        merged_adapter_fingerprint: of the adapter that was merged into these weights; None = none was.
+        mm_vision_tower_revision: commit on the hub the image encoder was read at.
     """
 
     model_type = "llava_llama"
@@ -55,11 +60,15 @@ class LlavaConfig(LlamaConfig):
     tokenizer_padding_side: str = "right"
     conversation_template: str | None = None
     base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
     base_model_fingerprint: str | None = None
+    base_model_bits: int = 16
+    merged_adapter_fingerprint: str | None = None
+    mm_vision_tower_revision: str | None = None
 
 
 def load_config(directory: str | Path) -> LlavaConfig:
-    """Read `config.json`, of the original or ours.
+    """Read `config.json` of the original or ours.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -69,21 +78,41 @@ def load_config(directory: str | Path) -> LlavaConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a model directory needs it: fetch the directory again")
     settings = read_settings(path)
+    return parse_config(settings, str(path))
+
+
+def parse_config(settings: Mapping[str, Any], place: str) -> LlavaConfig:
+    """Make a config of the content of an original or our own `config.json`; `place` is for messages.
+
+    Raises:
+        ValueError: if it is of another architecture.
+    """
+    settings = dict(settings)
     kind = settings.pop("model_type", "llama")
-    if kind not in ("llava", LlavaConfig.model_type, "llama") or "vision_config" in settings:
-        layout = "the llava-hf layout" if "vision_config" in settings else f"model_type {kind!r}"
-        raise ValueError(f"{path}: {layout} is not supported; use a LLaVA-1.5 checkpoint in the original's layout")
+    if kind not in ("llava", LlavaConfig.model_type, "llama") or is_hf_config(settings):
+        found = "the llava-hf layout" if is_hf_config(settings) else f"model_type {kind!r}"
+        raise ValueError(f"{place}: {found} is not expected here; use a LLaVA-1.5 checkpoint in the original's layout")
     settings.pop("transformers_version", None)
     settings.setdefault("dtype", settings.pop("torch_dtype", None))
     return LlavaConfig(**settings)
 
 
-def save_config(config: LlavaConfig, directory: str | Path) -> None:
-    """Write `config.json` with the original's keys, so that older and newer libraries read it."""
+def is_hf_config(settings: Mapping[str, Any]) -> bool:
+    """Tell whether the content of a `config.json` describes the llava-hf layout."""
+    return "vision_config" in settings
+
+
+def config_settings(config: LlavaConfig) -> dict[str, Any]:
+    """Return the content of `config.json`, with the original's keys, so that older and newer libraries read it."""
     settings: dict[str, Any] = config.to_dict()
     settings.pop("_name_or_path", None)
     settings["architectures"] = [ARCHITECTURE]
     settings["rope_theta"] = (config.rope_parameters or {}).get("rope_theta", 10000.0)
     settings["torch_dtype"] = settings.get("dtype")
-    text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+    return json.loads(json.dumps(settings, default=str))
+
+
+def save_config(config: LlavaConfig, directory: str | Path) -> None:
+    """Write `config.json`."""
+    text = json.dumps(config_settings(config), indent=2, sort_keys=True) + "\n"
     (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")

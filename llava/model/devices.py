@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,3 +36,13 @@ def parse_dtype(value: str | torch.dtype | None, device: torch.device | str) -> 
     if value not in DTYPES:
         raise ValueError(f"dtype {value!r} is unknown; choose {', '.join(DTYPES)} or auto")
     return DTYPES[value]
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Return the bytes a program may still take on a device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return psutil.virtual_memory().available

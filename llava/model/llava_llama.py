@@ -62,6 +62,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         use_cache: bool | None = None,
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the LLM over prompts with their images.
@@ -73,6 +74,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             images: (N, 3, H, W), or a list of (3, H, W); tiles of "anyres" as (N, tiles, 3, H, W) or a list of
                 (tiles, 3, H, W).
             image_sizes: accepted as in the original; nothing depends on it.
+            logits_to_keep: compute the last so many positions' logits alone; 0 = all. `generate` asks for one.
             position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in transformers' Llama.
 
         Returns:
@@ -96,6 +98,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
 

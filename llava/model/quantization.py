@@ -5,14 +5,35 @@ Source: Dettmers et al. 2022 (LLM.int8), Dettmers et al. 2023 (NF4, double quant
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import accelerate
 import torch
+import transformers
 from torch import Tensor, nn
+
+from llava.model.adapter import is_llm_block
+from llava.model.configuration import LlavaConfig
 
 OUTLIER_THRESHOLD = 6.0
 """LLM.int8: columns with activations beyond this are computed in 16 bit."""
+BLOCK = 64
+"""NF4: values that share a scale."""
+DEVICES = ("cuda", "cpu")
+_CPU_ROWS = 32
+"""bitsandbytes' 4-bit kernel for the CPU computes so many outputs at a time."""
+_OUTSIDE = ["lm_head", "model.mm_projector", "model.vision_tower"]
+_CAST_LOGGER = "bitsandbytes.autograd._functions"
+_SETTINGS_KEY = "quantization_config"
+_REQUIRED: dict[int, dict[str, Any]] = {
+    4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    8: {"load_in_8bit": True, "llm_int8_threshold": OUTLIER_THRESHOLD},
+}
+"""By bits, what must stand in the settings of a directory that can be read."""
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -28,6 +49,138 @@ def import_bitsandbytes() -> ModuleType:
     return bitsandbytes
 
 
+def quantization_settings(bits: int, compute_dtype: torch.dtype) -> dict[str, Any]:
+    """Return `quantization_config` of a `config.json`, as transformers writes it.
+
+    Raises:
+        ValueError: if `bits` is neither 4 nor 8.
+    """
+    if bits not in _REQUIRED:
+        raise ValueError(f"bits is {bits}; choose 4 or 8")
+    settings = transformers.BitsAndBytesConfig(
+        **_REQUIRED[bits], bnb_4bit_compute_dtype=compute_dtype, llm_int8_skip_modules=list(_OUTSIDE)
+    )
+    return {**settings.to_dict(), "quant_method": "bitsandbytes"}
+
+
+def is_quantized(config: LlavaConfig) -> bool:
+    """Tell whether the weights beside a config are stored quantised, by whatever method."""
+    return config.to_dict().get(_SETTINGS_KEY) is not None
+
+
+def saved_bits(config: LlavaConfig, place: str | Path) -> int | None:
+    """Return the bits that weights are stored in: 4 or 8; None if they are not quantised.
+
+    Args:
+        config: of the weights.
+        place: where it stands, for the message.
+
+    Raises:
+        ValueError: if they are quantised in a way that is not supported.
+    """
+    if not is_quantized(config):
+        return None
+    settings = config.to_dict()[_SETTINGS_KEY]
+    for bits, required in _REQUIRED.items():
+        if settings.get("quant_method") == "bitsandbytes" and required.items() <= settings.items():
+            return bits
+    found = {key: settings[key] for required in _REQUIRED.values() for key in required if key in settings}
+    raise ValueError(
+        f"{place} is quantised by {settings.get('quant_method')} with {found}; supported are bitsandbytes' NF4 with "
+        "double quantisation and LLM.int8: make one from the 16-bit weights with scripts/quantize_checkpoint.py"
+    )
+
+
+def choose_bits(asked: int, config: LlavaConfig, place: str | Path) -> int:
+    """Return the bits to load weights in: those they are stored in, else those asked for (16, 8 or 4).
+
+    Raises:
+        ValueError: if both are quantised and differ.
+    """
+    saved = saved_bits(config, place)
+    if saved is None:
+        return asked
+    if asked not in (16, saved):
+        raise ValueError(
+            f"{place} holds {saved}-bit weights, but {asked} bit are asked for; leave the option out, or load the "
+            "16-bit weights they were made from with it"
+        )
+    return saved
+
+
+def refuse_quantized(config: LlavaConfig, place: str | Path, use: str) -> None:
+    """Make sure that weights are not stored quantised, where their values are needed.
+
+    Args:
+        config: of the weights.
+        place: their directory, for the message.
+        use: what was to be done with them, as in "they can't be USE".
+
+    Raises:
+        ValueError: if they are.
+    """
+    if is_quantized(config):
+        raise ValueError(
+            f"{place} holds quantised weights, which can be asked but can't be {use}; give the directory of the "
+            "16-bit weights they were made from"
+        )
+
+
+def quantization_note(bits: int) -> str | None:
+    """Return what to know on merging an adapter whose base was held in `bits`; None for 16."""
+    if bits == 16:
+        return None
+    return (
+        f"the adapter was trained on its base held in {bits} bit and is added to the 16-bit weights here: what it "
+        "learned to make up for in the base's rounding is no longer there, so answers can differ a little from those "
+        "seen in training; score the merged model on your own questions"
+    )
+
+
+def is_quantized_weight(name: str, shape: torch.Size) -> bool:
+    """Tell whether a weight is one that 4 and 8 bit quantise: the linear layers of the LLM's blocks."""
+    return is_llm_block(name) and len(shape) == 2
+
+
+def narrow_dtypes(model: nn.Module, bits: int) -> dict[str, Any]:
+    """Return the dtypes of the weights to be quantised, by parameter name, as accelerate's size functions take them."""
+    if bits == 16:
+        return {}
+    narrow = accelerate.utils.CustomDtype.INT4 if bits == 4 else torch.int8
+    return {name: narrow for name, weight in model.named_parameters() if is_quantized_weight(name, weight.shape)}
+
+
+def check_placement(layers: nn.Module, bits: int, devices: Collection[torch.device]) -> None:
+    """Make sure that bitsandbytes computes these layers on these devices, before anything is read.
+
+    Args:
+        layers: of the LLM.
+        bits: 4 or 8.
+        devices: where parts of the model go.
+
+    Raises:
+        ValueError: if a device has no kernels, if the model is spread over kinds of devices, or if a layer's sizes
+            don't fit the CPU's 4-bit kernels.
+    """
+    kinds = {device.type for device in devices}
+    strangers = sorted(kinds - set(DEVICES))
+    if strangers:
+        raise ValueError(
+            f"{bits} bit is supported on CUDA and the CPU, not on {strangers[0]}; load 16 bit there, or pass device cpu"
+        )
+    if len(kinds) > 1:
+        raise ValueError(f"{bits} bit can't be spread over GPU and CPU; name GPUs alone in device_map, or one device")
+    if bits == 8 or kinds != {"cpu"}:
+        return
+    for name, layer in layers.named_modules():
+        # In rows that don't end with a block, bitsandbytes' kernel reads the scale of another block, silently.
+        if isinstance(layer, nn.Linear) and (layer.in_features % BLOCK or layer.out_features % _CPU_ROWS):
+            raise ValueError(
+                f"layer {name} turns {layer.in_features} features into {layer.out_features}, but 4 bit on the CPU "
+                f"needs a multiple of {BLOCK} and of {_CPU_ROWS}; load 8 or 16 bit, or use a GPU"
+            )
+
+
 def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -> None:
     """Replace the linear layers inside `layers` by empty ones of 4 or 8 bit; `quantized_parameter` fills them.
 
@@ -38,6 +191,8 @@ def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -
     bnb = import_bitsandbytes()
     if bits not in (4, 8):
         raise ValueError(f"bits is {bits}; choose 4, 8 or 16")
+    # LLM.int8 computes in fp16 whatever it is given, and bitsandbytes says so for each layer and token.
+    logging.getLogger(_CAST_LOGGER).addFilter(_is_other_message)
     for parent in list(layers.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -51,18 +206,56 @@ def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -
                 setattr(parent, name, linear.requires_grad_(False))
 
 
-def quantized_parameter(module: nn.Module, tensor: Tensor, dtype: torch.dtype, device: Any) -> nn.Parameter:
-    """Return a weight for `module` on `device`: quantised if `quantize_linears` made the module, else in `dtype`."""
+def _is_other_message(record: logging.LogRecord) -> bool:
+    return "inputs will be cast" not in record.msg
+
+
+def quantized_parameter(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """Return a weight for `module`: quantised if `quantize_linears` made the module, else in `dtype`."""
     bnb = import_bitsandbytes()
     if isinstance(module, bnb.nn.Linear4bit):
-        kind = {"compress_statistics": True, "quant_type": "nf4", "module": module}
-        return bnb.nn.Params4bit(tensor.to(dtype).contiguous(), requires_grad=False, **kind).to(device)
+        return quantize_4bit(tensor.to(dtype), module)
     if isinstance(module, bnb.nn.Linear8bitLt):
-        half = tensor.to(torch.float16).contiguous()
-        return bnb.nn.Int8Params(half, requires_grad=False, has_fp16_weights=False).to(device)
-    return plain_parameter(module, tensor, dtype, device)
+        return quantize_8bit(tensor.to(torch.float16))
+    return plain_parameter(module, tensor, dtype)
 
 
-def plain_parameter(module: nn.Module, tensor: Tensor, dtype: torch.dtype, device: Any) -> nn.Parameter:
-    """Return a weight on `device` in `dtype`; the module makes no difference."""
-    return nn.Parameter(tensor.to(device, dtype))
+def quantize_4bit(tensor: Tensor, module: nn.Module | None = None) -> nn.Parameter:
+    """Return a weight in NF4 with its statistics, quantised where it lies.
+
+    Args:
+        tensor: (out, in).
+        module: the layer it is for, if any.
+    """
+    kind = {"compress_statistics": True, "quant_type": "nf4", "blocksize": BLOCK, "module": module}
+    parameter = import_bitsandbytes().nn.Params4bit(tensor.contiguous(), requires_grad=False, **kind)
+    return parameter.to(tensor.device)
+
+
+def quantize_8bit(tensor: Tensor) -> nn.Parameter:
+    """Return a weight in int8 with one scale per row, quantised where it lies.
+
+    Args:
+        tensor: (out, in) float16.
+    """
+    # Moving an `Int8Params` quantises on the way from the CPU alone; a tensor on a GPU would stay in 16 bit until the
+    # first forward pass.
+    bnb = import_bitsandbytes()
+    rows, scales, _ = bnb.functional.int8_vectorwise_quant(tensor.contiguous())
+    return int8_parameter(rows, scales)
+
+
+def int8_parameter(rows: Tensor, scales: Tensor) -> nn.Parameter:
+    """Return a weight of LLM.int8.
+
+    Args:
+        rows: (out, in) int8.
+        scales: (out,) float32, the largest absolute value of each row.
+    """
+    kind = {"requires_grad": False, "has_fp16_weights": False}
+    return import_bitsandbytes().nn.Int8Params(rows, **kind, CB=rows, SCB=scales)
+
+
+def plain_parameter(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """Return a weight in `dtype`; the module makes no difference."""
+    return nn.Parameter(tensor.to(dtype))

@@ -11,6 +11,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.image_processing import CLIPPixels
 
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+"""Of the encoder's tensors in a checkpoint."""
 VIT_L_14_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -59,7 +61,9 @@ class CLIPVisionTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode pictures in the tower's own dtype."""
-        features = self.vision_tower(pixel_values.to(self.device, self.dtype)).last_hidden_state  # (N, 1 + P, V)
+        if self.device.type != "meta":  # weights that stay in their files come to the pixels
+            pixel_values = pixel_values.to(self.device)
+        features = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state  # (N, 1 + P, V)
         return features[:, 1:] if self.select_feature == "patch" else features
 
     @property
@@ -86,3 +90,10 @@ class CLIPVisionTower(nn.Module):
     def num_patches(self) -> int:
         """P, patches of a picture."""
         return self.num_patches_per_side**2
+
+
+def released_name(name: str) -> str:
+    """Return a tensor's name in released files; newer libraries leave out a level of the encoder's."""
+    inner = name.removeprefix(TOWER_PREFIX)
+    is_short = inner != name and not inner.startswith("vision_model.")
+    return f"{TOWER_PREFIX}vision_model.{inner}" if is_short else name

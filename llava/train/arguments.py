@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from llava.conversation import get_template
 from llava.model.devices import best_device, default_dtype
+from llava.model.quantization import DEVICES
 
 _FIELDS = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
@@ -170,7 +171,18 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
             not training.double_quant or training.quant_type != "nf4"
         ),
         f"--bits {training.bits} holds the LLM frozen; add --lora_enable True": training.bits != 16
-        and not training.lora_enable,
+        and not training.lora_enable
+        and not model.tune_mm_mlp_adapter,
+        f"--bits {training.bits} and --tune_mm_mlp_adapter exclude each other; leave --bits out": training.bits != 16
+        and model.tune_mm_mlp_adapter,
+        f"--bits {training.bits} runs on CUDA and the CPU, not on {training.device.type}; leave it out": (
+            training.bits != 16 and training.device.type not in DEVICES
+        ),
+        f"--bits {training.bits} can't be sharded by --fsdp; leave --fsdp out": training.bits != 16
+        and bool(training.fsdp),
+        "--bits 4 with --eval_strategy loses gradients on the CPU; leave one of them out": training.bits == 4
+        and training.device.type == "cpu"
+        and training.eval_strategy != "no",
         f"--bits {training.bits} can't be partitioned by ZeRO-3; use scripts/zero2.json": training.bits != 16
         and zero_stage(training.deepspeed) == 3,
         "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from llava.image_processing import CLIPPixels
 from llava.model.adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILES, NON_LORA_FILES, PROJECTOR_FILE
-from llava.model.checkpoint import file_name, save_checkpoint, save_settings, state_for_file
+from llava.model.checkpoint import save_checkpoint, save_settings, state_for_file
 from llava.model.configuration import LlavaConfig
-from llava.model.weights import open_tensor_file, open_weights, save_tensors
+from llava.model.vision_tower import released_name
+from llava.model.weight_writer import save_tensors
+from llava.model.weights import open_tensor_file, open_weights
 from llava.tokenization import LlavaTokenizer
 
 TRAINING_FILE = "training.json"
@@ -130,7 +132,7 @@ class Saver:
         found = self._read(directory)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                stored = name.replace(f".{_ADAPTER_NAME}.", ".") if self.kind == "lora" else file_name(name)
+                stored = name.replace(f".{_ADAPTER_NAME}.", ".") if self.kind == "lora" else released_name(name)
                 if stored not in found:
                     raise ValueError(
                         f"{directory} lacks {stored}, which this run trains; start anew in another --output_dir"
@@ -143,7 +145,7 @@ class Saver:
         if self.kind == "projector":
             return open_tensor_file(directory / PROJECTOR_FILE)
         others = open_tensor_file(directory / _PICKLED_NON_LORA_FILE)
-        return open_tensor_file(directory / ADAPTER_FILES[0]).overlaid(others.readers)
+        return open_tensor_file(directory / ADAPTER_FILES[0]).overlaid(others.entries)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,9 +25,11 @@ from llava.data.records import DataError, EncodedRecord, describe_problems, enco
 from llava.model.adapter import read_adapter, read_projector
 from llava.model.builder import build_model
 from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint
+from llava.model.hub import snapshot_revision
+from llava.model.lazy_tensors import LazyTensors, fingerprint
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.projector import build_projector
-from llava.model.weights import fingerprint
+from llava.model.quantization import refuse_quantized
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -81,7 +84,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
     patches = (config.mm_vision_config["image_size"] // config.mm_vision_config["patch_size"]) ** 2
     records = load_data(data_args, checkpoint, training_args.model_max_length, patches)
-    base = (model_args.model_name_or_path, fingerprint(checkpoint.tensors))
+    base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)
     if training_args.lora_weight_path:
         checkpoint = add_what_was_trained(checkpoint, model_args, training_args)
@@ -119,7 +122,8 @@ def open_for_training(model_args: ModelArguments, data_args: DataArguments, cach
     checkpoint = open_checkpoint(
         model_args.model_name_or_path, vision_tower=model_args.vision_tower, cache_dir=cache_dir
     )
-    if checkpoint.layout is not Layout.FULL:
+    refuse_quantized(checkpoint.config, model_args.model_name_or_path, "trained")
+    if checkpoint.layout not in (Layout.FULL, Layout.HF):
         raise ValueError(
             f"--model_name_or_path {model_args.model_name_or_path} holds a {checkpoint.layout.value}; merge it first "
             "with scripts/merge_lora_weights.py, or continue from it with --lora_weight_path and its base here"
@@ -151,13 +155,13 @@ def add_projector(checkpoint: Checkpoint, model_args: ModelArguments, seed: int)
     config = checkpoint.config
     if model_args.pretrain_mm_mlp_adapter:
         projector = read_projector(model_args.pretrain_mm_mlp_adapter)
-        return dataclasses.replace(checkpoint, tensors=checkpoint.tensors.overlaid(projector.readers))
+        return dataclasses.replace(checkpoint, tensors=checkpoint.tensors.overlaid(projector.entries))
     if any("mm_projector" in name for name in checkpoint.tensors):
         return checkpoint
     logger.info("the weights have no projector; a fresh %s starts from seed %d", config.mm_projector_type, seed)
     fresh = build_projector(config.mm_projector_type, config.mm_hidden_size, config.hidden_size).state_dict()
-    readers = {f"model.mm_projector.{name}": (lambda tensor=tensor: tensor) for name, tensor in fresh.items()}
-    return dataclasses.replace(checkpoint, tensors=checkpoint.tensors.overlaid(readers))
+    entries = LazyTensors.of({f"model.mm_projector.{name}": tensor for name, tensor in fresh.items()}).entries
+    return dataclasses.replace(checkpoint, tensors=checkpoint.tensors.overlaid(entries))
 
 
 def add_what_was_trained(
@@ -248,17 +252,29 @@ def _with_adapters(
     )
 
 
+def describe_base(name: str, checkpoint: Checkpoint, bits: int) -> dict[str, Any]:
+    """Return the config keys that tell what training starts from; the weights' samples are read for it."""
+    return {
+        "base_model_name_or_path": name,
+        "base_model_revision": snapshot_revision(checkpoint.directory),
+        "base_model_fingerprint": fingerprint(checkpoint.tensors),
+        "base_model_bits": bits,
+        "merged_adapter_fingerprint": None,
+    }
+
+
 def surroundings(
     checkpoint: Checkpoint,
-    base: tuple[str, str],
+    base: Mapping[str, Any],
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> Surroundings:
-    """Return what every saved directory holds beside its weights; `base` is name and fingerprint of the start."""
+    """Return what every saved directory holds beside its weights; `base` comes from `describe_base`."""
     config = copy.deepcopy(checkpoint.config)
     config.use_cache = True
-    config.base_model_name_or_path, config.base_model_fingerprint = base
+    for key, value in base.items():
+        setattr(config, key, value)
     config.mm_projector_lr = training_args.mm_projector_lr
     config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     config.freeze_mm_mlp_adapter = training_args.freeze_mm_mlp_adapter

@@ -129,7 +129,7 @@ def test_no_image(goldens, loads, session):
         ({"query": ""}, PromptError, "the question is empty; write one"),
         ({"conv_mode": "v7"}, ValueError, "unknown conversation template 'v7'"),
         ({"num_beams": 0}, ValueError, "num_beams is 0; choose 1 (no beam search) or more"),
-        ({"model_path": "/none"}, FileNotFoundError, "/none is neither a directory nor in the hub's cache"),
+        ({"model_path": "/none"}, FileNotFoundError, "/none is neither a directory nor complete in the hub's cache"),
     ],
 )
 def test_errors_say_what_is_wrong(goldens, loads, changed, error, message):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava.model.adapter import add_adapter, plain_name, read_adapter, read_projector
 from llava.model.builder import attach_adapter, build_model
 from llava.model.checkpoint import open_checkpoint
+from llava.model.lazy_tensors import LazyTensors
 from llava.model.weights import open_weights
 
 LAYER = "base_model.model.model.layers.0.mlp.up_proj"
@@ -81,7 +82,7 @@ def test_merged_is_base_plus_scaled_product(adapter_directory, base, rank_stabil
 
 
 def test_the_sum_is_cast_once(adapter_directory, base):
-    half = base.overlaid({name: lambda name=name: base[name].to(torch.bfloat16) for name in base})
+    half = LazyTensors.of({name: base[name].to(torch.bfloat16) for name in base})
     name = plain_name(LAYER) + ".weight"
     product = products(adapter_directory, 2.0)[name]
     exact = (half[name].double() + product).float()
@@ -117,6 +118,44 @@ def test_parts(goldens):
     assert len(inside) == 14
     assert set(adapter.outside_llm().pairs) == set(adapter.pairs) - inside
     assert adapter.outside_llm().replaced is adapter.replaced
+
+
+def test_an_adapter_knows_itself_again(adapter_directory):
+    expected = read_adapter(adapter_directory).fingerprint()
+    assert read_adapter(adapter_directory).fingerprint() == expected
+    change_tensors(adapter_directory, lambda tensors: tensors.update({f"{LAYER}.lora_B.weight": torch.ones(40, 4)}))
+    assert read_adapter(adapter_directory).fingerprint() != expected
+
+
+@pytest.mark.parametrize("place", ["llava-v1.5-golden", "golden-pretrained-projector", "", "non_lora_trainables.bin"])
+def test_a_projector_from_elsewhere(goldens, adapter_directory, tmp_path, place):
+    """Base, projector directory, LoRA directory or a file of it, for an adapter that comes without."""
+    lora = goldens / "llava-v1.5-golden-task-lora"
+    source = goldens / place if place.startswith(("llava", "golden")) else lora / place
+    (adapter_directory / "non_lora_trainables.bin").unlink()
+    found = read_adapter(adapter_directory, source).replaced
+    assert sorted(found) == [f"model.mm_projector.{leaf}" for leaf in ("0.bias", "0.weight", "2.bias", "2.weight")]
+    if source.is_relative_to(lora):
+        trained = read_adapter(lora).replaced
+        assert all(torch.equal(found[name], trained[name]) for name in trained)
+
+
+def test_a_projector_from_elsewhere_is_not_needed_or_is_none(goldens, adapter_directory, tmp_path):
+    with pytest.raises(ValueError, match=r"bin is the projector trained with the adapter; leave --mm-projector out$"):
+        read_adapter(adapter_directory, goldens / "llava-v1.5-golden")
+    (adapter_directory / "non_lora_trainables.bin").unlink()
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors holds no projector; name a file or directory that does$"):
+        read_adapter(adapter_directory, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("states", [{"module": {"lm_head.weight": torch.zeros(1)}}, {"x": 1}, torch.zeros(1)])
+def test_deepspeed_states_without_a_projector(adapter_directory, states):
+    (adapter_directory / "non_lora_trainables.bin").unlink()
+    (adapter_directory / "global_step7").mkdir()
+    torch.save(states, adapter_directory / "global_step7" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match=r"states.pt holds no projector; pass --mm-projector with a directory or file"):
+        read_adapter(adapter_directory)
 
 
 def test_pickled_adapters_are_read_too(adapter_directory, base):
@@ -178,7 +217,10 @@ def test_tensors_that_make_no_adapter_are_refused(adapter_directory, change, mes
     ("name", "message"),
     [
         ("adapter_model.safetensors", "lacks adapter_model.safetensors or adapter_model.bin; use the directory that"),
-        ("non_lora_trainables.bin", "lacks non_lora_trainables.safetensors or non_lora_trainables.bin; use the dir"),
+        (
+            "non_lora_trainables.bin",
+            "lacks non_lora_trainables.safetensors or non_lora_trainables.bin, which holds",
+        ),
     ],
 )
 def test_missing_files(adapter_directory, name, message):
@@ -195,23 +237,22 @@ def test_broken_settings(adapter_directory):
 
 def test_a_base_without_the_layer(adapter_directory, base):
     name = plain_name(LAYER) + ".weight"
-    smaller = type(base)({key: reader for key, reader in base.readers.items() if key != name})
+    smaller = type(base)({key: entry for key, entry in base.entries.items() if key != name})
     message = f"^the base has no {name}, which the adapter changes; name the base it was trained on$"
     with pytest.raises(ValueError, match=message):
         add_adapter(smaller, read_adapter(adapter_directory))
 
 
 def test_a_base_without_projector_gets_the_trained_one(adapter_directory, base):
-    bare = type(base)({name: reader for name, reader in base.readers.items() if "mm_projector" not in name})
+    bare = type(base)({name: entry for name, entry in base.entries.items() if "mm_projector" not in name})
     assert sorted(add_adapter(bare, read_adapter(adapter_directory))) == sorted(base)
 
 
 def test_a_base_of_another_width(adapter_directory, base):
     name = plain_name(LAYER) + ".weight"
-    wider = base.overlaid({name: lambda: torch.zeros(40, 18)})
-    merged = add_adapter(wider, read_adapter(adapter_directory))
+    wider = base.overlaid(LazyTensors.of({name: torch.zeros(40, 18)}).entries)
     with pytest.raises(ValueError, match=rf"^{name} is \(40, 18\) in the base, but \(40, 16\) in the adapter$"):
-        merged[name]
+        add_adapter(wider, read_adapter(adapter_directory))
 
 
 def test_projector_of_a_directory_or_file(goldens):

@@ -16,7 +16,9 @@ from llava.image_processing import open_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import builder
 from llava.model.builder import check_names, load_pretrained_model
-from llava.model.weights import open_weights, write_weights
+from llava.model.lazy_tensors import LazyTensors
+from llava.model.weight_writer import write_weights
+from llava.model.weights import open_weights
 
 PICTURES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png"]
 TEXTS = ["Is there railing?", "What are the  colors of the bikes?", " leading space", "trailing space "]
@@ -173,12 +175,12 @@ def test_four_and_eight_bit_exclude_each_other(goldens):
         load(goldens, load_4bit=True, load_8bit=True)
 
 
-@pytest.mark.parametrize(("option", "kind"), [("load_4bit", "Linear4bit"), ("load_8bit", "Linear8bitLt")])
-def test_quantised_are_the_llms_blocks_alone(goldens, golden_model, option, kind):
+def test_quantised_are_the_llms_blocks_alone(goldens, golden_model):
+    """4 bit needs wider layers than the goldens have; see test_quantization."""
     bnb = pytest.importorskip("bitsandbytes")
-    model = load(goldens, **{option: True})[1]
+    model = load(goldens, load_8bit=True)[1]
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    quantised = {name for name, module in linears.items() if isinstance(module, getattr(bnb.nn, kind))}
+    quantised = {name for name, module in linears.items() if isinstance(module, bnb.nn.Linear8bitLt)}
     assert quantised == {name for name in linears if name.startswith("model.layers.")}
     assert len(quantised) == 14
     reference = dict(golden_model[1].named_parameters())
@@ -187,11 +189,7 @@ def test_quantised_are_the_llms_blocks_alone(goldens, golden_model, option, kind
             assert torch.equal(parameter, reference[name]), name
     for name in sorted(quantised):
         weight, stored = reference[f"{name}.weight"], linears[name].weight
-        if kind == "Linear4bit":
-            restored = bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
-            assert stored.quant_state.nested  # the scales are quantised too
-        else:
-            restored = stored.data.float() * linears[name].weight.SCB[:, None] / 127
+        restored = stored.data.float() * stored.SCB[:, None] / 127
         assert torch.nn.functional.cosine_similarity(restored.flatten(), weight.flatten(), dim=0) > 0.95
 
 
@@ -219,7 +217,7 @@ def directory(goldens, tmp_path):
 def damage(goldens, directory, change):
     tensors = dict(open_weights(goldens / "llava-v1.5-golden"))
     change(tensors)
-    write_weights(tensors, directory)
+    write_weights(LazyTensors.of(tensors), directory)
 
 
 @pytest.mark.parametrize(

@@ -5,68 +5,43 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 
-from llava.model.builder import build_model, load_pretrained_model
+from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import (
     Layout,
     detect_layout,
-    file_name,
     open_checkpoint,
-    resolve_directory,
     save_checkpoint,
     state_for_file,
 )
 from llava.model.configuration import load_config
-from llava.model.weights import fingerprint, open_weights, write_weights
+from llava.model.hub import resolve_directory
+from llava.model.lazy_tensors import LazyTensors, fingerprint
+from llava.model.weight_writer import write_weights
+from llava.model.weights import open_weights
 
 FULL, LORA, PROJECTOR = "llava-v1.5-golden", "llava-v1.5-golden-task-lora", "golden-pretrained-projector"
 TOWER = "clip-vit-tiny-patch14-56"
-TOWER_PREFIX = "model.vision_tower."
 
 
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def copy_golden(goldens, name, target):
-    shutil.copytree(goldens / name, target)
-    for path in target.iterdir():
-        path.chmod(0o644)
-    return target
-
-
-def change_config(directory, **changes):
-    path = directory / "config.json"
-    settings = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every attempt to open a connection fails the test."""
-
-    def refuse(*arguments, **options):
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
 @pytest.mark.parametrize(("name", "layout"), [(FULL, Layout.FULL), (LORA, Layout.LORA), (PROJECTOR, Layout.PROJECTOR)])
-def test_files_decide(goldens, tmp_path, name, layout):
+def test_files_decide(goldens, copy_golden, change_config, tmp_path, name, layout):
     assert detect_layout(goldens / name) is layout
     shutil.copytree(goldens / name, tmp_path / "anything-lora-mpt")
     assert detect_layout(tmp_path / "anything-lora-mpt") is layout
 
 
-def test_a_projector_beside_weights_is_part_of_them(goldens, tmp_path):
-    directory = copy_golden(goldens, FULL, tmp_path / "x")
+def test_a_projector_beside_weights_is_part_of_them(goldens, copy_golden, change_config, tmp_path):
+    directory = copy_golden(FULL, tmp_path / "x")
     shutil.copyfile(goldens / PROJECTOR / "mm_projector.bin", directory / "mm_projector.bin")
     assert detect_layout(directory) is Layout.FULL
 
@@ -79,9 +54,9 @@ def test_directories_that_hold_no_model(tmp_path):
     (tmp_path / "readme.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"\(found readme.txt\)$"):
         detect_layout(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
-    with pytest.raises(ValueError, match=r"is in the llava-hf layout; use a checkpoint in the original's layout$"):
-        detect_layout(tmp_path)
+    assert detect_layout(tmp_path) is Layout.HF
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is no valid JSON"):
         detect_layout(tmp_path)
@@ -132,15 +107,15 @@ def test_a_base_must_be_full_weights(goldens):
         open_checkpoint(goldens / LORA, goldens / PROJECTOR)
 
 
-def test_another_base_than_the_recorded_one(goldens, tmp_path):
-    adapter = copy_golden(goldens, LORA, tmp_path / "adapter")
+def test_another_base_than_the_recorded_one(goldens, copy_golden, change_config, tmp_path):
+    adapter = copy_golden(LORA, tmp_path / "adapter")
     base = open_weights(goldens / FULL)
     change_config(adapter, base_model_name_or_path=str(goldens / FULL), base_model_fingerprint=fingerprint(base))
     assert open_checkpoint(adapter).base == goldens / FULL
-    other = copy_golden(goldens, FULL, tmp_path / "other")
+    other = copy_golden(FULL, tmp_path / "other")
     for path in other.glob("pytorch_model*"):
         path.unlink()
-    write_weights(base.overlaid({"lm_head.weight": lambda: base["lm_head.weight"] * 1.01}), other)
+    write_weights(base.overlaid(LazyTensors.of({"lm_head.weight": base["lm_head.weight"] * 1.01}).entries), other)
     message = rf"adapter was trained on {goldens / FULL}, fingerprint \w{{32}}, but {other} has fingerprint \w{{32}};"
     with pytest.raises(ValueError, match=message):
         open_checkpoint(adapter, other)
@@ -150,68 +125,47 @@ def test_another_base_than_the_recorded_one(goldens, tmp_path):
     assert model.lm_head.weight.shape == (32000, 16)
 
 
-def test_strangers_in_a_projector(goldens, tmp_path):
-    directory = copy_golden(goldens, PROJECTOR, tmp_path / "x")
+def test_what_is_merged_is_not_merged_again(goldens, copy_golden, change_config, tmp_path):
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    checkpoint = open_checkpoint(goldens / LORA, goldens / FULL)
+    save_checkpoint(checkpoint.tensors, checkpoint.config, checkpoint.tokenizer, checkpoint.image_processor, merged)
+    assert load_config(merged).merged_adapter_fingerprint is not None
+    with pytest.raises(ValueError, match=rf"task-lora is merged into {merged} already; use that as it is, or give the"):
+        open_checkpoint(goldens / LORA, merged)
+    beside = open_checkpoint(goldens / LORA, goldens / FULL, with_adapter=False)
+    assert beside.config.merged_adapter_fingerprint is None
+
+
+def test_an_adapter_without_config_uses_the_bases(goldens, copy_golden, change_config, tmp_path, caplog):
+    """As the original leaves `checkpoint-N`; the finished run's config, one level up, goes before the base's."""
+    caplog.set_level("INFO")
+    bare = copy_golden(LORA, tmp_path / "run" / "checkpoint-5")
+    (bare / "config.json").unlink()
+    expected = open_checkpoint(goldens / LORA, goldens / FULL)
+    checkpoint = open_checkpoint(bare, goldens / FULL)
+    assert f"{bare} has no config.json; that of {goldens / FULL} is used" in caplog.messages
+    assert all(torch.equal(checkpoint.tensors[name], expected.tensors[name]) for name in expected.tensors)
+    shutil.copyfile(goldens / LORA / "config.json", bare.parent / "config.json")
+    change_config(bare.parent, conversation_template="llava_llama_2")
+    assert open_checkpoint(bare, goldens / FULL).config.conversation_template == "llava_llama_2"
+
+
+def test_the_base_is_recorded_as_it_was_found(goldens):
+    config = open_checkpoint(goldens / LORA, goldens / FULL).config
+    assert config.base_model_name_or_path == str(goldens / FULL)
+    assert config.base_model_fingerprint == fingerprint(open_weights(goldens / FULL))
+
+
+def test_strangers_in_a_projector(goldens, copy_golden, change_config, tmp_path):
+    directory = copy_golden(PROJECTOR, tmp_path / "x")
     tensors = torch.load(directory / "mm_projector.bin", weights_only=True)
     torch.save({**tensors, "model.embed_tokens.weight": torch.zeros(1)}, directory / "mm_projector.bin")
     with pytest.raises(ValueError, match=r"mm_projector.bin holds model.embed_tokens.weight; only a projector is supp"):
         open_checkpoint(directory, goldens / FULL)
 
 
-@pytest.fixture
-def towerless(goldens, tmp_path):
-    """The golden checkpoint without the tower's tensors."""
-    directory = copy_golden(goldens, FULL, tmp_path / "models" / "towerless")
-    for path in directory.glob("pytorch_model*"):
-        path.unlink()
-    golden = open_weights(goldens / FULL)
-    write_weights({name: golden[name] for name in golden if not name.startswith(TOWER_PREFIX)}, directory)
-    return directory
-
-
-def test_a_tower_beside_the_checkpoint_is_found(goldens, towerless, golden_model, no_network):
-    shutil.copytree(goldens / TOWER, towerless.parent / TOWER)
-    checkpoint = open_checkpoint(towerless)
-    tower = open_weights(goldens / TOWER)
-    used = {name for name in checkpoint.tensors if name.startswith(TOWER_PREFIX)}
-    assert used == {f"model.vision_tower.vision_tower.{name}" for name in tower if name.startswith("vision_model.")}
-    model = build_model(checkpoint, dtype="float32", device="cpu")
-    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    inside = golden_model[1].get_vision_tower()(pixels)
-    assert model.get_vision_tower()(pixels).shape == inside.shape
-
-
-def test_a_tower_asked_for_is_used(goldens, towerless):
-    checkpoint = open_checkpoint(towerless, vision_tower=goldens / TOWER)
-    assert checkpoint.config.mm_vision_tower == str(goldens / TOWER)
-    assert any(name.startswith(TOWER_PREFIX) for name in checkpoint.tensors)
-    assert checkpoint.image_processor.crop_size["height"] == 56
-
-
-def test_a_tower_that_is_nowhere(towerless, no_network):
-    with pytest.raises(
-        FileNotFoundError, match=rf"^{TOWER} is neither a directory nor in the hub's cache, and could not"
-    ):
-        open_checkpoint(towerless)
-
-
-def test_an_llm_without_tower_has_no_eyes(towerless):
-    change_config(towerless, mm_vision_tower=None)
-    checkpoint = open_checkpoint(towerless)
-    assert checkpoint.image_processor is None
-    assert checkpoint.config.mm_vision_config is None
-
-
-def test_unknown_sizes_of_a_tower_inside(goldens, tmp_path):
-    directory = copy_golden(goldens, FULL, tmp_path / "alone" / "x")
-    message = f"^the sizes of vision tower '{TOWER}' are unknown; pass --vision-tower with its directory$"
-    with pytest.raises(FileNotFoundError, match=message):
-        open_checkpoint(directory)
-    change_config(directory, mm_vision_tower="openai/clip-vit-large-patch14-336")
-    assert open_checkpoint(directory).config.mm_vision_config["num_hidden_layers"] == 24
-
-
-def test_the_hubs_cache_is_enough(goldens, tmp_path, monkeypatch, no_network, golden_model):
+def test_the_hubs_cache_is_enough(goldens, copy_golden, change_config, tmp_path, monkeypatch, no_network, golden_model):
     """`liuhaotian/llava-v1.5-7b` as huggingface_hub lays it out, found without asking the hub."""
     revision = "4481d270cc22fd5c4d1bb5df129622006ccd9234"
     for name, source in (("models--liuhaotian--llava-v1.5-7b", FULL), (f"models--tiny--{TOWER}", TOWER)):
@@ -227,16 +181,6 @@ def test_the_hubs_cache_is_enough(goldens, tmp_path, monkeypatch, no_network, go
     assert resolve_directory("liuhaotian/llava-v1.5-7b") == snapshot
     model = load_pretrained_model("liuhaotian/llava-v1.5-7b", None, "llava-v1.5-7b", device="cpu")[1]
     assert torch.equal(model.lm_head.weight, golden_model[1].lm_head.weight)
-
-
-def test_a_name_that_is_nowhere(tmp_path, no_network):
-    message = (
-        r"^no/such-model is neither a directory nor in the hub's cache, and could not be downloaded \(.*give the path"
-    )
-    with pytest.raises(FileNotFoundError, match=message):
-        resolve_directory("no/such-model")
-    with pytest.raises(FileNotFoundError, match=r"neither a directory nor in the hub's cache"):
-        resolve_directory(tmp_path / "no" / "such" / "path")
 
 
 COMPLETE = [
@@ -303,21 +247,3 @@ def test_no_sampling_settings_that_libraries_refuse(written):
     from transformers import GenerationConfig
 
     GenerationConfig.from_pretrained(written).validate()
-
-
-@pytest.mark.parametrize(
-    ("parameter", "stored"),
-    [
-        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
-        (
-            "model.vision_tower.vision_tower.encoder.layers.0.mlp.fc1.bias",
-            "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
-        ),
-        (
-            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
-            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
-        ),
-    ],
-)
-def test_names_in_files_are_the_released_ones(parameter, stored):
-    assert file_name(parameter) == stored

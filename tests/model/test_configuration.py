@@ -70,11 +70,11 @@ def test_every_key_of_ours_is_declared():
         ("[1]", r"config.json is no JSON object; fetch the file again$"),
         (
             '{"model_type": "mistral"}',
-            r"config.json: model_type 'mistral' is not supported; use a LLaVA-1.5 checkpoint",
+            r"config.json: model_type 'mistral' is not expected here; use a LLaVA-1.5 checkpoint",
         ),
         (
             '{"model_type": "llava", "vision_config": {}}',
-            r"config.json: the llava-hf layout is not supported; use a LLaV",
+            r"config.json: the llava-hf layout is not expected here; use a LLaV",
         ),
     ],
 )

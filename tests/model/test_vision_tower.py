@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava.model.vision_tower import CLIPVisionTower
+from llava.model.vision_tower import CLIPVisionTower, released_name
 
 SIZES = {
     "hidden_size": 16,
@@ -88,3 +88,21 @@ def test_layer_that_does_not_exist(layer):
 def test_unknown_feature():
     with pytest.raises(ValueError, match=r"^mm_vision_select_feature is 'cls'; choose patch or cls_patch$"):
         CLIPVisionTower(SIZES, select_feature="cls")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "stored"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        (
+            "model.vision_tower.vision_tower.encoder.layers.0.mlp.fc1.bias",
+            "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+        ),
+        (
+            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
+            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
+        ),
+    ],
+)
+def test_names_in_files_are_the_released_ones(parameter, stored):
+    assert released_name(parameter) == stored

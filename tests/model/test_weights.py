@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava.model.weights import (
-    LazyTensors,
-    fingerprint,
-    open_tensor_file,
-    open_weights,
-    write_weights,
-)
+from llava.model import weight_writer, weights
+from llava.model.lazy_tensors import LazyTensor, LazyTensors, fingerprint
+from llava.model.weight_writer import write_weights
+from llava.model.weights import open_tensor_file, open_weights
 
 TENSORS = {
     "model.a": torch.arange(6.0).view(2, 3),
     "model.b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
     "model.c": torch.arange(4),
 }
+LAZY = LazyTensors.of(TENSORS)
 
 
 def same(found, expected):
@@ -67,11 +68,22 @@ def test_safetensors_go_before_pickles(tmp_path):
 
 def test_tensors_are_read_when_asked_for():
     asked = []
-    tensors = LazyTensors({"a": lambda: asked.append("a") or torch.zeros(1), "b": lambda: torch.ones(1)})
-    assert (len(tensors), list(tensors), asked) == (2, ["a", "b"], [])
-    laid_over = tensors.overlaid({"b": lambda: torch.full((1,), 2.0), "c": lambda: torch.zeros(1)})
-    assert (laid_over["b"].item(), tensors["b"].item(), sorted(laid_over)) == (2.0, 1.0, ["a", "b", "c"])
-    assert asked == []
+
+    def entry(name, value):
+        return LazyTensor(torch.Size([1]), torch.float32, lambda: asked.append(name) or torch.tensor([value]))
+
+    tensors = LazyTensors({"a": entry("a", 0.0), "b": entry("b", 1.0)})
+    laid_over = tensors.overlaid({"b": entry("b'", 2.0), "c": entry("c", 3.0)})
+    assert (len(tensors), list(tensors), sorted(laid_over), asked) == (2, ["a", "b"], ["a", "b", "c"], [])
+    assert tensors.entries["a"].nbytes == 4
+    assert (laid_over["b"].item(), tensors["b"].item(), asked) == (2.0, 1.0, ["b'", "b"])
+
+
+def test_renamed():
+    renamed = LAZY.renamed(lambda name: None if name == "model.c" else name.removeprefix("model."))
+    same(renamed, {"a": TENSORS["model.a"], "b": TENSORS["model.b"]})
+    with pytest.raises(ValueError, match=r"^memory holds x twice, once as model.b; fetch the file again$"):
+        LAZY.renamed(lambda name: "x")
 
 
 def test_no_weights(tmp_path):
@@ -175,7 +187,7 @@ def test_missing_file(tmp_path):
 
 def test_written_weights_come_back(tmp_path):
     seen = []
-    write_weights(TENSORS, tmp_path, progress=seen.append)
+    write_weights(LAZY, tmp_path, progress=seen.append)
     assert names(tmp_path) == ["model.safetensors"]
     same(open_weights(tmp_path), TENSORS)
     assert seen == [24, 4, 32]
@@ -184,7 +196,7 @@ def test_written_weights_come_back(tmp_path):
 
 
 def test_written_in_shards(tmp_path):
-    write_weights(TENSORS, tmp_path, max_shard_bytes=30)
+    write_weights(LAZY, tmp_path, max_shard_bytes=30)
     assert names(tmp_path) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -203,13 +215,13 @@ def test_written_in_shards(tmp_path):
 
 
 def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path):
-    write_weights(TENSORS, tmp_path, max_shard_bytes=1)
+    write_weights(LAZY, tmp_path, max_shard_bytes=1)
     assert len(names(tmp_path)) == 4
     same(open_weights(tmp_path), TENSORS)
 
 
 def test_written_in_another_dtype(tmp_path):
-    write_weights(TENSORS, tmp_path, dtype=torch.float16)
+    write_weights(LAZY, tmp_path, dtype=torch.float16)
     stored = load_file(tmp_path / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in stored.items()} == {
         "model.a": torch.float16,
@@ -220,7 +232,7 @@ def test_written_in_another_dtype(tmp_path):
 
 def test_views_and_gradients_are_written_too(tmp_path):
     base = torch.arange(12.0).view(3, 4)
-    write_weights({"a": base.T, "b": torch.nn.Parameter(base[:, 1])}, tmp_path)
+    write_weights(LazyTensors.of({"a": base.T, "b": torch.nn.Parameter(base[:, 1])}), tmp_path)
     same(open_weights(tmp_path), {"a": base.T.contiguous(), "b": torch.tensor([1.0, 5.0, 9.0])})
 
 
@@ -236,14 +248,105 @@ def test_fingerprint_depends_on_the_weights_alone(goldens, tmp_path):
         assert fingerprint(open_weights(directory)) == expected
     torch.save(dict(golden), tmp_path / "pytorch_model.bin")
     assert fingerprint(open_weights(tmp_path)) == expected
-    llm = LazyTensors({name: reader for name, reader in golden.readers.items() if "vision_tower" not in name})
+    llm = LazyTensors({name: entry for name, entry in golden.entries.items() if "vision_tower" not in name})
     assert fingerprint(llm) == expected
 
 
 def test_another_base_has_another_fingerprint(goldens):
     golden = open_weights(goldens / "llava-v1.5-golden")
     for name in ("lm_head.weight", "model.mm_projector.0.bias", "model.layers.1.mlp.up_proj.weight"):
-        changed = golden.overlaid({name: lambda name=name: golden[name] + 0.01})
+        changed = golden.overlaid(LazyTensors.of({name: golden[name] + 0.01}).entries)
         assert fingerprint(changed) != fingerprint(golden)
-    renamed = {f"x{name}": tensor for name, tensor in TENSORS.items()}
-    assert len({fingerprint(TENSORS), fingerprint(renamed), fingerprint({"model.a": TENSORS["model.a"]})}) == 3
+    renamed, fewer = LAZY.renamed(lambda name: f"x{name}"), LazyTensors({"model.a": LAZY.entries["model.a"]})
+    assert len({fingerprint(LAZY), fingerprint(renamed), fingerprint(fewer)}) == 3
+
+
+def resident_bytes(path):
+    """How much of a mapped file is in this process's memory."""
+    total, is_inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            is_inside = line.endswith(str(path))
+        elif is_inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
+@pytest.mark.parametrize(("name", "save"), [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)])
+def test_reading_a_large_file_holds_little_of_it(tmp_path, monkeypatch, name, save):
+    monkeypatch.setattr(weights, "MAX_MAPPED_BYTES", 2**20)
+    save({f"t{index}": torch.full((2**18,), float(index)) for index in range(16)}, tmp_path / name)
+    tensors = open_weights(tmp_path)
+    kept, peak = tensors["t3"], 0
+    for index in range(16):
+        assert tensors[f"t{index}"].sum() == index * 2**18
+        peak = max(peak, resident_bytes(tmp_path / name))
+    assert 2**20 <= peak <= 4 * 2**20
+    assert kept.sum() == 3 * 2**18  # pages given back come again when they are touched
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_that_are_no_numbers_are_never_written(tmp_path, value, dtype):
+    bad = torch.zeros(1000, dtype=dtype)
+    bad[777] = value
+    message = r"^model.b in memory holds values that are no numbers \(NaN or infinity\); the file is damaged or the"
+    with pytest.raises(ValueError, match=message):
+        write_weights(LAZY.overlaid(LazyTensors.of({"model.b": bad}).entries), tmp_path)
+
+
+def test_values_too_large_for_the_dtype_asked_for(tmp_path):
+    large = LazyTensors.of({"a": torch.tensor([1e6])})
+    message = r"^a holds values too large for torch.float16; write bfloat16 or float32 instead$"
+    with pytest.raises(ValueError, match=message):
+        write_weights(large, tmp_path, dtype=torch.float16)
+    write_weights(large, tmp_path, dtype=torch.bfloat16)
+
+
+def test_writing_over_the_file_that_is_read(tmp_path):
+    write_weights(LAZY, tmp_path)
+    doubled = open_weights(tmp_path).renamed(lambda name: f"{name}.again")
+    write_weights(doubled, tmp_path)
+    same(open_weights(tmp_path), {f"{name}.again": tensor for name, tensor in TENSORS.items()})
+
+
+def test_scalars_and_empty_tensors(tmp_path):
+    tensors = {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "flag": torch.tensor([True])}
+    write_weights(LazyTensors.of(tensors), tmp_path)
+    same(open_weights(tmp_path), tensors)
+    same(load_file(tmp_path / "model.safetensors"), tensors)
+
+
+def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+    def refuse(stream, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weight_writer, "_write_all", refuse)
+    message = r"model.safetensors could not be written \(\[Errno 28\] No space left on device\); free some space"
+    with pytest.raises(OSError, match=message):
+        write_weights(LAZY, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_an_index_that_leads_out_of_its_directory(sharded):
+    index = sharded / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
+    message = r"index.json names '../elsewhere.bin', which is no file beside it; don't trust its source$"
+    with pytest.raises(ValueError, match=message):
+        open_weights(sharded)
+
+
+def test_a_tensor_in_two_shards(sharded):
+    torch.save({name: TENSORS[name] for name in TENSORS}, sharded / "pytorch_model-00002-of-00002.bin")
+    message = r"holds model.a in two of its files; fetch it again into an empty directory$"
+    with pytest.raises(ValueError, match=message):
+        open_weights(sharded)
+
+
+def test_a_dtype_that_is_not_supported(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"holds tensors of dtype F8_E4M3, which is not supported; use 16-bit weights$"
+    ):
+        open_weights(tmp_path)

@@ -159,7 +159,7 @@ class TestErrorsAtTheStart:
 
     def test_a_missing_model(self, capsys):
         assert main(["--model-path", "/none"]) == 2
-        assert "error: /none is neither a directory nor in the hub's cache" in capsys.readouterr().err
+        assert "error: /none is neither a directory nor complete in the hub's cache" in capsys.readouterr().err
 
     def test_out_of_memory(self, goldens, monkeypatch, capsys):
         def too_large(*args):

@@ -165,6 +165,14 @@ def write_zero(tmp_path, stage):
         (["--double_quant", "False"], "--double_quant False and --quant_type other than nf4 are not supported"),
         (["--quant_type", "fp4"], "--double_quant False and --quant_type other than nf4 are not supported"),
         (["--bits", "4"], "--bits 4 holds the LLM frozen; add --lora_enable True"),
+        (
+            ["--bits", "4", "--tune_mm_mlp_adapter", "True"],
+            "--bits 4 and --tune_mm_mlp_adapter exclude each other; leave",
+        ),
+        (
+            ["--bits", "4", "--lora_enable", "True", "--eval_strategy", "steps", "--eval_steps", "5"],
+            "--bits 4 with --eval_strategy loses gradients on the CPU; leave one of them out",
+        ),
         (["--lora_weight_path", "x"], "--lora_weight_path needs --lora_enable True"),
         (
             ["--tune_mm_mlp_adapter", "True", "--lora_enable", "True"],

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Measure one chat about an image in 16, 8 and 4 bit: size of the weights, loading, peak memory, speed.
+
+Each row is a process of its own. The whole use of the GPU is watched from outside, CUDA's own memory included.
+
+Example: python benchmarks/random_checkpoint.py --output /tmp/7b --tokenizer playground/llava-tiny
+         python scripts/quantize_checkpoint.py --model-path /tmp/7b --save-path /tmp/7b-4bit --bits 4
+         python benchmarks/quantized_chat.py --model-path /tmp/7b --quantized-path /tmp/7b-4bit --output chat.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.inference.session import Prompt, Session
+from llava.model.devices import best_device
+from llava.model.quantization import import_bitsandbytes
+
+PICTURE = (640, 480)
+QUESTION = "What is in the picture?"
+WATCH_SECONDS = 0.02
+LIBRARIES = ("torch", "transformers", "bitsandbytes")
+CASES = {"16": "16 bit", "8": "8 bit (LLM.int8)", "4": "4 bit (NF4)", "saved": "saved quantised directory"}
+COLUMNS = {
+    "case": "weights",
+    "weight_bytes": "size (GB)",
+    "load_seconds": "load (s)",
+    "peak_allocated": "peak allocated (GB)",
+    "peak_reserved": "peak reserved (GB)",
+    "peak_device": "peak on the device (GB)",
+    "first_token_seconds": "first token (s)",
+    "tokens_per_second": "tokens/s",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every case and print the table; return the exit code."""
+    options = parse_options(argv)
+    if options.only:
+        print(json.dumps(measure(options)))
+        return 0
+    cases = [case for case in CASES if case != "saved" or options.quantized_path]
+    words = list(sys.argv[1:] if argv is None else argv)
+    rows = [run_case(words, case, torch.device(options.device)) for case in cases]
+    machine = describe_machine(options)
+    print(f"{machine}\n\n{as_table(rows)}")
+    if options.output:
+        options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-path", required=True, help="directory of full weights in 16 bit")
+    add("--quantized-path", help="the same, written by scripts/quantize_checkpoint.py")
+    add("--device", default=str(best_device()), help="default: %(default)s")
+    add("--new-tokens", type=int, default=512, help="of the chat whose memory is measured (default: %(default)s)")
+    add("--timed-tokens", type=int, default=64, help="of each run that is timed, above 1 (default: %(default)s)")
+    add("--runs", type=int, default=3, help="timed runs, whose median counts (default: %(default)s)")
+    add("--output", type=Path, help="JSON to write")
+    add("--only", choices=CASES, help="measure one case in this process and print it as JSON")
+    return parser.parse_args(argv)
+
+
+def run_case(words: Sequence[str], case: str, device: torch.device) -> dict[str, Any]:
+    """Measure one case in a process of its own, and the memory the device gives to it.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails; its errors are on stderr.
+    """
+    print(f"measuring {CASES[case]}", file=sys.stderr)
+    free = free_bytes(device)
+    command = [sys.executable, __file__, *words, "--only", case]
+    least = free
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            least = min(least, free_bytes(device))
+            time.sleep(WATCH_SECONDS)
+        lines = process.stdout.read().splitlines()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return {**json.loads(lines[-1]), "peak_device": free - least if device.type == "cuda" else None}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what no process has taken of a GPU; 0 on the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Load, ask and time one case; bytes and seconds by name."""
+    device, case = torch.device(options.device), options.only
+    path = options.quantized_path if case == "saved" else options.model_path
+    if case != "16":
+        import_bitsandbytes()  # seconds of its own, which are no loading
+    start = time.perf_counter()
+    session = Session.load(path, bits=16 if case == "saved" else int(case), device=device)
+    synchronize(device)
+    load_seconds = time.perf_counter() - start
+    weight_bytes = sum(tensor.nbytes for tensor in session.model.state_dict().values())  # with all statistics
+    picture = Image.effect_noise(PICTURE, 64).convert("RGB")
+    prompt = session.prepare(QUESTION, [picture], max_new_tokens=options.new_tokens)
+    generate_seconds(session, prompt, 2)  # kernels are chosen and compiled
+    first = [generate_seconds(session, prompt, 1) for _ in range(options.runs)]
+    timed = [generate_seconds(session, prompt, options.timed_tokens) for _ in range(options.runs)]
+    first_token = statistics.median(first)
+    generate_seconds(session, prompt, options.new_tokens)
+    is_cuda = device.type == "cuda"
+    return {
+        "case": CASES[case],
+        "weight_bytes": weight_bytes,
+        "load_seconds": load_seconds,
+        "peak_allocated": torch.cuda.max_memory_allocated(device) if is_cuda else None,
+        "peak_reserved": torch.cuda.max_memory_reserved(device) if is_cuda else None,
+        "first_token_seconds": first_token,
+        "tokens_per_second": (options.timed_tokens - 1) / (statistics.median(timed) - first_token),
+        "dtype": str(session.model.dtype),
+        "prompt_positions": session.spliced_length(prompt),
+        "new_tokens": options.new_tokens,
+    }
+
+
+def generate_seconds(session: Session, prompt: Prompt, new_tokens: int) -> float:
+    """Return the seconds of an answer of exactly `new_tokens`, chosen greedily; the end token is held off."""
+    device = session.model.device
+    input_ids = torch.tensor([prompt.input_ids], device=device)  # (1, T)
+    synchronize(device)
+    start = time.perf_counter()
+    output = session.model.generate(
+        input_ids,
+        images=prompt.pixel_values,
+        attention_mask=torch.ones_like(input_ids),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=session.tokenizer.eos_token_id,
+        pad_token_id=session.tokenizer.eos_token_id,
+    )  # (1, new tokens)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    if output.shape[1] != new_tokens:
+        raise RuntimeError(f"{output.shape[1]} tokens were generated instead of {new_tokens}; the times mean nothing")
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work given to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_machine(options: argparse.Namespace) -> str:
+    """Return device, versions and sizes of the measurement in a line."""
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    versions = ", ".join(f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES)
+    return f"{name}, {versions}; one image, {options.new_tokens} new tokens, median of {options.runs} runs"
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows in Markdown, bytes in GB (10^9)."""
+    lines = [f"| {' | '.join(COLUMNS.values())} |", f"| {' | '.join('---' for _ in COLUMNS)} |"]
+    lines += [f"| {' | '.join(_cell(key, row[key]) for key in COLUMNS)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value / 1e9:.2f}" if isinstance(value, int) else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

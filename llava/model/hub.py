@@ -1,0 +1,91 @@
+"""Names of models: a directory, or an id on the hub, looked up in the local cache first."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from llava.model.weights import PICKLE_INDEX, SAFETENSORS_INDEX, missing_shards
+
+logger = logging.getLogger(__name__)
+
+WANTED_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja")
+_SAFETENSORS_WEIGHTS = "model*.safetensors"
+_PICKLED_WEIGHTS = "pytorch_model*.bin"
+_SNAPSHOT = re.compile(r"[0-9a-f]{40}")
+
+
+def resolve_directory(name: str | Path, cache_dir: str | Path | None = None, *, revision: str | None = None) -> Path:
+    """Return a local directory: the path itself, else a hub id's snapshot, from the cache first.
+
+    Args:
+        name: path or hub id.
+        cache_dir: the hub's cache; None = the usual one.
+        revision: commit, branch or tag on the hub; None = its main branch. A path has none.
+
+    Raises:
+        FileNotFoundError: if there is no such directory and the hub can't give it, or may not be asked
+            (`HF_HUB_OFFLINE`).
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    shown = f"{name} at revision {revision}" if revision else str(name)
+    found = _cached_snapshot(str(name), cache_dir, revision)
+    if found is not None and not _lacks_files(found):
+        return found
+    if constants.HF_HUB_OFFLINE:
+        missing = f"; its copy in the cache lacks {', '.join(_lacks_files(found))}" if found else ""
+        raise FileNotFoundError(
+            f"{shown} is neither a directory nor complete in the hub's cache, and HF_HUB_OFFLINE forbids to download "
+            f"it{missing}; give the path of a directory, or download it where there is a network"
+        )
+    try:
+        return _download(str(name), cache_dir, revision)
+    except Exception as error:  # the hub's client raises many kinds; all mean the same here
+        raise FileNotFoundError(
+            f"{shown} is neither a directory nor in the hub's cache, and could not be downloaded ({error}); "
+            "give the path of a directory, or download it where there is a network"
+        ) from error
+
+
+def snapshot_revision(directory: str | Path) -> str | None:
+    """Return the commit that a directory of the hub's cache holds; None for any other directory."""
+    directory = Path(directory)
+    is_snapshot = directory.parent.name == "snapshots" and _SNAPSHOT.fullmatch(directory.name)
+    return directory.name if is_snapshot else None
+
+
+def _cached_snapshot(name: str, cache_dir: str | Path | None, revision: str | None) -> Path | None:
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _lacks_files(snapshot: Path) -> list[str]:
+    """Return the weight files that a snapshot's index names and an interrupted download left out."""
+    for index in (SAFETENSORS_INDEX, PICKLE_INDEX):
+        if (snapshot / index).is_file():
+            return missing_shards(snapshot / index)
+    return []
+
+
+def _download(name: str, cache_dir: str | Path | None, revision: str | None) -> Path:
+    files = HfApi().list_repo_files(name, revision=revision)
+    # Many repositories hold the same weights in both formats; one is enough.
+    is_doubled = any(fnmatch.fnmatch(file, _SAFETENSORS_WEIGHTS) for file in files)
+    logger.info("downloading %s from the hub", name)
+    return Path(
+        snapshot_download(
+            name,
+            cache_dir=cache_dir,
+            revision=revision,
+            allow_patterns=list(WANTED_FILES),
+            ignore_patterns=[_PICKLED_WEIGHTS] if is_doubled else None,
+        )
+    )
