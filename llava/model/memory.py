@@ -15,6 +15,8 @@ from llava.model.configuration import LlavaConfig
 HALF, SINGLE = 2, 4
 """Bytes of a 16-bit and of a 32-bit number."""
 _NF4_BLOCK, _NF4_NESTED_BLOCK = 64, 256
+GATHERED_PARAMETERS = 1_000_000_000
+"""What ZeRO-3 holds whole at a time, `stage3_max_live_parameters` of `scripts/zero3.json`."""
 LINEARS = 7
 """Linear layers of a block: q, k, v, o, gate, up, down."""
 
@@ -143,7 +145,7 @@ def layer_activations(
         mask_element: bytes dropout keeps for each number: 1 on CUDA, `element` on the CPU.
     """
     wide, narrow, inner = sizes.hidden, sizes.key_value, sizes.intermediate
-    kept = 2 * SINGLE * wide  # both norms: the input in fp32
+    kept = 2 * SINGLE * (wide + 1)  # both norms: the input in fp32 and a scale
     kept += element * (2 * wide + 2 * narrow) + SINGLE * sizes.heads  # attention: q, k, v, output; log of the sums
     kept += element * 3 * inner  # silu's input, its output, up
     if is_padded:
@@ -196,13 +198,14 @@ def optimizer_bytes(trained: int, *, zero: int, gpus: int, offload: bool) -> int
         trained: parameters that learn.
         zero: DeepSpeed's stage, 0 without DeepSpeed.
         gpus: processes.
-        offload: DeepSpeed keeps masters and moments in the CPU's memory.
+        offload: DeepSpeed keeps masters and moments in the CPU's memory, in stage 3 the parameters too.
     """
     if zero == 0:  # the parameters are their own masters; autocast keeps a 16-bit copy
         return trained * (SINGLE + SINGLE + 2 * SINGLE + HALF)
     states = 0 if offload else 3 * SINGLE * trained // gpus
     gradients = HALF * trained // (gpus if zero >= 2 else 1)
-    return states + gradients + HALF * trained // (gpus if zero == 3 else 1)
+    parameters = 0 if zero == 3 and offload else HALF * trained // (gpus if zero == 3 else 1)
+    return states + gradients + parameters
 
 
 def cache_bytes(sizes: ModelSizes, positions: int) -> int:

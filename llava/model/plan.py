@@ -46,7 +46,7 @@ class Training:
         bits: of the LLM's weights.
         checkpointing: blocks are computed again in the backward pass.
         zero: DeepSpeed's stage; 0 = no DeepSpeed.
-        offload: masters and moments in the CPU's memory.
+        offload: masters and moments in the CPU's memory, in stage 3 the weights too.
         gpus: processes.
     """
 
@@ -108,8 +108,10 @@ def plan_training(sizes: ModelSizes, run: Training) -> dict[str, int]:
     own = 0 if run.kind == "lora" else memory.HALF * sizes.projector_parameters
     own += memory.HALF * sizes.llm_parameters if run.kind == "full" else 0
     frozen = memory.weight_bytes(sizes, run.bits) - (own or memory.HALF * sizes.projector_parameters)
+    if run.zero == 3:
+        frozen = 0 if run.offload else frozen // run.gpus
     parts = {
-        "frozen weights": frozen // (run.gpus if run.zero == 3 else 1),
+        "frozen weights": frozen,
         "trained weights, gradients, optimizer": memory.optimizer_bytes(
             trained, zero=run.zero, gpus=run.gpus, offload=run.offload
         ),
@@ -123,7 +125,9 @@ def plan_training(sizes: ModelSizes, run: Training) -> dict[str, int]:
             checkpointing=run.checkpointing,
         ),
     }
-    if run.zero == 3 or run.bits != 16:
+    if run.zero == 3:
+        parts["gathered weights"] = min(memory.HALF * memory.GATHERED_PARAMETERS, memory.weight_bytes(sizes, 16))
+    if run.bits != 16:
         parts["unpacked weights"] = 2 * memory.largest_matrix(sizes)
     return parts
 

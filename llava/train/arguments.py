@@ -115,6 +115,11 @@ class TrainingArguments(transformers.TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
     @property
+    def checkpoints_activations(self) -> bool:
+        """Whether blocks are computed again in the backward pass, whatever this version calls the flag."""
+        return bool(getattr(self, _CHECKPOINTING))
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         """Of weights that don't learn."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
@@ -210,14 +215,27 @@ def zero_stage(config: str | dict | None) -> int:
     Raises:
         ValueError: if the file is missing or no JSON.
     """
+    return _zero_settings(config).get("stage", 0)
+
+
+def is_offloaded(config: str | dict | None) -> bool:
+    """Tell whether a DeepSpeed config keeps the optimizer's state in the CPU's memory.
+
+    Raises:
+        ValueError: if the file is missing or no JSON.
+    """
+    return _zero_settings(config).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _zero_settings(config: str | dict | None) -> dict:
     if not config:
-        return 0
+        return {}
     if not isinstance(config, dict):
         try:
             config = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--deepspeed {config} can't be read ({error}); use scripts/zero2.json") from error
-    return config.get("zero_optimization", {}).get("stage", 0)
+    return config.get("zero_optimization", {})
 
 
 def as_json(*arguments: object) -> str:

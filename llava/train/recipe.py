@@ -8,7 +8,11 @@ from torch import nn
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.records import EncodedRecord
+from llava.model.configuration import LlavaConfig
+from llava.model.memory import ModelSizes
+from llava.model.plan import Training, describe_plan
 from llava.tokenization import LlavaTokenizer
+from llava.train.arguments import TrainingArguments, is_offloaded, zero_stage
 
 
 def mark_supervised(record: EncodedRecord, tokenizer: LlavaTokenizer) -> str:
@@ -54,3 +58,33 @@ def describe_run(
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines)
+
+
+def describe_memory(
+    config: LlavaConfig, training_args: TrainingArguments, kind: str, rank: int, lengths: Sequence[int], available: int
+) -> str:
+    """Return what the run needs on each GPU, what is there, and what would fit.
+
+    Args:
+        config: of the model.
+        training_args: flags.
+        kind: "lora", "projector" or "full".
+        rank: of the adapters.
+        lengths: of the rows, in positions.
+        available: bytes free on the GPU, before the model is loaded.
+    """
+    run = Training(
+        kind=kind,
+        batch=training_args.per_device_train_batch_size,
+        accumulation=training_args.gradient_accumulation_steps,
+        length=max(lengths),
+        is_padded=len(set(lengths)) > 1,
+        rank=rank,
+        dropout=training_args.lora_dropout,
+        bits=training_args.bits,
+        checkpointing=training_args.checkpoints_activations,
+        zero=zero_stage(training_args.deepspeed),
+        offload=is_offloaded(training_args.deepspeed),
+        gpus=training_args.world_size,
+    )
+    return f"memory on each GPU, estimated\n{describe_plan(ModelSizes.of(config), run, available)}"

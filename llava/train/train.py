@@ -25,6 +25,7 @@ from llava.data.records import DataError, EncodedRecord, describe_problems, enco
 from llava.model.adapter import read_adapter, read_projector
 from llava.model.builder import build_model
 from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint
+from llava.model.devices import free_memory
 from llava.model.hub import snapshot_revision
 from llava.model.lazy_tensors import LazyTensors, fingerprint
 from llava.model.llava_llama import LlavaLlamaForCausalLM
@@ -39,7 +40,7 @@ from llava.train.arguments import (
     zero_stage,
 )
 from llava.train.lora import add_lora, choose_trainable, continue_lora
-from llava.train.recipe import describe_run
+from llava.train.recipe import describe_memory, describe_run
 from llava.train.saving import Saver, Surroundings
 from llava.train.trainer import FileLog, LlavaTrainer
 
@@ -89,7 +90,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if training_args.lora_weight_path:
         checkpoint = add_what_was_trained(checkpoint, model_args, training_args)
 
-    model, kind = load_model(checkpoint, model_args, training_args)
+    kind = "lora" if training_args.lora_enable else "projector" if model_args.tune_mm_mlp_adapter else "full"
+    if training_args.device.type == "cuda" and _is_first():
+        rank = adapter_rank(training_args)
+        lengths = [len(record.input_ids) + len(record.images) * (patches - 1) for record in records]
+        free = free_memory(training_args.device)
+        print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
+    model = load_model(checkpoint, kind, model_args, training_args)
     beside = surroundings(checkpoint, base, model_args, data_args, training_args)
     dataset = SupervisedDataset(
         records,
@@ -212,17 +219,22 @@ def load_data(data_args: DataArguments, checkpoint: Checkpoint, max_length: int,
     return records
 
 
+def adapter_rank(training_args: TrainingArguments) -> int:
+    """Return the rank of the adapters that will learn: the one asked for, or that of the directory they come from."""
+    directory = training_args.lora_weight_path
+    return read_adapter(directory).settings["r"] if directory else training_args.lora_r
+
+
 def load_model(
-    checkpoint: Checkpoint, model_args: ModelArguments, training_args: TrainingArguments
-) -> tuple[nn.Module, str]:
-    """Load the weights and choose what learns; return the model and what its output is: lora, projector or full."""
+    checkpoint: Checkpoint, kind: str, model_args: ModelArguments, training_args: TrainingArguments
+) -> nn.Module:
+    """Load the weights and choose what learns; `kind` is what comes out: lora, projector or full."""
     # ZeRO-3 partitions whole parameters from the CPU's memory; everything else starts on its device.
     device = "cpu" if zero_stage(training_args.deepspeed) == 3 else training_args.device
     model: nn.Module = build_model(checkpoint, dtype=training_args.weight_dtype, device=device, bits=training_args.bits)
     model.config.use_cache = False
     if training_args.lora_enable:
         model = _with_adapters(model, model_args, training_args)
-    kind = "lora" if training_args.lora_enable else "projector" if model_args.tune_mm_mlp_adapter else "full"
     choose_trainable(
         model,
         lora=training_args.lora_enable,
@@ -231,7 +243,7 @@ def load_model(
         # DeepSpeed keeps masters in fp32 itself; without it the parameters that learn are the masters.
         dtype=training_args.weight_dtype if training_args.deepspeed else torch.float32,
     )
-    return model, kind
+    return model
 
 
 def _with_adapters(
