@@ -1,0 +1,44 @@
+"""Masks of rows that are trees: written out, against an oracle, and FlexAttention's against the dense one."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+
+from llava.model.tree_attention import NO_GROUP, TRUNK, block_tree_mask, tree_mask
+
+
+def test_the_mask_written_out():
+    groups = torch.tensor([[0, 0, 0, 0, 1, NO_GROUP]])
+    branches = torch.tensor([[TRUNK, 1, 1, 2, TRUNK, TRUNK]])
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert tree_mask(groups, branches)[0, 0].int().tolist() == expected
+
+
+@given(st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 3)), min_size=1, max_size=12))
+def test_equals_the_definition(positions):
+    groups, branches = (torch.tensor([column]) for column in zip(*positions, strict=True))
+    mask = tree_mask(groups, branches)[0, 0]
+    for query, (group, branch) in enumerate(positions):
+        for key, (other_group, other_branch) in enumerate(positions):
+            in_sight = key < query and group == other_group != NO_GROUP and other_branch in (TRUNK, branch)
+            assert mask[query, key] == (key == query or in_sight)
+
+
+def test_flex_attention_gives_what_the_dense_mask_gives():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.tensor([[0] * 90 + [1] * 60 + [NO_GROUP] * 10, [0] * 150 + [NO_GROUP] * 10])
+    branches = torch.tensor([[0] * 50 + [1] * 20 + [2] * 20 + [0] * 40 + [1] * 20 + [0] * 10, [0] * 140 + [1] * 20])
+    query, key, value = torch.randn(3, 2, 2, 160, 16, dtype=torch.float64, generator=generator)  # (B, heads, S, width)
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=tree_mask(groups, branches))
+    flexible = flex_attention(query, key, value, block_mask=block_tree_mask(groups, branches))
+    torch.testing.assert_close(flexible, dense, rtol=0, atol=1e-12)
