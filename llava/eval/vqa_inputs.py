@@ -126,6 +126,13 @@ def derive_kinds(questions: Mapping[QuestionId, str]) -> dict[QuestionId, str]:
     return {question_id: start if counts[start] >= least else OTHER_KIND for question_id, start in starts.items()}
 
 
+def canonical_id(question_id: QuestionId) -> QuestionId:
+    """Return the form in which ids are compared: a text of digits is a number."""
+    if isinstance(question_id, str) and question_id.isascii() and question_id.isdigit():
+        return int(question_id)
+    return question_id
+
+
 def _read_reference_table(path: str | os.PathLike[str], columns: Columns, kind_key: str | None) -> References:
     header = read_table_header(path)
     if kind_key is None:
@@ -200,8 +207,7 @@ def _checked_id(
     if not isinstance(question_id, int | str) or isinstance(question_id, bool) or question_id == "":
         bad.add(number, "no 'question_id' that is a number or a text")
         return None
-    if isinstance(question_id, str) and question_id.isascii() and question_id.isdigit():
-        question_id = int(question_id)
+    question_id = canonical_id(question_id)
     if question_id in known:
         bad.add(number, f"question_id {question_id} is there already")
         return None

@@ -66,14 +66,29 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="JSONL",
         help="answers to score, one column for each file",
     )
-    add("--annotations", required=True, metavar="FILE", help=_ANNOTATIONS_HELP)
+    add_annotation_arguments(parser, required=True)
+    add("--allow-missing", action="store_true", help=_MISSING_HELP)
+    add("--json", metavar="OUT", help="also write the numbers to this file, accuracies from 0 to 1 (default: no file)")
+    return parser
+
+
+def add_annotation_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add the flags that say where the true answers are and how they are compared."""
+    add = parser.add_argument
+    add("--annotations", required=required, metavar="FILE", help=_ANNOTATIONS_HELP)
     add("--kind-key", metavar="NAME", help=_KIND_HELP)
     for field, name in Columns()._asdict().items():
         add(f"--{field}_column", metavar="NAME", help=f"column of a .csv with the {field} (default: {name})")
-    add("--allow-missing", action="store_true", help=_MISSING_HELP)
     add("--unanimous", choices=("normalize", "verbatim"), default="normalize", help=_UNANIMOUS_HELP)
-    add("--json", metavar="OUT", help="also write the numbers to this file, accuracies from 0 to 1 (default: no file)")
-    return parser
+
+
+def parse_columns(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Columns:
+    """Return the columns that the flags of `add_annotation_arguments` name; exit if they have no meaning."""
+    given = {field: name for field in Columns._fields if (name := getattr(args, f"{field}_column")) is not None}
+    if given and Path(args.annotations or "").suffix.lower() != ".csv":
+        flags = ", ".join(f"--{field}_column" for field in given)
+        parser.error(f"{flags} has no meaning for --annotations {args.annotations}, which is no .csv; leave it out")
+    return Columns(**given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,12 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    given = {field: name for field in Columns._fields if (name := getattr(args, f"{field}_column")) is not None}
-    if given and Path(args.annotations).suffix.lower() != ".csv":
-        flags = ", ".join(f"--{field}_column" for field in given)
-        parser.error(f"{flags} has no meaning for --annotations {args.annotations}, which is no .csv; leave it out")
+    columns = parse_columns(parser, args)
     try:
-        references = read_references(args.annotations, Columns(**given), args.kind_key)
+        references = read_references(args.annotations, columns, args.kind_key)
         answers = {name: read_answers(path) for name, path in name_files(args.answers_file).items()}
         notes = compare_ids(answers, references)
         if notes and not args.allow_missing:
