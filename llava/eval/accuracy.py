@@ -18,7 +18,7 @@ RIGHT_FROM = 0.5
 """An answer of at least this accuracy is shown as right. Only the view needs the border; means are of accuracies."""
 
 ANSWERS_SHOWN = 10
-"""The most frequent answers that a confusion tells apart."""
+"""The most frequent answers that a confusion tells apart, and the most frequent mistakes that it lists."""
 OTHER_ANSWERS, NO_ANSWER = "(other)", "(none)"
 _NUMBER = re.compile(r"\d*\.?\d+")
 
@@ -32,11 +32,13 @@ class Confusion:
             more.
         given: the same, then "(other)" and, after errors, "(none)".
         counts: one row for each of `true`, one column for each of `given`.
+        mistakes: of all answers, the most frequent wrong ones as (true, given, questions).
     """
 
     true: tuple[str, ...]
     given: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
+    mistakes: tuple[tuple[str, str, int], ...]
 
 
 def score_answer(prediction: str | None, references: Sequence[str], *, unanimous: str = "normalize") -> float:
@@ -104,9 +106,12 @@ def count_confusion(
         references: question_id -> true answers, of the same questions.
     """
     pairs: Counter[tuple[str, str]] = Counter()
+    wrong: Counter[tuple[str, str]] = Counter()
     for question_id, answers in references.items():
         prediction = predictions[question_id]
-        pairs[agreed_answer(answers), NO_ANSWER if prediction is None else normalize_answer(prediction)] += 1
+        pair = agreed_answer(answers), NO_ANSWER if prediction is None else normalize_answer(prediction)
+        pairs[pair] += 1
+        wrong[pair] += score_answer(prediction, answers) < RIGHT_FROM
     totals: Counter[str] = Counter()
     for (true, _), count in pairs.items():
         totals[true] += count
@@ -117,6 +122,10 @@ def count_confusion(
     cells: Counter[tuple[str, str]] = Counter()
     for (true, given), count in pairs.items():
         cells[true if true in frequent else OTHER_ANSWERS, given if given in columns else OTHER_ANSWERS] += count
+    mistakes = sorted((pair for pair in wrong if wrong[pair]), key=lambda pair: (-wrong[pair], pair))[:ANSWERS_SHOWN]
     return Confusion(
-        tuple(rows), tuple(columns), tuple(tuple(cells[row, column] for column in columns) for row in rows)
+        tuple(rows),
+        tuple(columns),
+        tuple(tuple(cells[row, column] for column in columns) for row in rows),
+        tuple((*pair, wrong[pair]) for pair in mistakes),
     )

@@ -2,7 +2,7 @@
 
 Everything is a closed formula: the same numbers give the same intervals, without random draws. Questions about one
 image share its difficulty, so they count as one group: the more alike they are, the fewer independent questions there
-are.
+are. If all questions are about one image, they stand for themselves.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def mean_interval(values: Sequence[float], groups: Sequence[Hashable]) -> Interv
 def effective_count(values: Sequence[float], groups: Sequence[Hashable]) -> float:
     """Return how many independent yes/no values would leave the mean as uncertain as these, at most `len(values)`."""
     mean = math.fsum(values) / len(values)
-    variance = _grouped_variance(values, groups)
+    variance = _grouped_variance(values, _separate(groups))
     if variance == 0:
         return float(len(values))
     return min(float(len(values)), mean * (1 - mean) / variance)
@@ -133,7 +133,7 @@ def compare_paired(before: Sequence[float], after: Sequence[float], groups: Sequ
         raise ValueError(f"{len(before)} and {len(after)} accuracies in {len(groups)} groups; give as many of each")
     changes = [second - first for first, second in zip(before, after, strict=True)]
     adjusted = [*changes, 1.0, -1.0]
-    own_groups: list[Hashable] = [("group", group) for group in groups]
+    own_groups: list[Hashable] = [("group", group) for group in _separate(groups)]
     centre = math.fsum(adjusted) / len(adjusted)
     half = _Z * math.sqrt(_grouped_variance(adjusted, [*own_groups, "better", "worse"]))
     better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
@@ -155,10 +155,18 @@ def mcnemar_p_value(better: int, worse: int) -> float:
     return min(1.0, 2 * total)
 
 
+def _separate(groups: Sequence[Hashable]) -> Sequence[Hashable]:
+    return groups if len(set(groups)) > 1 else range(len(groups))
+
+
 def _grouped_variance(values: Sequence[float], groups: Sequence[Hashable]) -> float:
-    """Variance of the mean of values that are independent between groups, not inside them."""
-    mean = math.fsum(values) / len(values)
+    """Variance of the mean of values that are independent between groups, not inside them.
+
+    With one value in every group it is the plain one, divided by the number of values; fewer groups make it larger.
+    """
+    count, mean = len(values), math.fsum(values) / len(values)
     deviations: dict[Hashable, float] = {}
     for value, group in zip(values, groups, strict=True):
         deviations[group] = deviations.get(group, 0.0) + value - mean
-    return math.fsum(deviation**2 for deviation in deviations.values()) / len(values) ** 2
+    few = len(deviations) / (len(deviations) - 1) * (count - 1) / count if len(deviations) > 1 else 1.0
+    return few * math.fsum(deviation**2 for deviation in deviations.values()) / count**2

@@ -30,7 +30,7 @@ from llava.image_processing import ImageError, resolve_image
 from llava.inference.questions import Question, read_questions
 
 _MEGABYTE = 1_000_000
-_TITLE = "What the model gets right and wrong"
+_SCORED_TITLE, _PLAIN_TITLE = "What the model gets right and wrong", "What the model answers"
 _SECONDS_UNTIL_BAR = 1
 
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images", "--image-folder", required=True, metavar="DIR", help="where the images are")
     add("-o", "--output", required=True, metavar="HTML", help="page to write")
     add_annotation_arguments(parser, required=False)
-    add("--title", default=_TITLE, help="heading of the page (default: %(default)s)")
+    add("--title", help=f'heading of the page (default: "{_SCORED_TITLE}", without annotations "{_PLAIN_TITLE}")')
     add("--max-images", type=int, metavar="N", help="show N images, those with wrong answers first (default: all)")
     add("--thumbnail-size", type=int, default=224, metavar="PIXELS",
         help="longest side of an image in the page (default: %(default)s)")  # fmt: skip
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    _check_numbers(parser, args)
+    _check_flags(parser, args)
     columns = parse_columns(parser, args)
     try:
         page = _collect(args, columns)
@@ -86,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for flag, is_given in (("--kind-key", args.kind_key), ("--unanimous", args.unanimous != "normalize")):
+        if is_given and args.annotations is None:
+            parser.error(f"{flag} has no meaning without --annotations; give the true answers, or leave it out")
     for flag, least in (("max_images", 0), ("thumbnail_size", SMALLEST_SIZE), ("max_megabytes", 0), ("workers", 0)):
         value = getattr(args, flag)
         if value is not None and not value >= least:
@@ -112,9 +115,8 @@ def _collect(args: argparse.Namespace, columns: Columns) -> Page:
         *([] if len(shown) == len(rows) else [_describe_limit(shown, rows, names)]),
         *_describe_problems(thumbnails),
     ]
-    return Page(
-        args.title, tuple(files), evaluation, tuple(shown), tuple(names), tuple(thumbnails), len(rows), tuple(notes)
-    )
+    title = args.title or (_PLAIN_TITLE if references is None else _SCORED_TITLE)
+    return Page(title, tuple(files), evaluation, tuple(shown), tuple(names), tuple(thumbnails), len(rows), tuple(notes))
 
 
 def _build_rows(

@@ -131,7 +131,7 @@ def draw_confusion(index: int, name: str, confusion: Confusion) -> str:
     return (
         f'<figure class="panel"><figcaption>{draw_key(index)}<span class="name">{escape(name)}</span></figcaption>'
         f'<table class="confusion"><thead><tr><th>true ↓ given →</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></figure>"
+        f"<tbody>{''.join(body)}</tbody></table>{_draw_mistakes(confusion)}</figure>"
     )
 
 
@@ -167,6 +167,15 @@ def _draw_change(part: Difference) -> str:
     title = f"95 % interval {format_bounds(part)}; p {_p_value(part.p_value)}; {describe_difference(part)}"
     kind = {"better": "gain", "worse": "loss", "not settled": "quiet"}[describe_difference(part)]
     return f'<span class="{kind}" title="{escape(title)}">{_signed(part.mean)}</span>'
+
+
+def _draw_mistakes(confusion: Confusion) -> str:
+    listed = "".join(
+        f'<li><b class="number">{count:,}×</b> <span class="name">{escape(true)}</span> <span class="quiet">→</span> '
+        f'<span class="name">{escape(given or "(empty)")}</span></li>'
+        for true, given, count in confusion.mistakes
+    )
+    return f'<h3 class="under">Most frequent mistakes</h3><ol class="mistakes">{listed}</ol>' if listed else ""
 
 
 def _draw_head(scope: str, answer: str) -> str:

@@ -9,11 +9,9 @@ from llava.eval.calibration import Calibration
 from llava.eval.evaluation import Comparison, Evaluation, Score, ScoreTable
 from llava.eval.intervals import Difference
 
-_CONFUSIONS_SHOWN = 10
-
 
 def format_evaluation(evaluation: Evaluation) -> str:
-    """Return all sections: accuracies by kind and answer type, comparisons, frequent confusions, calibration."""
+    """Return all sections: accuracies by kind and answer type, comparisons, frequent mistakes, calibration."""
     tables = {name: file.table for name, file in evaluation.files.items()}
     base = next(iter(tables))
     sections = [format_table(tables), _format_types(tables)]
@@ -72,18 +70,11 @@ def _format_comparison(base: str, name: str, comparison: Comparison) -> str:
 
 
 def _format_confusion(name: str, confusion: Confusion) -> str:
-    mistakes = [
-        (count, true, given)
-        for true, row in zip(confusion.true, confusion.counts, strict=True)
-        for given, count in zip(confusion.given, row, strict=True)
-        if count and given != true
-    ]
-    if not mistakes:
+    if not confusion.mistakes:
         return ""
-    mistakes.sort(key=lambda mistake: (-mistake[0], mistake[1:]))
     lines = [["true", "given", "questions"]]
-    lines += [[true, given, str(count)] for count, true, given in mistakes[:_CONFUSIONS_SHOWN]]
-    return f"{name}: most frequent confusions of the most frequent answers\n{_align(lines, texts=2)}"
+    lines += [[true, given or "(empty)", str(count)] for true, given, count in confusion.mistakes]
+    return f"{name}: most frequent mistakes, answers normalised\n{_align(lines, texts=2)}"
 
 
 def _format_calibration(name: str, calibration: Calibration | None) -> str:

@@ -1,8 +1,8 @@
 """Accuracy of answer files after VQAv2's answer normalisation: overall, by kind of question and by answer type.
 
 Several files stand side by side; each is compared with the first: what got better and worse, and whether the difference
-is more than chance. Of the most frequent answers it lists which are taken for which, and where inference noted
-log-probabilities, how confidence and accuracy agree.
+is more than chance. It lists the most frequent mistakes, and where inference noted log-probabilities, how confidence
+and accuracy agree. --json also has which of the most frequent answers are taken for which.
 
 95 % intervals: Wilson's for accuracies, at the number of independent questions that is left when those about one image
 count as a group; Bonett and Price's for differences. p is that of McNemar's exact test on questions that got better or

@@ -78,9 +78,9 @@
   const form = byId("controls");
   const DEFAULTS = readForm();
 
+  // With one file, or without true answers, the form lacks some fields.
   function readForm() {
-    const state = Object.fromEntries(new FormData(form));
-    return { ...state, page: 1 };
+    return { kind: "", type: "", file: "0", ...Object.fromEntries(new FormData(form)), page: 1 };
   }
 
   function writeForm(state) {
@@ -101,6 +101,7 @@
 
   function choicesOf(name) {
     const field = form.elements[name];
+    if (!field) return [];
     return field.options ? [...field.options].map((option) => option.value) : [...field].map((radio) => radio.value);
   }
 
@@ -177,7 +178,9 @@
       parts.push(sure, make("dd", `bar ${className}`, fill));
     }
     if (answer !== null && answer.second !== null) {
-      parts.push(makeText("dd", "second", `runner-up “${answer.second}” ${percent(answer.secondConfidence)}`));
+      const second = makeText("dd", "second", `runner-up “${answer.second}” ${percent(answer.secondConfidence)}`);
+      second.title = "what came second: another first token, or another answer of the list";
+      parts.push(second);
     }
     return make("div", "", ...parts);
   }
@@ -215,8 +218,8 @@
     byId("detail-title").textContent = row.images.map((index) => images[index].name).join(", ") || `question ${row.id}`;
     byId("detail-pictures").replaceChildren(...row.images.map((index) => {
       const { name, width, height } = images[index];
-      const size = width ? `${name}: ${width} × ${height} pixels, shown smaller` : name;
-      return make("figure", "", drawImage(index), makeText("figcaption", "", size));
+      const caption = [row.images.length > 1 ? name : "", width ? `${width} × ${height} pixels` : ""];
+      return make("figure", "", drawImage(index), makeText("figcaption", "", caption.filter(Boolean).join(", ")));
     }));
     byId("detail-rows").replaceChildren(...ordered.map((other) => make("div", "", ...drawWords(other))));
     byId("detail-rows").querySelectorAll(".clamp").forEach((node) => node.classList.remove("clamp"));
@@ -232,7 +235,7 @@
   let state = readAddress();
 
   function draw() {
-    const file = Number(state.file ?? 0);
+    const file = Number(state.file);
     const isComparable = files > 1 && file > 0;
     if (!isComparable && ["fixed", "broken", "differ"].includes(state.show)) state.show = "all";
     const candidates = rows.filter((row) => matches(row, state));
@@ -270,7 +273,7 @@
   }
 
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("input", () => { state = { ...readForm(), page: 1 }; draw(); });
+  form.addEventListener("input", () => { state = readForm(); draw(); });
   form.addEventListener("reset", () => setTimeout(() => { state = { ...DEFAULTS }; draw(); }));
   document.querySelectorAll(".pager").forEach((pager, index) => {
     pager.addEventListener("click", (event) => {
