@@ -30,6 +30,7 @@ from llava.image_processing import ImageError, resolve_image
 from llava.inference.questions import Question, read_questions
 
 _MEGABYTE = 1_000_000
+_BASE64_SHARE = 3 / 4  # three bytes become four letters
 _SCORED_TITLE, _PLAIN_TITLE = "What the model gets right and wrong", "What the model answers"
 _SECONDS_UNTIL_BAR = 1
 
@@ -83,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     size = Path(args.output).stat().st_size / _MEGABYTE
     print(f"wrote {args.output}: {len(page.rows)} questions, {len(page.images)} images, {size:.1f} MB")
+    taken = sum(len(thumbnail.data) for thumbnail in page.thumbnails if thumbnail.data) / _BASE64_SHARE / _MEGABYTE
+    if taken > args.max_megabytes:
+        limit = f"--max-megabytes {args.max_megabytes:g}"
+        print(f"the images take {taken:.2f} MB, more than {limit}; --max-images N shows fewer of them")
     return 0
 
 
@@ -147,7 +152,7 @@ def _load_thumbnails(names: Sequence[str], args: argparse.Namespace) -> list[Thu
             paths[name] = resolve_image(args.images, name)
         except ImageError as error:
             thumbnails[name] = Thumbnail(None, 0, 0, error.code)
-    budget = int(args.max_megabytes * _MEGABYTE * 3 / 4)  # base64 makes four letters of three bytes
+    budget = int(args.max_megabytes * _MEGABYTE * _BASE64_SHARE)
     made = make_thumbnails(list(paths.values()), args.thumbnail_size, budget, args.workers)
     bar = tqdm(made, total=len(paths), unit="image", desc="thumbnails", delay=_SECONDS_UNTIL_BAR, file=sys.stderr)
     thumbnails.update(zip(paths, bar, strict=True))

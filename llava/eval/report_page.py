@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from llava.eval.accuracy import RIGHT_FROM
+from llava.eval.accuracy import RIGHT_FROM, order_answer_types
 from llava.eval.evaluation import Evaluation
 from llava.eval.gallery import Row, RowAnswer
 from llava.eval.report_plots import (
+    clean_text,
     draw_confusion,
     draw_difference_card,
     draw_key,
@@ -84,8 +85,8 @@ def render_page(page: Page) -> Iterator[str]:
 
 
 def encode_json(value: object) -> str:
-    """Return JSON that can stand inside a script element: ASCII, and without `<`, `>` and `&`."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    """Return JSON that can stand inside a script element: without `<`, `>` and `&`, and every text is Unicode."""
+    text = clean_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -243,7 +244,7 @@ def _kinds(page: Page) -> list[str]:
 
 
 def _types(page: Page) -> list[str]:
-    return sorted({row.answer_type for row in page.rows if row.answer_type is not None})
+    return order_answer_types([row.answer_type for row in page.rows if row.answer_type is not None])
 
 
 def _write_data(page: Page) -> Iterator[str]:

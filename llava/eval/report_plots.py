@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from llava.eval.accuracy import OTHER_ANSWERS, Confusion
@@ -15,6 +16,7 @@ from llava.eval.evaluation import Score
 from llava.eval.intervals import Difference
 from llava.eval.score_text import describe_difference, format_bounds, format_p_value
 
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 _COLOURS = 6
 _TICKS = (0, 25, 50, 75, 100)
 _TRACK_ROW = 16
@@ -28,9 +30,13 @@ _PLOT, _PLOT_LEFT, _PLOT_TOP, _COUNTS_TOP, _COUNTS_HEIGHT = 220, 34, 8, 274, 44
 
 
 def escape(text: str) -> str:
-    """Return text as HTML that shows it, whatever it contains; half surrogates and NUL become a replacement mark."""
-    clean = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
-    return html.escape(clean, quote=True)
+    """Return text as HTML that shows it, whatever it contains."""
+    return html.escape(clean_text(text), quote=True)
+
+
+def clean_text(text: str) -> str:
+    """Return text with a replacement mark for what no page can hold: half a surrogate pair, and NUL."""
+    return _NO_CHARACTER.sub("\ufffd", text)
 
 
 def colour_class(index: int) -> str:

@@ -83,7 +83,7 @@ def shrink_file(path: Path, size: int, budget: int) -> Thumbnail:
     except ImageError as error:
         return Thumbnail(None, 0, 0, error.code)
     width, height = picture.size
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    picture.thumbnail((size, size))
     data = b""
     for share, quality in _STEPS:
         data = _encode(picture, max(SMALLEST_SIZE, round(size * share)), quality)
@@ -102,7 +102,7 @@ def count_workers() -> int:
 def _encode(picture: Image.Image, size: int, quality: int) -> bytes:
     if max(picture.size) > size:
         picture = picture.copy()
-        picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+        picture.thumbnail((size, size))
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=quality, optimize=True)
     return stream.getvalue()
