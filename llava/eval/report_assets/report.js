@@ -76,6 +76,7 @@
   // --- state: the form, and the address after # -----------------------------------------------------------------
 
   const form = byId("controls");
+  form.reset(); // some browsers bring back what was chosen before a reload; the address alone decides
   const DEFAULTS = readForm();
 
   // With one file, or without true answers, the form lacks some fields.
