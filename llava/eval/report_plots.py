@@ -177,11 +177,15 @@ def _draw_change(part: Difference) -> str:
 
 def _draw_mistakes(confusion: Confusion) -> str:
     listed = "".join(
-        f'<li><b class="number">{count:,}×</b> <span class="name">{escape(true)}</span> <span class="quiet">→</span> '
-        f'<span class="name">{escape(given or "(empty)")}</span></li>'
+        f'<li><b class="number">{count:,}×</b> {_draw_answer(true)} <span class="quiet">→</span> '
+        f"{_draw_answer(given)}</li>"
         for true, given, count in confusion.mistakes
     )
     return f'<h3 class="under">Most frequent mistakes</h3><ol class="mistakes">{listed}</ol>' if listed else ""
+
+
+def _draw_answer(answer: str) -> str:
+    return f'<span class="name" title="{escape(answer)}">{escape(answer or "(empty)")}</span>'
 
 
 def _draw_head(scope: str, answer: str) -> str:
