@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -400,3 +402,19 @@ def test_the_other_programs_names_of_flags_work():
     command = "--answers-file a b --question-file q --image-folder i --output o"
     args = build_parser().parse_args(command.split())
     assert (args.answers, args.questions, args.images, args.output) == (["a", "b"], "q", "i", "o")
+
+
+def test_the_pages_style_and_script_are_installed(tmp_path):
+    """A wheel, which is what an install that is not editable copies, holds all files of the package."""
+    root = Path(__file__).resolve().parents[2]
+    shutil.copytree(root / "llava", tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+               "--wheel-dir", str(tmp_path / "wheel"), str(tmp_path)]  # fmt: skip
+    subprocess.run(command, check=True, timeout=120)
+    [wheel] = (tmp_path / "wheel").glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("llava/")}
+    assert packed == {
+        path.relative_to(tmp_path).as_posix() for path in (tmp_path / "llava").rglob("*") if path.is_file()
+    }
