@@ -143,7 +143,8 @@
       picture.decoding = "async";
       return picture;
     }
-    return make("span", "missing", makeText("b", "", image.problem ?? "not in this page"), makeText("span", "", image.name));
+    const problem = (image.problem ?? "not in this page").replaceAll("_", " ");
+    return make("span", "missing", makeText("b", "", problem), makeText("span", "", image.name));
   }
 
   function drawPictures(row) {
