@@ -49,8 +49,14 @@ def draw_key(index: int) -> str:
     return f'<span class="key {colour_class(index)}"></span>'
 
 
-def draw_track(scores: Sequence[Score], names: Sequence[str]) -> str:
-    """Draw accuracies with their intervals on one scale from 0 to 100 %, one line for each answer file."""
+def draw_track(scores: Sequence[Score], names: Sequence[str], first: int = 0) -> str:
+    """Draw accuracies with their intervals on one scale from 0 to 100 %, one line for each answer file.
+
+    Args:
+        scores: of the files.
+        names: of the files.
+        first: place of the first of them among all answer files, which decides its colour.
+    """
     label = "; ".join(
         f"{name} {_percent(score.accuracy)}, interval {format_bounds(score)}"
         for name, score in zip(names, scores, strict=True)
@@ -61,7 +67,7 @@ def draw_track(scores: Sequence[Score], names: Sequence[str]) -> str:
         y = _TRACK_ROW * index + _TRACK_ROW // 2
         x, low, high = (f"{100 * value:.2f}%" for value in (score.accuracy, score.low, score.high))
         parts.append(
-            f'<g class="{colour_class(index)}"><line x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>'
+            f'<g class="{colour_class(first + index)}"><line x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>'
             f'<circle cx="{x}" cy="{y}" r="5.5"/></g>'
         )
     return (
@@ -72,10 +78,10 @@ def draw_track(scores: Sequence[Score], names: Sequence[str]) -> str:
 
 def draw_score_card(index: int, name: str, score: Score, errors: int) -> str:
     """Return the card with an answer file's accuracy."""
-    missing = f" {errors:,} have no answer and count as wrong." if errors else ""
+    missing = f" {errors:,} without an answer, counted as wrong." if errors else ""
     return (
         f'<div class="card"><h3>{draw_key(index)}<span class="name">{escape(name)}</span></h3>'
-        f'<p class="big">{100 * score.accuracy:.1f}<small> %</small></p>{draw_track([score], [name])}'
+        f'<p class="big">{100 * score.accuracy:.1f}<small> %</small></p>{draw_track([score], [name], index)}'
         f'<p class="quiet">95 % interval {format_bounds(score)} %. {score.questions:,} questions.{missing}</p></div>'
     )
 

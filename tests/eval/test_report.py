@@ -123,6 +123,7 @@ def test_scores_comparison_and_plots_are_in_the_page(world):
     assert "+33.3" in text and "not settled: may be chance" in text
     assert "3 questions better, 1 worse" in text
     assert page.count('<svg class="track"') == 2 + 5 + 4  # two files; four kinds and all; three answer types and all
+    assert re.findall(r'<g class="(file\d)">', page) == ["file0", "file1"] * (1 + 5 + 4)
     assert page.count('<svg class="plot') == 2
     assert page.count('<table class="confusion"') == 2
     assert "Images that can&#x27;t be shown: image_missing 1." in page
