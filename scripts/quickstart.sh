@@ -74,3 +74,8 @@ PYTHON
 step "Contact sheet"
 python -m llava.eval.contact_sheet --answers-file "$RUN/finetuned.jsonl" --question-file "$RUN/data_infer/questions.jsonl" \
     --annotations "$RUN/data_infer/Test_Qs.csv" --image-folder "$RUN/data_infer/images" --output "$RUN/contact_sheet.png"
+
+step "Report"
+python -m llava.eval.report --answers "$RUN/base.jsonl" "$RUN/finetuned.jsonl" \
+    --questions "$RUN/data_infer/questions.jsonl" --images "$RUN/data_infer/images" \
+    --annotations "$RUN/data_infer/Test_Qs.csv" --output "$RUN/report.html"

@@ -25,6 +25,7 @@ PROGRAMS = (
     "-m llava.eval.run_llava",
     "-m llava.eval.vqa_score",
     "-m llava.eval.contact_sheet",
+    "-m llava.eval.report",
     "-m llava.serve.cli",
 )
 WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/train/train_mem.py"} | {

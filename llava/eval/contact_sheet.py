@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from llava.eval.accuracy import score_answer
 from llava.eval.vqa_inputs import QuestionId, read_predictions, read_references
-from llava.eval.vqa_score import score_answer
 from llava.files import atomic_write
 from llava.image_processing import expand_to_square, open_image, resolve_image
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.table import BadRows, Columns, TableError, read_table, read_table_header
+from llava.eval.calibration import find_confidence_problem
 
 QuestionId = int | str
 
@@ -19,42 +20,71 @@ ANSWER_COUNTS = (1, 10)
 ALL_QUESTIONS = "all questions"
 OTHER_KIND = "other"
 _KIND_KEYS = ("kind", "question_type")
+_TYPE_KEY = "answer_type"
+_IMAGE_KEYS = ("image_id", "image")
 _RARE_SHARE = 0.01
 
 
 class References(NamedTuple):
-    """The true answers of every question, and its kind."""
+    """The true answers of every question, and its kind.
+
+    `types` has the answer types that the annotations name, and `images` what they say about the image; questions of
+    which they say nothing are absent.
+    """
 
     answers: dict[QuestionId, tuple[str, ...]]
     kinds: dict[QuestionId, str]
+    types: dict[QuestionId, str]
+    images: dict[QuestionId, str]
 
 
-def read_predictions(path: str | os.PathLike[str]) -> dict[QuestionId, str | None]:
-    """Read an answer file, one JSON object `{question_id, text, …}` per line.
+class GivenAnswer(NamedTuple):
+    """A line of an answer file: the text (None after an error), the error's code, and what is noted about it."""
+
+    text: str | None
+    error: str | None
+    metadata: dict[str, Any]
+
+
+def read_answers(path: str | os.PathLike[str]) -> dict[QuestionId, GivenAnswer]:
+    """Read an answer file, one JSON object `{question_id, text, metadata, …}` per line.
 
     Args:
         path: the file that batch inference wrote.
 
     Returns:
-        question_id -> answer, None where inference left an error record (key `error`).
+        question_id -> answer.
 
     Raises:
         TableError: if the file is missing or has bad or duplicate lines (all are counted, the first 20 listed).
     """
     bad = BadRows(os.fspath(path))
-    predictions: dict[QuestionId, str | None] = {}
+    answers: dict[QuestionId, GivenAnswer] = {}
     for line, record in _read_json_lines(path, bad):
-        question_id = _checked_id(record, line, predictions, bad)
+        question_id = _checked_id(record, line, answers, bad)
         if question_id is None:
             continue
-        text = record.get("text")
-        if not isinstance(text, str) and not record.get("error"):
+        text, error, metadata = record.get("text"), record.get("error"), record.get("metadata") or {}
+        if not isinstance(text, str) and not error:
             bad.add(line, "no 'text' with the answer")
-        predictions[question_id] = None if record.get("error") else text
+        if not isinstance(metadata, dict):
+            bad.add(line, f"'metadata' is {metadata!r}, not an object {{…}}")
+        elif problem := find_confidence_problem(metadata):
+            bad.add(line, problem)
+        answers[question_id] = GivenAnswer(None if error else text, str(error) if error else None, metadata)
     bad.raise_if_any("Correct these lines, or write the answers again.")
-    if not predictions:
+    if not answers:
         raise TableError(f"{path}: the file is empty; write the answers first")
-    return predictions
+    return answers
+
+
+def read_predictions(path: str | os.PathLike[str]) -> dict[QuestionId, str | None]:
+    """Return only the texts of an answer file, None where inference left an error record.
+
+    Raises:
+        TableError: as in `read_answers`.
+    """
+    return {question_id: answer.text for question_id, answer in read_answers(path).items()}
 
 
 def read_references(
@@ -70,7 +100,7 @@ def read_references(
             first two words, rare ones (below 1 %) together as "other".
 
     Returns:
-        Answers and kinds by question_id.
+        Answers, kinds, answer types (column or key `answer_type`) and images (`image_id`, else `image`) by question_id.
 
     Raises:
         TableError: if the file cannot be used (all bad rows are counted, the first 20 listed).
@@ -96,6 +126,13 @@ def derive_kinds(questions: Mapping[QuestionId, str]) -> dict[QuestionId, str]:
     return {question_id: start if counts[start] >= least else OTHER_KIND for question_id, start in starts.items()}
 
 
+def canonical_id(question_id: QuestionId) -> QuestionId:
+    """Return the form in which ids are compared: a text of digits is a number."""
+    if isinstance(question_id, str) and question_id.isascii() and question_id.isdigit():
+        return int(question_id)
+    return question_id
+
+
 def _read_reference_table(path: str | os.PathLike[str], columns: Columns, kind_key: str | None) -> References:
     header = read_table_header(path)
     if kind_key is None:
@@ -103,11 +140,16 @@ def _read_reference_table(path: str | os.PathLike[str], columns: Columns, kind_k
     elif kind_key not in header:
         found = ", ".join(map(repr, header))
         raise TableError(f"{path}: no column {kind_key!r}; the header has {found}; name another with --kind-key")
-    rows = read_table(path, columns, keep=() if kind_key is None else (kind_key,))
+    type_key = _TYPE_KEY if _TYPE_KEY in header else None
+    rows = read_table(path, columns, keep=[key for key in (type_key, kind_key) if key is not None])
     answers = {row.question_id: (row.answer,) for row in rows}
-    if kind_key is None:
-        return References(answers, derive_kinds({row.question_id: row.question for row in rows}))
-    return References(answers, {row.question_id: row.extras[0] for row in rows})
+    kinds = (
+        derive_kinds({row.question_id: row.question for row in rows})
+        if kind_key is None
+        else {row.question_id: row.extras[-1] for row in rows}
+    )
+    types = {row.question_id: row.extras[0] for row in rows if type_key is not None and row.extras[0]}
+    return References(answers, kinds, types, {row.question_id: str(row.image_id) for row in rows})
 
 
 def _collect_references(
@@ -118,6 +160,8 @@ def _collect_references(
     answers: dict[QuestionId, tuple[str, ...]] = {}
     kinds: dict[QuestionId, str] = {}
     questions: dict[QuestionId, str] = {}
+    types: dict[QuestionId, str] = {}
+    images: dict[QuestionId, str] = {}
     for number, record in records:
         question_id = _checked_id(record, number, answers, bad)
         if question_id is None:
@@ -128,12 +172,16 @@ def _collect_references(
         kinds[question_id] = str(record.get(kind_key, ALL_QUESTIONS))
         if isinstance(question := record.get("question", record.get("text")), str):
             questions[question_id] = question
+        if isinstance(answer_type := record.get(_TYPE_KEY), str) and answer_type:
+            types[question_id] = answer_type
+        if found := [str(record[key]) for key in _IMAGE_KEYS if record.get(key) is not None]:
+            images[question_id] = found[0]
     bad.raise_if_any("Correct the annotations, then run again.")
     if not answers:
         raise TableError(f"{bad.source}: the file holds no annotations; choose another one")
     if kind_key is None and len(questions) == len(answers):
         kinds = derive_kinds(questions)
-    return References(answers, kinds)
+    return References(answers, kinds, types, images)
 
 
 def _true_answers(record: Mapping[str, Any], number: int, bad: BadRows) -> tuple[str, ...]:
@@ -159,8 +207,7 @@ def _checked_id(
     if not isinstance(question_id, int | str) or isinstance(question_id, bool) or question_id == "":
         bad.add(number, "no 'question_id' that is a number or a text")
         return None
-    if isinstance(question_id, str) and question_id.isascii() and question_id.isdigit():
-        question_id = int(question_id)
+    question_id = canonical_id(question_id)
     if question_id in known:
         bad.add(number, f"question_id {question_id} is there already")
         return None

@@ -1,8 +1,10 @@
 """Scoring: VQAv2's normalisation, one or ten true answers, kinds, files, messages."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.data.table import Columns, TableError
-from llava.eval.vqa_inputs import derive_kinds, read_predictions, read_references
-from llava.eval.vqa_score import Score, ScoreTable, format_table, main, score_answer, score_answers
+from llava.eval.accuracy import score_answer
+from llava.eval.evaluation import Score, ScoreTable, score_answers
+from llava.eval.intervals import Difference, compare_paired, wilson_interval
+from llava.eval.score_text import describe_difference, format_p_value, format_table
+from llava.eval.vqa_inputs import (
+    GivenAnswer,
+    canonical_id,
+    derive_kinds,
+    read_answers,
+    read_predictions,
+    read_references,
+)
+from llava.eval.vqa_score import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,10 +90,30 @@ def test_score_answers():
         {1: "is", 2: "count", 3: "is", 4: "colour"},
     )
     assert table == ScoreTable(
-        overall=Score(4, 0.4),
-        by_kind={"colour": Score(1, 0.6), "count": Score(1, 0.0), "is": Score(2, 0.5)},
+        overall=score(4, 0.4),
+        by_kind={"colour": score(1, 0.6), "count": score(1, 0.0), "is": score(2, 0.5)},
+        by_answer_type={"yes/no": score(2, 0.5), "number": score(1, 0.0), "other": score(1, 0.6)},
         errors=1,
     )
+
+
+def score(questions: int, accuracy: float) -> Score:
+    """The score of questions about as many images."""
+    return Score(questions, accuracy, *wilson_interval(accuracy, questions))
+
+
+def test_questions_about_one_image_make_the_interval_wider():
+    predictions, truth = {n: "yes" if n < 20 else "no" for n in range(40)}, {n: ["yes"] for n in range(40)}
+    kinds = dict.fromkeys(range(40), "k")
+    alone = score_answers(predictions, truth, kinds).overall
+    in_pairs = score_answers(predictions, truth, kinds, images={n: str(n // 2) for n in range(40)}).overall
+    assert alone == score(40, 0.5)
+    assert (in_pairs.low, in_pairs.high) == pytest.approx(wilson_interval(0.5, 20 * (40 / 39) * (19 / 20)), abs=1e-12)
+
+
+def test_answer_types_that_annotations_name_win():
+    table = score_answers({1: "2", 2: "red"}, {1: ["2"], 2: ["red"]}, {1: "k", 2: "k"}, types={1: "time"})
+    assert list(table.by_answer_type) == ["other", "time"]
 
 
 def test_score_answers_refusals():
@@ -127,7 +160,13 @@ def test_references_from_a_table(write):
     assert read_references(path) == (
         {1: ("yes",), 2: ("two",), 3: ("n/a",)},
         {1: "exist", 2: "count", 3: "exist"},
+        {},
+        {1: "1", 2: "1", 3: "1"},
     )
+    typed = write("y.csv", TABLE.replace("kind", "kind,answer_type").replace("exist", "exist,yes/no").replace(
+        "count", "count,"))  # fmt: skip
+    assert read_references(typed).types == {1: "yes/no", 3: "yes/no"}
+    assert read_references(typed).kinds == {1: "exist", 2: "count", 3: "exist"}
     assert read_references(path, kind_key="answer").kinds == {1: "yes", 2: "two", 3: "n/a"}
     assert read_references(path, Columns(answer="kind")).answers[1] == ("exist",)
     plain = write("p.csv", TABLE.replace("kind", "x"))
@@ -137,9 +176,12 @@ def test_references_from_a_table(write):
 def test_references_from_lines(write):
     lines = [{"question_id": 1, "answer": "yes"}, {"question_id": "2", "answers": ["a"] * 10},
              {"question_id": "q3", "answers": ["b"]}]  # fmt: skip
-    answers, kinds = read_references(write("a.jsonl", lines))
+    answers, kinds, types, images = read_references(write("a.jsonl", lines))
+    assert types == images == {}
     assert answers == {1: ("yes",), 2: ("a",) * 10, "q3": ("b",)}
     assert kinds == dict.fromkeys(answers, "all questions")
+    lines = [{"question_id": 1, "answer": "yes", "image": "a.jpg"}, {"question_id": 2, "answer": "no", "image_id": 0}]
+    assert read_references(write("c.jsonl", lines)).images == {1: "a.jpg", 2: "0"}
     lines = [{"question_id": 1, "answer": "yes", "text": "Is it?"}]
     assert read_references(write("b.jsonl", lines)).kinds == {1: "is it?"}
 
@@ -147,14 +189,17 @@ def test_references_from_lines(write):
 def test_references_from_vqa_annotations(write):
     annotation = {
         "question_id": 262148000,
+        "image_id": 262148,
         "question_type": "none of the above",
         "answer_type": "other",
         "answers": [{"answer": f"a{n}", "answer_id": n} for n in range(10)],
     }
     path = write("v2.json", json.dumps({"info": {}, "annotations": [annotation]}))
-    answers, kinds = read_references(path)
-    assert answers == {262148000: tuple(f"a{n}" for n in range(10))}
-    assert kinds == {262148000: "none of the above"}
+    references = read_references(path)
+    assert references.answers == {262148000: tuple(f"a{n}" for n in range(10))}
+    assert references.kinds == {262148000: "none of the above"}
+    assert references.types == {262148000: "other"}
+    assert references.images == {262148000: "262148"}
     assert read_references(path, kind_key="answer_type").kinds == {262148000: "other"}
 
 
@@ -210,6 +255,21 @@ def test_predictions(write, tmp_path):
         read_predictions(tmp_path / "e.jsonl")
 
 
+def test_answers_with_what_is_noted_about_them(write):
+    noted = {"logprob": -0.5, "runner_up": "no", "runner_up_logprob": -1.0}
+    lines = [answer("7", "yes", metadata=noted), answer(8, "", error="image_corrupt", metadata=None)]
+    assert read_answers(write("a.jsonl", lines)) == {
+        7: GivenAnswer("yes", None, noted),
+        8: GivenAnswer(None, "image_corrupt", {}),
+    }
+    message = (
+        r"line 1: the log-probability 'logprob' is 'x', not a number up to 0\n  line 2: 'metadata' is \[1\], not an"
+    )
+    with pytest.raises(TableError, match=message):
+        read_answers(write("b.jsonl", [answer(1, "yes", metadata={"logprob": "x"}), answer(2, "no", metadata=[1])]))
+    assert [canonical_id(value) for value in ("012", "q1", 3, "³")] == [12, "q1", 3, "³"]
+
+
 def test_answer_files_may_each_have_their_own_flag(write, capsys):
     base, tuned = write("base.jsonl", [answer(1, "yes")]), write("finetuned.jsonl", [answer(1, "no")])
     table = write("t.jsonl", [{"question_id": 1, "answer": "yes", "kind": "exist"}])
@@ -222,24 +282,79 @@ def test_program_compares_files_side_by_side(write, tmp_path, capsys):
     tuned = write("finetuned.jsonl", [answer(1, "yes"), answer(2, "Two"), answer(3, "no")])
     out = str(tmp_path / "scores.json")
     assert main(["--answers-file", base, tuned, "--annotations", write("t.csv", TABLE), "--json", out]) == 0
-    assert capsys.readouterr().out == (
-        "kind               questions   base  finetuned\n"
-        "count                      1   0.00     100.00\n"
-        "exist                      2  50.00      50.00\n"
-        "all                        3  33.33      66.67\n"
-        "no answer (error)                 1          0\n"
-    )
+    assert capsys.readouterr().out == OUTPUT
     assert json.loads(Path(out).read_text()) == {
         "annotations": str(tmp_path / "t.csv"),
         "unanimous": "normalize",
         "left_out": [],
+        "intervals": "95 %: Wilson's interval of accuracies (at the effective number of questions, images being "
+        "groups), Bonett and Price's of paired differences, McNemar's exact test",
         "files": [
-            {"name": "base", "path": base, "overall": {"questions": 3, "accuracy": 1 / 3}, "errors": 1,
-             "by_kind": {"count": {"questions": 1, "accuracy": 0.0}, "exist": {"questions": 2, "accuracy": 0.5}}},
-            {"name": "finetuned", "path": tuned, "overall": {"questions": 3, "accuracy": 2 / 3}, "errors": 0,
-             "by_kind": {"count": {"questions": 1, "accuracy": 1.0}, "exist": {"questions": 2, "accuracy": 0.5}}},
+            {
+                "name": "base", "path": base, "overall": in_json(3, 1 / 3), "errors": 1,
+                "by_kind": {"count": in_json(1, 0.0), "exist": in_json(2, 0.5)},
+                "by_answer_type": {"yes/no": in_json(1, 1.0), "number": in_json(1, 0.0), "other": in_json(1, 0.0)},
+                "confusion": {"true": ["2", "n", "yes"], "given": ["2", "n", "yes", "(other)", "(none)"],
+                              "counts": [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 1, 0, 0]],
+                              "mistakes": [["2", "3", 1], ["n", "(none)", 1]]},
+                "calibration": None,
+            },
+            {
+                "name": "finetuned", "path": tuned, "overall": in_json(3, 2 / 3), "errors": 0,
+                "by_kind": {"count": in_json(1, 1.0), "exist": in_json(2, 0.5)},
+                "by_answer_type": {"yes/no": in_json(1, 1.0), "number": in_json(1, 1.0), "other": in_json(1, 0.0)},
+                "confusion": {"true": ["2", "n", "yes"], "given": ["2", "n", "yes", "(other)"],
+                              "counts": [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]],
+                              "mistakes": [["n", "no", 1]]},
+                "calibration": None,
+            },
         ],
+        "comparisons": [{
+            "name": "finetuned", "base": "base", "overall": changed([0, 1, 0]),
+            "by_kind": {"count": changed([1]), "exist": changed([0, 0])},
+            "by_answer_type": {"yes/no": changed([0]), "number": changed([1]), "other": changed([0])},
+        }],
     }  # fmt: skip
+
+
+OUTPUT = """\
+kind               questions         base     finetuned
+count                      1         0.00        100.00
+exist                      2        50.00         50.00
+all                        3        33.33         66.67
+95 % interval                 6.1 to 79.2  20.8 to 93.9
+no answer (error)                       1             0
+
+answer type  questions    base  finetuned
+yes/no               1  100.00     100.00
+number               1    0.00     100.00
+other                1    0.00       0.00
+
+finetuned against base, in points (p: McNemar's exact test)
+kind   difference    95 % interval  better  worse       p
+count     +100.00  -73.4 to +100.0       1      0  1.0000  not settled
+exist       +0.00   -69.3 to +69.3       0      0  1.0000  not settled
+all        +33.33   -45.6 to +85.6       1      0  1.0000  not settled
+
+base: most frequent mistakes, answers normalised
+true  given   questions
+2     3               1
+n     (none)          1
+
+finetuned: most frequent mistakes, answers normalised
+true  given  questions
+n     no             1
+"""
+
+
+def in_json(questions: int, accuracy: float) -> dict[str, float]:
+    return asdict(score(questions, accuracy))
+
+
+def changed(changes: list[int]) -> dict[str, float]:
+    """The difference of questions about one image, each of which became better (1) or stayed (0)."""
+    difference = compare_paired([0.0] * len(changes), changes, range(len(changes)))
+    return asdict(difference)
 
 
 def test_missing_and_unknown_answers(write, capsys):
@@ -256,10 +371,14 @@ def test_missing_and_unknown_answers(write, capsys):
     assert capsys.readouterr().out == (
         "left out: base: questions without an answer: 2 of 3 (2, 3)\n"
         "left out: base: answers without a question in the annotations: 1 (9)\n"
-        "kind               questions    base\n"
-        "exist                      1  100.00\n"
-        "all                        1  100.00\n"
-        "no answer (error)                  0\n"
+        "kind               questions           base\n"
+        "exist                      1         100.00\n"
+        "all                        1         100.00\n"
+        "95 % interval                 20.7 to 100.0\n"
+        "no answer (error)                         0\n"
+        "\n"
+        "answer type  questions    base\n"
+        "yes/no               1  100.00\n"
     )
 
 
@@ -295,8 +414,34 @@ def test_long_lists_of_ids_are_cut(write, capsys):
 
 
 def test_format_table_rounds_to_two_decimals():
-    table = ScoreTable(Score(3, 2 / 3), {"k": Score(3, 2 / 3)}, 0)
+    table = ScoreTable(score(3, 2 / 3), {"k": score(3, 2 / 3)}, {}, 0)
     assert format_table({"m": table}).splitlines()[1].split() == ["k", "3", "66.67"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p_value", "word"),
+    [(0.1, 0.3, 0.001, "better"), (-0.3, -0.1, 0.001, "worse"), (-0.1, 0.3, 0.001, "not settled"),
+     (0.1, 0.3, 0.06, "not settled")],
+)  # fmt: skip
+def test_a_difference_is_real_where_interval_and_test_agree(low, high, p_value, word):
+    assert describe_difference(Difference(100, (low + high) / 2, low, high, 9, 1, p_value)) == word
+
+
+def test_p_values():
+    assert (format_p_value(0.00009), format_p_value(0.0001), format_p_value(1)) == ("<0.0001", "0.0001", "1.0000")
+
+
+def test_calibration_is_printed_where_answers_carry_probabilities(write, capsys):
+    sure = {"logprob": math.log(0.95)}
+    lines = [answer(1, "yes", metadata=sure), answer(2, "3", metadata=sure),
+             answer(3, "n/a", metadata={"choices": {"n/a": -1.0, "no": -1.0}, "logprob": -1.0})]  # fmt: skip
+    assert main(["--answers-file", write("m.jsonl", lines), "--annotations", write("t.csv", TABLE)]) == 0
+    assert capsys.readouterr().out.endswith(
+        "m: confidence in percent (expected calibration error 46.67 points)\n"
+        "probability  answers  mean  right\n"
+        "50 to 60           1  50.0  100.0\n"
+        "90 to 100          2  95.0   50.0\n"
+    )
 
 
 def test_runs_as_a_module():
