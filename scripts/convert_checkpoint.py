@@ -24,9 +24,10 @@ from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import get_template
 from llava.files import atomic_directory
 from llava.model.checkpoint import open_checkpoint
-from llava.model.conversion import refuse_full_disk, write_hf, write_original
+from llava.model.conversion import write_hf, write_original
 from llava.model.devices import DTYPES
 from llava.model.quantization import refuse_quantized
+from llava.model.weight_writer import refuse_full_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
 from llava.inference.parity import Parity, Prober, compare_probes
+from llava.model.builder import check_complete
 from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint, save_checkpoint
 from llava.model.devices import DTYPES, best_device, default_dtype
 from llava.model.quantization import quantization_note
+from llava.model.weight_writer import refuse_full_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +63,8 @@ def merge(options: argparse.Namespace) -> None:
 
     Raises:
         FileExistsError: if the directory is there already.
-        ValueError: if the model path holds full weights, or the base is another one.
+        OSError: if it can't be written or there is no room for it.
+        ValueError: if the model path holds full weights, the base is another one, or the two don't make a model.
     """
     checkpoint = open_checkpoint(options.model_path, options.model_base, **places(options))
     if checkpoint.layout not in (Layout.LORA, Layout.PROJECTOR):
@@ -70,6 +73,8 @@ def merge(options: argparse.Namespace) -> None:
         )
     checkpoint.config.conversation_template = checkpoint.config.conversation_template or DEFAULT_TEMPLATE
     dtype = DTYPES[options.dtype] if options.dtype else checkpoint.tensors.entries["model.embed_tokens.weight"].dtype
+    check_complete(checkpoint)
+    refuse_full_disk(checkpoint.tensors, dtype, options.save_model_path)
     with atomic_directory(options.save_model_path, replace=options.overwrite) as directory:
         write_merged(checkpoint, directory, dtype)
     print(f"wrote {options.save_model_path} in {str(dtype).removeprefix('torch.')}")

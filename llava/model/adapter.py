@@ -27,6 +27,7 @@ PROJECTOR_FILE = "mm_projector.bin"
 DEEPSPEED_STATES = "global_step*/mp_rank_00_model_states.pt"
 """The whole model in an unfinished run's directory, as DeepSpeed writes it up to ZeRO-2."""
 PEFT_PREFIX = "base_model.model."
+_BLOCK_ROWS = 256
 OUTSIDE_LLM = r".*(vision_tower|mm_projector).*"
 """Module names that never carry an adapter, though some are called like those of the LLM."""
 
@@ -196,8 +197,15 @@ def _merged(
 
 
 def _merge_weight(base: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return W + scale B A, summed in fp32 and cast once."""
-    return torch.addmm(base.read().float(), up.read().float(), down.read().float(), alpha=scale).to(dtype)
+    """Return W + scale B A, summed in fp32 and cast once; by blocks of rows, whose fp32 numbers fit into the cache."""
+    weight, outer, inner = base.read(), up.read(), down.read().float()
+    merged = torch.empty(weight.shape, dtype=dtype)
+    block = torch.empty(min(_BLOCK_ROWS, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        sums = block[: len(weight[rows])].copy_(weight[rows])
+        merged[rows] = sums.addmm_(outer[rows].float(), inner, alpha=scale)
+    return merged
 
 
 def _existing(directory: Path, names: tuple[str, ...]) -> Path:

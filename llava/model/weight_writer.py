@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -77,6 +78,23 @@ def write_weights(
         locations = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": locations}
         (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_full_disk(tensors: LazyTensors, dtype: torch.dtype | None, target: Path) -> None:
+    """Make sure before any work that there is room for the weights.
+
+    Raises:
+        OSError: if there is not.
+    """
+    sizes = (entry.shape.numel() * (dtype or entry.dtype).itemsize for entry in tensors.entries.values())
+    needed = sum(sizes)
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            f"{target} needs {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB; free some space or choose "
+            "another directory"
+        )
 
 
 def divide(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:

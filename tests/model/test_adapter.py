@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -89,6 +90,16 @@ def test_the_sum_is_cast_once(adapter_directory, base):
     assert torch.equal(add_adapter(half, read_adapter(adapter_directory))[name], exact.to(torch.bfloat16))
     merged = add_adapter(half, read_adapter(adapter_directory), dtype=torch.float32)[name]
     torch.testing.assert_close(merged, exact, atol=1e-7, rtol=1e-6)
+
+
+def test_more_rows_than_are_added_at_a_time(adapter_directory, base):
+    name = plain_name(LAYER) + ".weight"
+    down, up, weight = torch.randn(4, 6), torch.randn(600, 4), torch.randn(600, 6)
+    pair = LazyTensors.of({"down": down, "up": up}).entries
+    adapter = dataclasses.replace(read_adapter(adapter_directory), pairs={name: (pair["down"], pair["up"])})
+    merged = add_adapter(base.overlaid(LazyTensors.of({name: weight}).entries), adapter)[name]
+    exact = weight.double() + 2 * up.double() @ down.double()
+    torch.testing.assert_close(merged.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
