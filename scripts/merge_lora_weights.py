@@ -21,8 +21,8 @@ from tqdm import tqdm
 from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
 from llava.inference.parity import Parity, Prober, compare_probes
-from llava.model.builder import check_complete
-from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint, save_checkpoint
+from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint
+from llava.model.conversion import write_original
 from llava.model.devices import DTYPES, best_device, default_dtype
 from llava.model.quantization import quantization_note
 from llava.model.weight_writer import refuse_full_disk
@@ -73,7 +73,6 @@ def merge(options: argparse.Namespace) -> None:
         )
     checkpoint.config.conversation_template = checkpoint.config.conversation_template or DEFAULT_TEMPLATE
     dtype = DTYPES[options.dtype] if options.dtype else checkpoint.tensors.entries["model.embed_tokens.weight"].dtype
-    check_complete(checkpoint)
     refuse_full_disk(checkpoint.tensors, dtype, options.save_model_path)
     with atomic_directory(options.save_model_path, replace=options.overwrite) as directory:
         write_merged(checkpoint, directory, dtype)
@@ -94,15 +93,7 @@ def write_merged(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) ->
     """Write a complete checkpoint, tensor by tensor, with a progress bar."""
     total = sum(entry.shape.numel() * dtype.itemsize for entry in checkpoint.tensors.entries.values())
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="merging") as bar:
-        save_checkpoint(
-            checkpoint.tensors,
-            checkpoint.config,
-            checkpoint.tokenizer,
-            checkpoint.image_processor,
-            directory,
-            dtype=dtype,
-            progress=bar.update,
-        )
+        write_original(checkpoint, directory, dtype, bar.update)
 
 
 def measure_parity(options: argparse.Namespace, merged: Checkpoint) -> None:

@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHELL_SCRIPTS = [ROOT / "inference.sh", ROOT / ".ci/run", *sorted((ROOT / "scripts").rglob("*.sh"))]
+SHELL_SCRIPTS = [
+    ROOT / "inference.sh",
+    ROOT / ".ci/run",
+    *sorted(path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).rglob("*.sh")),
+]
 PROGRAMS = (
     "task_data_preprocessing.py",
     "scripts/merge_lora_weights.py",
@@ -26,6 +30,7 @@ PROGRAMS = (
     "-m llava.eval.vqa_score",
     "-m llava.eval.contact_sheet",
     "-m llava.eval.report",
+    "-m llava.model.plan",
     "-m llava.serve.cli",
 )
 WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/train/train_mem.py"} | {

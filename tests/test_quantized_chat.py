@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 
@@ -19,11 +18,8 @@ def root(request):
 
 
 @pytest.fixture(scope="module")
-def program(root):
-    spec = importlib.util.spec_from_file_location("quantized_chat", root / "benchmarks/quantized_chat.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program(load_program):
+    return load_program("benchmarks/quantized_chat.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import LlavaConfig as HfConfig
 from transformers import LlavaForConditionalGeneration
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.files import write_settings
 from llava.image_processing import PREPROCESSOR_CONFIG_FILE, hf_image_processor_settings, hf_processor_settings
 from llava.model.builder import check_complete, check_fit
 from llava.model.checkpoint import Checkpoint, save_checkpoint, save_generation_config
@@ -75,12 +75,12 @@ def write_hf(
     tensors = pad_vocabulary(checkpoint.tensors.renamed(original_name), rows)
     _check_complete(tensors, settings)
     write_weights(tensors.renamed(hf_name), directory, dtype=dtype, progress=progress)
-    _write_json(settings, directory / CONFIG_FILE)
+    write_settings(settings, directory / CONFIG_FILE)
     write_hf_tokenizer(
         tokenizer, directory, image_token_id=image_token_id, pad_token_id=pad_token_id, chat_template=chat_template
     )
     do_pad = config.image_aspect_ratio == "pad"
-    _write_json(
+    write_settings(
         hf_image_processor_settings(checkpoint.image_processor, do_pad=do_pad), directory / PREPROCESSOR_CONFIG_FILE
     )
     processor = hf_processor_settings(
@@ -88,7 +88,7 @@ def write_hf(
         select_feature=config.mm_vision_select_feature,
         image_token=DEFAULT_IMAGE_TOKEN,
     )
-    _write_json(processor, directory / PROCESSOR_CONFIG_FILE)
+    write_settings(processor, directory / PROCESSOR_CONFIG_FILE)
     save_generation_config(tokenizer, directory, pad_token_id=pad_token_id)
 
 
@@ -106,7 +106,3 @@ def _check_complete(tensors: LazyTensors, settings: dict) -> None:
         model = LlavaForConditionalGeneration(HfConfig.from_dict(settings))
     shapes = {original_name(name): parameter.shape for name, parameter in model.named_parameters()}
     check_fit({name: {name: StoredPart(shape, None)} for name, shape in shapes.items()}, tensors, set())
-
-
-def _write_json(settings: dict, path: Path) -> None:
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava.files import write_settings
 from llava.model.lazy_tensors import LazyTensor, LazyTensors, check_finite, is_finite
 from llava.model.weights import SAFETENSORS_DTYPES, SAFETENSORS_FILE, SAFETENSORS_INDEX
 
@@ -78,7 +79,7 @@ def write_weights(
     if len(shards) > 1:
         locations = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": locations}
-        (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_settings(index, directory / SAFETENSORS_INDEX)
 
 
 def refuse_full_disk(tensors: LazyTensors, dtype: torch.dtype | None, target: Path) -> None:

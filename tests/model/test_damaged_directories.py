@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -20,27 +19,19 @@ from llava.model.lazy_tensors import LazyTensors
 from llava.model.weight_writer import write_weights
 from llava.model.weights import open_weights
 
-ROOT = Path(__file__).parents[2]
 FULL, LORA, PROJECTOR = "llava-v1.5-golden", "llava-v1.5-golden-task-lora", "golden-pretrained-projector"
 TOWER = "clip-vit-tiny-patch14-56"
 NORM = "model.norm.weight"
 
 
-def load_main(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program.main
+@pytest.fixture(scope="module")
+def merge(load_program):
+    return load_program("scripts/merge_lora_weights.py").main
 
 
 @pytest.fixture(scope="module")
-def merge():
-    return load_main("merge_lora_weights")
-
-
-@pytest.fixture(scope="module")
-def convert():
-    return load_main("convert_checkpoint")
+def convert(load_program):
+    return load_program("scripts/convert_checkpoint.py").main
 
 
 @pytest.fixture
