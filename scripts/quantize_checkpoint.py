@@ -10,7 +10,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
+from llava.inference.command_line import run_program
 from llava.model.builder import check_complete
 from llava.model.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from llava.model.configuration import LlavaConfig
@@ -39,13 +39,7 @@ from llava.model.weight_writer import refuse_full_disk
 def main(argv: Sequence[str] | None = None) -> int:
     """Quantise as the command line says; return the exit code."""
     options = parse_options(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        quantize(options)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(lambda: quantize(options), refused=1)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
