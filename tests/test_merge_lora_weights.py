@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -60,6 +62,19 @@ def test_the_dtype_is_chosen_and_recorded(goldens, merge, tmp_path, capsys, dtyp
     assert capsys.readouterr().out == f"wrote {tmp_path / 'merged'} in {dtype}\n"
     assert {tensor.dtype for tensor in open_weights(tmp_path / "merged").values()} == {kind}
     assert str(open_checkpoint(tmp_path / "merged").config.dtype).endswith(dtype)
+
+
+def test_an_adapter_of_a_4_bit_base_comes_with_a_note(goldens, merge, tmp_path, capsys):
+    qlora = tmp_path / "qlora"
+    shutil.copytree(goldens / LORA, qlora)
+    settings = json.loads((qlora / "config.json").read_text())
+    (qlora / "config.json").unlink()
+    (qlora / "config.json").write_text(json.dumps({**settings, "base_model_bits": 4}))
+    words = ["--model-path", str(qlora), "--model-base", str(goldens / FULL), "--no-parity"]
+    assert merge([*words, "--save-model-path", str(tmp_path / "merged")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1].startswith("the adapter was trained on its base held in 4 bit and is added to")
+    assert "merging: 100%" in printed.err
 
 
 def test_full_weights_have_nothing_to_merge(goldens, merge, tmp_path, capsys):
