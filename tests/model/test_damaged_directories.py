@@ -243,3 +243,15 @@ def test_a_disk_that_fills_up(models, merged, monkeypatch):
     assert "No space left on device" in merged(LORA)
     monkeypatch.setattr(weight_writer, "_write_all", refuse)
     assert merged(LORA).endswith("No space left on device); free some space or choose another directory")
+
+
+def test_a_disk_that_takes_no_more_in_the_middle_of_a_file(models, merged):
+    """The system itself stops the writing, at a limit on the size of files."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        told = merged(LORA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "model.safetensors could not be written ([Errno 27] File too large); free some space or choose" in told
