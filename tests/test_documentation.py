@@ -97,6 +97,19 @@ def test_shell_script_parses_and_its_flags_exist(script: Path) -> None:
             assert re.search(rf"{flag}\b", help_text(program)), f"{script.name}: {flag}"
 
 
+def test_messages_of_the_checkpoint_page_are_those_of_the_code() -> None:
+    sources = [
+        path.read_text(encoding="utf-8") for folder in ("llava", "scripts") for path in (ROOT / folder).rglob("*.py")
+    ]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # texts written in several pieces, joined
+    page = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("## Messages")[2], re.MULTILINE)
+    assert len(rows) > 12
+    for message in re.findall(r"`(.*?)`", " ".join(rows)):
+        for piece in re.split(r"\(?\.\.\.\)?|\b[A-Z]\b|[\d.]+ GB|model-\S+|\([A-Z].*\)", message):
+            assert piece.strip(" ,;:") in code, message
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
