@@ -190,13 +190,25 @@ def test_pickled_adapters_are_read_too(adapter_directory, base):
         ("rank_pattern", {"up_proj": 8}),
         ("alpha_pattern", {"up_proj": 8}),
         ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [5]),
+        ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", [5]),
+        ("use_qalora", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
     ],
 )
 def test_settings_that_would_change_the_sum_are_refused(adapter_directory, key, value):
     change_settings(adapter_directory, **{key: value})
-    message = f"adapter_config.json: {key} is not supported; merge this adapter with peft$"
+    message = rf"adapter_config.json: {key}( '\w+')? is not supported; merge this adapter with peft$"
     with pytest.raises(ValueError, match=message):
         read_adapter(adapter_directory)
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian"])
+def test_starts_that_leave_the_base_as_it_is(adapter_directory, start):
+    change_settings(adapter_directory, init_lora_weights=start)
+    assert read_adapter(adapter_directory).pairs
 
 
 @pytest.mark.parametrize(
