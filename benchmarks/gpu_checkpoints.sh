@@ -2,10 +2,12 @@
 # Measure loading, quantised chats and the planner on one GPU, at LLaVA-1.5-7B's true sizes with random weights.
 # JSON and logs go into a directory; a step that fails does not stop the next. Needs peft, accelerate, deepspeed and
 # bitsandbytes, 16 GB of disk in WORK and 70 GB on the GPU. Example: bash benchmarks/gpu_checkpoints.sh measured
+# Some steps, weights kept: WORK=/tmp/w STEPS="quantized_chat memory_plan" bash benchmarks/gpu_checkpoints.sh measured
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${1:?usage: bash benchmarks/gpu_checkpoints.sh DIRECTORY_FOR_RESULTS}
 : "${PYTHON:=python3}" "${MODEL:=}" "${NEW_TOKENS:=512}"
+: "${STEPS:=load_speed memory_plan quantized_chat}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
 if [ -z "${WORK:-}" ]; then
@@ -29,12 +31,17 @@ step() {  # name, command
 
 if [ -z "$MODEL" ]; then
     MODEL=$WORK/7b
-    step random_checkpoint benchmarks/random_checkpoint.py --output "$MODEL" --tokenizer playground/llava-tiny
+    [ -d "$MODEL" ] ||
+        step random_checkpoint benchmarks/random_checkpoint.py --output "$MODEL" --tokenizer playground/llava-tiny
 fi
-step load_speed benchmarks/load_speed.py --model-path "$MODEL" --output "$OUT/load_speed.json"
-step quantized_chat benchmarks/quantized_chat.py --model-path "$MODEL" --runs 1 --new-tokens "$NEW_TOKENS" \
-    --output "$OUT/quantized_chat.json"
-step memory_plan benchmarks/memory_plan.py --model-path "$MODEL" --work "$WORK/memory" --at-once 2 \
-    --output "$OUT/memory_plan.json"
+for name in $STEPS; do
+    case $name in
+    load_speed) flags=() ;;
+    memory_plan) flags=(--work "$WORK/memory" --at-once 2) ;;
+    quantized_chat) flags=(--runs 1 --new-tokens "$NEW_TOKENS") ;;
+    *) echo "no step $name; choose load_speed, memory_plan, quantized_chat" >&2 && exit 2 ;;
+    esac
+    step "$name" "benchmarks/$name.py" --model-path "$MODEL" --output "$OUT/$name.json" "${flags[@]}"
+done
 echo "== all: $SECONDS s"
 exit "$failed"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure one chat about an image in 16, 8 and 4 bit: size of the weights, loading, peak memory, speed.
 
-Each row is a process of its own. The whole use of the GPU is watched from outside, CUDA's own memory included.
+Each row is a process of its own. Its use of the device includes CUDA's own memory.
 
 Example: python benchmarks/random_checkpoint.py --output /tmp/7b --tokenizer playground/llava-tiny
          python scripts/quantize_checkpoint.py --model-path /tmp/7b --save-path /tmp/7b-4bit --bits 4
@@ -31,7 +31,6 @@ from llava.model.quantization import import_bitsandbytes
 
 PICTURE = (640, 480)
 QUESTION = "What is in the picture?"
-WATCH_SECONDS = 0.02
 FIRST_TOKENS = 3
 """First tokens that are timed, whose median counts."""
 LIBRARIES = ("torch", "transformers", "bitsandbytes")
@@ -93,15 +92,8 @@ def run_case(words: Sequence[str], case: str, device: torch.device) -> dict[str,
     print(f"measuring {CASES[case]}", file=sys.stderr)
     free = free_bytes(device)
     command = [sys.executable, __file__, *words, "--only", case]
-    least = free
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            least = min(least, free_bytes(device))
-            time.sleep(WATCH_SECONDS)
-        lines = process.stdout.read().splitlines()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return {**json.loads(lines[-1]), "peak_device": free - least if device.type == "cuda" else None}
+    row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return {**row, "peak_device": free - row["free_at_end"] if device.type == "cuda" else None}
 
 
 def free_bytes(device: torch.device) -> int:
@@ -133,6 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_allocated": torch.cuda.max_memory_allocated(device) if is_cuda else None,
         "peak_reserved": torch.cuda.max_memory_reserved(device) if is_cuda else None,
         "first_token_seconds": first_token,
+        "free_at_end": free_bytes(device),  # PyTorch gives nothing back before, so this is the peak
         "tokens_per_second": (options.new_tokens - 1) / (whole - first_token),
         "dtype": str(session.model.dtype),
         "prompt_positions": session.spliced_length(prompt),

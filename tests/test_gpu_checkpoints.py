@@ -16,8 +16,8 @@ case "$1" in *load_speed.py) echo "no such device" >&2; exit 3;; esac
 @pytest.mark.parametrize(
     ("model", "steps"),
     [
-        ("", ["random_checkpoint", "load_speed", "quantized_chat", "memory_plan"]),
-        ("some/model", ["load_speed", "quantized_chat", "memory_plan"]),
+        ("", ["random_checkpoint", "load_speed", "memory_plan", "quantized_chat"]),
+        ("some/model", ["load_speed", "memory_plan", "quantized_chat"]),
     ],
 )
 def test_every_step_is_tried(request, tmp_path, model, steps):
