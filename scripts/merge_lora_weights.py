@@ -99,7 +99,7 @@ def measure_parity(options: argparse.Namespace, merged: Checkpoint) -> None:
     prober = Prober(size, device)
     if prober.is_streamed:
         print("comparing with the weights left in their files, since memory is short; --no-parity leaves it out")
-    adapter = options.model_path if is_lora else None
+    adapter = str(merged.directory) if is_lora else None
     before = prober.ask(separate, adapter_directory=adapter)
     summed = prober.ask(merged)
     reloaded = prober.ask(open_checkpoint(options.save_model_path))

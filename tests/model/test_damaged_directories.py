@@ -213,6 +213,18 @@ def test_a_hub_id_without_network(models, hub_cache, no_network, convert, tmp_pa
     assert (config.base_model_name_or_path, config.base_model_revision) == ("liuhaotian/llava-v1.5-7b", revision)
 
 
+def test_adapter_and_base_by_hub_id_without_network(models, hub_cache, no_network, merge, tmp_path, capsys):
+    lora, base = hub_cache("me/lora", models / LORA, "a" * 40), hub_cache("me/base", models / FULL, "b" * 40)
+    words = ["--model-path", "me/lora", "--model-base", "me/base", "--save-model-path", str(tmp_path / "merged")]
+    assert merge([*words, "--vision-tower", str(models / TOWER), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("equal greedy answers 100 %") == 2
+    config = open_checkpoint(tmp_path / "merged").config
+    assert (config.base_model_name_or_path, config.base_model_revision) == ("me/base", "b" * 40)
+    expected = open_checkpoint(lora, base, vision_tower=models / TOWER).tensors
+    found = open_weights(tmp_path / "merged")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 def test_a_target_that_may_not_be_written(models, merged, monkeypatch, tmp_path, code):
     """The system's refusal, since a test may run as root, whom permissions don't stop."""
