@@ -8,6 +8,7 @@ Example: python benchmarks/random_checkpoint.py --output /tmp/7b --tokenizer pla
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -18,10 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-
-from llava.model.builder import build_model
-from llava.model.checkpoint import open_checkpoint
-from llava.model.devices import best_device
 
 _BLOCK = 32 * 2**20
 
@@ -43,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(options.runs):
         for kind in KINDS:  # each in a process of its own, so that peaks of memory are its own
             command = [sys.executable, __file__, "--model-path", str(options.model_path), "--measure", kind]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             runs[kind].append(json.loads(done.stdout.splitlines()[-1]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"{total / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, {device}, torch {torch.__version__}")
@@ -63,14 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(kind: str, directory: Path) -> dict[str, float]:
     """Do one thing once and return its seconds and the process's memory (RSS) before and at its peak, in bytes."""
-    device = best_device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = KINDS[kind](directory, device)
     torch.zeros(1, device=device)  # CUDA's start is nobody's
     start = _peak_bytes()
     clock = time.perf_counter()
-    KINDS[kind](directory, device)
+    kept = work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - clock, "start_bytes": start, "peak_bytes": _peak_bytes()}
+    seconds = time.perf_counter() - clock
+    del kept
+    return {"seconds": seconds, "start_bytes": start, "peak_bytes": _peak_bytes()}
+
+
+def plain_read(directory: Path, device: torch.device) -> Callable[[], object]:
+    """Return what reads files as they are into GPU memory."""
+    return functools.partial(read_plainly, directory, device)
+
+
+def model_load(directory: Path, device: torch.device) -> Callable[[], object]:
+    """Return what loads the model as all programs do; their imports, which take seconds, are done here."""
+    from llava.model.builder import build_model
+    from llava.model.checkpoint import open_checkpoint
+
+    return lambda: build_model(open_checkpoint(directory), device=device)
 
 
 def read_plainly(directory: Path, device: torch.device) -> list[torch.Tensor]:
@@ -96,16 +109,11 @@ def read_plainly(directory: Path, device: torch.device) -> list[torch.Tensor]:
     return kept
 
 
-def load(directory: Path, device: torch.device) -> torch.nn.Module:
-    """Load the model as all programs do."""
-    return build_model(open_checkpoint(directory), device=device)
-
-
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-KINDS: dict[str, Callable[[Path, torch.device], object]] = {"read": read_plainly, "load": load}
+KINDS: dict[str, Callable[[Path, torch.device], Callable[[], object]]] = {"read": plain_read, "load": model_load}
 
 
 if __name__ == "__main__":

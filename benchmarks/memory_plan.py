@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,24 +41,31 @@ LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every run and print the table; return the exit code."""
+    """Measure every run and print the table; return the exit code, 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True, type=Path, help="full weights")
     parser.add_argument("--work", required=True, type=Path, help="directory for data and results of the runs")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--only", choices=RUNS, help="one run; prints its figures as JSON")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="runs side by side on the GPU, which has to hold them (default: 1)"
+    )
     options = parser.parse_args(argv)
     if options.only:
         print(json.dumps(measure(options.only, options.model_path, options.work)))
         return 0
     write_data(options.work)
-    rows = [run_apart(name, options) for name in RUNS]
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    rows: list[dict] = []
+    with ThreadPoolExecutor(max_workers=options.at_once) as pool:
+        for row in pool.map(functools.partial(run_apart, options=options), RUNS):
+            rows.append(row)
+            if options.output:  # after each, so that nothing is lost
+                text = json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=2) + "\n"
+                options.output.write_text(text, encoding="utf-8")
     print(f"{machine}; {versions}\n\n{as_table(rows)}")
-    if options.output:
-        options.output.write_text(json.dumps({"machine": machine, "versions": versions, "rows": rows}, indent=2) + "\n")
-    return 0
+    return int(any("error" in row for row in rows))
 
 
 def write_data(work: Path) -> None:
@@ -77,11 +87,15 @@ def run_apart(name: str, options: argparse.Namespace) -> dict:
     """Run one measurement in a process of its own; a failure becomes part of the row."""
     command = [sys.executable, __file__, "--model-path", str(options.model_path), "--work", str(options.work)]
     print(f"running {name}", flush=True)
-    done = subprocess.run([*command, "--only", name], capture_output=True, text=True, timeout=300)
+    log = options.work / f"{name.replace(' ', '-')}.log"
+    with log.open("w", encoding="utf-8") as errors:
+        done = subprocess.run([*command, "--only", name], stdout=subprocess.PIPE, stderr=errors, text=True)
     if done.returncode:
-        print(done.stdout[-1500:], done.stderr[-1500:], file=sys.stderr)
-        return {"run": name, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        said = log.read_text(encoding="utf-8").strip()
+        print(done.stdout[-1500:], said[-1500:], file=sys.stderr)
+        return {"run": name, "error": (said.splitlines() or ["no message"])[-1]}
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    return row if options.at_once == 1 else {key: value for key, value in row.items() if key != "device"}
 
 
 def measure(name: str, model_path: Path, work: Path) -> dict:
@@ -127,7 +141,7 @@ def run_training(model_path: Path, output: Path, work: Path, setup: Training) ->
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29555",
+        "MASTER_PORT": str(free_port()),
     }
     flags = {
         "model_name_or_path": model_path,
@@ -154,6 +168,13 @@ def run_training(model_path: Path, output: Path, work: Path, setup: Training) ->
     words += ["--deepspeed", f"scripts/zero{setup.zero}.json"] if setup.zero else []
     if train.main(words):
         raise SystemExit(f"training failed: {words}")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def run_questions(model_path: Path, output: Path, work: Path, setup: Inference) -> None:

@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         merges.append(merge_seconds(options))
     written = sum(path.stat().st_size for path in options.model_base.iterdir())
     copied, merged = statistics.median(copies), statistics.median(merges)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the merges, the only children
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{written / 1e9:.2f} GB, {os.cpu_count()} cores, {options.runs} runs")
     print(
         f"copy and sync   {copied:7.1f} s ({min(copies):.1f} to {max(copies):.1f}), {written / copied / 1e6:.0f} MB/s"
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"merge and sync  {merged:7.1f} s ({min(merges):.1f} to {max(merges):.1f}), {written / merged / 1e6:.0f} MB/s"
     )
+    print(f"CPU time of a merge, start of Python included: {(used.ru_utime + used.ru_stime) / options.runs:.0f} s")
     print(f"peak memory of the merge (RSS, mapped files included): {peak / 1e9:.2f} GB")
     return 0
 

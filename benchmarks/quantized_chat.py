@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure one chat about an image in 16, 8 and 4 bit: size of the weights, loading, peak memory, speed.
 
-Each row is a process of its own. The whole use of the GPU is watched from outside, CUDA's own memory included.
+Each row is a process of its own. Its use of the device includes CUDA's own memory.
 
 Example: python benchmarks/random_checkpoint.py --output /tmp/7b --tokenizer playground/llava-tiny
          python scripts/quantize_checkpoint.py --model-path /tmp/7b --save-path /tmp/7b-4bit --bits 4
@@ -31,7 +31,8 @@ from llava.model.quantization import import_bitsandbytes
 
 PICTURE = (640, 480)
 QUESTION = "What is in the picture?"
-WATCH_SECONDS = 0.02
+FIRST_TOKENS = 3
+"""First tokens that are timed, whose median counts."""
 LIBRARIES = ("torch", "transformers", "bitsandbytes")
 CASES = {"16": "16 bit", "8": "8 bit (LLM.int8)", "4": "4 bit (NF4)", "saved": "saved quantised directory"}
 COLUMNS = {
@@ -47,19 +48,25 @@ COLUMNS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every case and print the table; return the exit code."""
+    """Measure every case and print the table; return the exit code, 1 if a case failed."""
     options = parse_options(argv)
     if options.only:
         print(json.dumps(measure(options)))
         return 0
     cases = [case for case in CASES if case != "saved" or options.quantized_path]
     words = list(sys.argv[1:] if argv is None else argv)
-    rows = [run_case(words, case, torch.device(options.device)) for case in cases]
-    machine = describe_machine(options)
+    machine, rows, failed = describe_machine(options), [], 0
+    for case in cases:
+        try:
+            rows.append(run_case(words, case, torch.device(options.device)))
+        except subprocess.CalledProcessError as error:
+            print(f"{CASES[case]}: {error}", file=sys.stderr)
+            failed = 1
+        if options.output:  # after each, so that nothing is lost
+            text = json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n"
+            options.output.write_text(text, encoding="utf-8")
     print(f"{machine}\n\n{as_table(rows)}")
-    if options.output:
-        options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    return 0
+    return failed
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,9 +76,8 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model-path", required=True, help="directory of full weights in 16 bit")
     add("--quantized-path", help="the same, written by scripts/quantize_checkpoint.py")
     add("--device", default=str(best_device()), help="default: %(default)s")
-    add("--new-tokens", type=int, default=512, help="of the chat whose memory is measured (default: %(default)s)")
-    add("--timed-tokens", type=int, default=64, help="of each run that is timed, above 1 (default: %(default)s)")
-    add("--runs", type=int, default=3, help="timed runs, whose median counts (default: %(default)s)")
+    add("--new-tokens", type=int, default=512, help="of an answer, above 1 (default: %(default)s)")
+    add("--runs", type=int, default=3, help="answers timed, whose median counts (default: %(default)s)")
     add("--output", type=Path, help="JSON to write")
     add("--only", choices=CASES, help="measure one case in this process and print it as JSON")
     return parser.parse_args(argv)
@@ -86,15 +92,8 @@ def run_case(words: Sequence[str], case: str, device: torch.device) -> dict[str,
     print(f"measuring {CASES[case]}", file=sys.stderr)
     free = free_bytes(device)
     command = [sys.executable, __file__, *words, "--only", case]
-    least = free
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            least = min(least, free_bytes(device))
-            time.sleep(WATCH_SECONDS)
-        lines = process.stdout.read().splitlines()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return {**json.loads(lines[-1]), "peak_device": free - least if device.type == "cuda" else None}
+    row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return {**row, "peak_device": free - row["free_at_end"] if device.type == "cuda" else None}
 
 
 def free_bytes(device: torch.device) -> int:
@@ -116,10 +115,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     picture = Image.effect_noise(PICTURE, 64).convert("RGB")
     prompt = session.prepare(QUESTION, [picture], max_new_tokens=options.new_tokens)
     generate_seconds(session, prompt, 2)  # kernels are chosen and compiled
-    first = [generate_seconds(session, prompt, 1) for _ in range(options.runs)]
-    timed = [generate_seconds(session, prompt, options.timed_tokens) for _ in range(options.runs)]
-    first_token = statistics.median(first)
-    generate_seconds(session, prompt, options.new_tokens)
+    first_token = statistics.median(generate_seconds(session, prompt, 1) for _ in range(FIRST_TOKENS))
+    whole = statistics.median(generate_seconds(session, prompt, options.new_tokens) for _ in range(options.runs))
     is_cuda = device.type == "cuda"
     return {
         "case": CASES[case],
@@ -128,7 +125,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_allocated": torch.cuda.max_memory_allocated(device) if is_cuda else None,
         "peak_reserved": torch.cuda.max_memory_reserved(device) if is_cuda else None,
         "first_token_seconds": first_token,
-        "tokens_per_second": (options.timed_tokens - 1) / (statistics.median(timed) - first_token),
+        "free_at_end": free_bytes(device),  # PyTorch gives nothing back before, so this is the peak
+        "tokens_per_second": (options.new_tokens - 1) / (whole - first_token),
         "dtype": str(session.model.dtype),
         "prompt_positions": session.spliced_length(prompt),
         "new_tokens": options.new_tokens,
@@ -169,7 +167,7 @@ def describe_machine(options: argparse.Namespace) -> str:
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     versions = ", ".join(f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES)
-    return f"{name}, {versions}; one image, {options.new_tokens} new tokens, median of {options.runs} runs"
+    return f"{name}, {versions}; one image, {options.new_tokens} new tokens, median of {options.runs} answers"
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rank", type=int, default=128, help="of that adapter (default: %(default)s)")
     options = parser.parse_args(argv)
-    torch.manual_seed(options.seed)
     config = LlavaConfig(
         num_hidden_layers=options.layers,
         max_position_embeddings=4096,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         image_aspect_ratio="pad",
         conversation_template=DEFAULT_TEMPLATE,
     )
-    tensors = random_tensors(config)
+    tensors = random_tensors(config, options.seed)
     tokenizer, processor = load_tokenizer(options.tokenizer), CLIPPixels(VIT_L_14_336["image_size"])
     with atomic_directory(options.output) as directory, tqdm(total=len(tensors), unit="tensor") as bar:
         save_checkpoint(
@@ -71,13 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.base_model_name_or_path = str(options.output)
         config.base_model_fingerprint = fingerprint(open_weights(options.output))
         with atomic_directory(options.lora) as directory:
-            write_adapter(tensors, config, options.rank, directory)
+            write_adapter(tensors, config, options.rank, options.seed, directory)
             save_settings(config, tokenizer, processor, directory)
         print(f"wrote {options.lora}")
     return 0
 
 
-def write_adapter(base: LazyTensors, config: LlavaConfig, rank: int, directory: Path) -> None:
+def write_adapter(base: LazyTensors, config: LlavaConfig, rank: int, seed: int, directory: Path) -> None:
     """Write a LoRA directory's weights, with a projector of its own."""
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     adapter, projector = {}, {}
@@ -86,10 +86,10 @@ def write_adapter(base: LazyTensors, config: LlavaConfig, rank: int, directory: 
         if is_llm_block(name) and leaf == "weight" and module.rpartition(".")[2] in kinds:
             out, into = entry.shape
             stem = f"{PEFT_PREFIX}{module}"
-            adapter[f"{stem}.lora_A.weight"] = _random_tensor("lora_A", (rank, into))
-            adapter[f"{stem}.lora_B.weight"] = _random_tensor("lora_B", (out, rank))
+            for half, shape in (("lora_A", (rank, into)), ("lora_B", (out, rank))):
+                adapter[f"{stem}.{half}.weight"] = _random_tensor(f"{stem}.{half}", shape, seed)
         elif "mm_projector" in name:
-            projector[PEFT_PREFIX + name] = _random_tensor("projector", entry.shape)
+            projector[PEFT_PREFIX + name] = _random_tensor(PEFT_PREFIX + name, entry.shape, seed)
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05}
     settings |= {"target_modules": list(kinds), "bias": "none", "inference_mode": True}
     settings["base_model_name_or_path"] = config.base_model_name_or_path
@@ -98,7 +98,7 @@ def write_adapter(base: LazyTensors, config: LlavaConfig, rank: int, directory: 
     save_tensors({name: tensor.cpu() for name, tensor in projector.items()}, directory / NON_LORA_FILES[0])
 
 
-def random_tensors(config: LlavaConfig) -> LazyTensors:
+def random_tensors(config: LlavaConfig, seed: int) -> LazyTensors:
     """Return every tensor of a released checkpoint: norms 1, the rest normal, made on the GPU if there is one."""
     with accelerate.init_empty_weights():
         model = LlavaLlamaForCausalLM(config)
@@ -112,16 +112,19 @@ def random_tensors(config: LlavaConfig) -> LazyTensors:
     }
     return LazyTensors(
         {
-            name: LazyTensor(torch.Size(shape), torch.bfloat16, functools.partial(_random_tensor, name, shape))
+            name: LazyTensor(torch.Size(shape), torch.bfloat16, functools.partial(_random_tensor, name, shape, seed))
             for name, shape in shapes.items()
         }
     )
 
 
-def _random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return a tensor that depends on its name and the seed alone, in whatever order tensors are made."""
     if "norm" in name:
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0, dtype=torch.bfloat16)
-    return torch.randn(shape, device=best_device(), dtype=torch.bfloat16) * STANDARD_DEVIATION
+    device = best_device()
+    generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
+    return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator) * STANDARD_DEVIATION
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Files and directories that are either complete or not there: written beside the target, then renamed.
 
-And reading the small JSON files of a checkpoint, with an error that names the file.
+And the small JSON files of a checkpoint, read with an error that names the file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +36,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is no JSON object; fetch the file again")
     return settings
+
+
+def write_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

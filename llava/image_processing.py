@@ -8,7 +8,6 @@ and anyres.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import BatchFeature
 
-from llava.files import read_settings
+from llava.files import read_settings, write_settings
 
 PREPROCESSOR_CONFIG_FILE = "preprocessor_config.json"
 PROCESSOR_CONFIG_FILE = "processor_config.json"
@@ -108,8 +107,7 @@ class CLIPPixels:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `preprocessor_config.json` into `directory`."""
-        path = Path(directory) / PREPROCESSOR_CONFIG_FILE
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_settings(self.to_dict(), Path(directory) / PREPROCESSOR_CONFIG_FILE)
 
     def _pixels(self, picture: Image.Image) -> Tensor:
         picture = picture.convert("RGB")

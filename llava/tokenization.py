@@ -7,7 +7,6 @@ included.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import AddedToken, PreTrainedTokenizer
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.files import read_settings
+from llava.files import read_settings, write_settings
 from llava.tokenizer_json import (
     SPACE,
     TOKENIZER_JSON_FILE,
@@ -234,8 +233,8 @@ def save_tokenizer(tokenizer: LlavaTokenizer, directory: str | Path) -> None:
     tokenizer.save_vocabulary(str(directory))
     special = _special_tokens(tokenizer)
     settings = _settings(tokenizer, tokenizer.added_tokens_decoder, special, "LlamaTokenizer")
-    _write_json(directory / TOKENIZER_CONFIG_FILE, settings)
-    _write_json(directory / SPECIAL_TOKENS_FILE, special)
+    write_settings(settings, directory / TOKENIZER_CONFIG_FILE)
+    write_settings(special, directory / SPECIAL_TOKENS_FILE)
 
 
 def write_hf_tokenizer(
@@ -280,11 +279,11 @@ def write_hf_tokenizer(
     # transformers changes each token's flags to what stands in tokenizer_config.json, so both files say the same
     flags = {token["id"]: AddedToken(**{key: token[key] for key in _TOKEN_FIELDS}) for token in engine["added_tokens"]}
     tokenizer.save_vocabulary(str(directory))
-    _write_json(directory / TOKENIZER_JSON_FILE, engine)
-    _write_json(directory / TOKENIZER_CONFIG_FILE, _settings(tokenizer, flags, special, "PreTrainedTokenizerFast"))
-    _write_json(directory / SPECIAL_TOKENS_FILE, special)
+    write_settings(engine, directory / TOKENIZER_JSON_FILE)
+    write_settings(_settings(tokenizer, flags, special, "PreTrainedTokenizerFast"), directory / TOKENIZER_CONFIG_FILE)
+    write_settings(special, directory / SPECIAL_TOKENS_FILE)
     outside = {token.content: index for index, token in added.items() if index >= tokenizer.vocab_size}
-    _write_json(directory / ADDED_TOKENS_FILE, outside)
+    write_settings(outside, directory / ADDED_TOKENS_FILE)
     (directory / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
 
 
@@ -342,10 +341,6 @@ def _added_tokens(directory: Path, settings: Mapping[str, Any], rows: int | None
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object without its nulls, which say nothing; a missing file says nothing either."""
     return {key: value for key, value in (read_settings(path) if path.is_file() else {}).items() if value is not None}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _content(token: str | dict[str, Any]) -> str:

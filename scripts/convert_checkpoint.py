@@ -12,7 +12,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,22 +22,18 @@ from llava.chat_template import chat_template
 from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import get_template
 from llava.files import atomic_directory
+from llava.inference.command_line import run_program
 from llava.model.checkpoint import open_checkpoint
-from llava.model.conversion import refuse_full_disk, write_hf, write_original
+from llava.model.conversion import write_hf, write_original
 from llava.model.devices import DTYPES
 from llava.model.quantization import refuse_quantized
+from llava.model.weight_writer import refuse_full_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert as the command line says; return the exit code."""
     options = parse_options(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        convert(options)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(lambda: convert(options), refused=1)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:

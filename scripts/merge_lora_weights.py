@@ -9,7 +9,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,22 +19,19 @@ from tqdm import tqdm
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
+from llava.inference.command_line import run_program
 from llava.inference.parity import Parity, Prober, compare_probes
-from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint, save_checkpoint
+from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint
+from llava.model.conversion import write_original
 from llava.model.devices import DTYPES, best_device, default_dtype
 from llava.model.quantization import quantization_note
+from llava.model.weight_writer import refuse_full_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge as the command line says; return the exit code."""
     options = parse_options(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        merge(options)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(lambda: merge(options), refused=1)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +57,8 @@ def merge(options: argparse.Namespace) -> None:
 
     Raises:
         FileExistsError: if the directory is there already.
-        ValueError: if the model path holds full weights, or the base is another one.
+        OSError: if it can't be written or there is no room for it.
+        ValueError: if the model path holds full weights, the base is another one, or the two don't make a model.
     """
     checkpoint = open_checkpoint(options.model_path, options.model_base, **places(options))
     if checkpoint.layout not in (Layout.LORA, Layout.PROJECTOR):
@@ -70,6 +67,7 @@ def merge(options: argparse.Namespace) -> None:
         )
     checkpoint.config.conversation_template = checkpoint.config.conversation_template or DEFAULT_TEMPLATE
     dtype = DTYPES[options.dtype] if options.dtype else checkpoint.tensors.entries["model.embed_tokens.weight"].dtype
+    refuse_full_disk(checkpoint.tensors, dtype, options.save_model_path)
     with atomic_directory(options.save_model_path, replace=options.overwrite) as directory:
         write_merged(checkpoint, directory, dtype)
     print(f"wrote {options.save_model_path} in {str(dtype).removeprefix('torch.')}")
@@ -89,15 +87,7 @@ def write_merged(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype) ->
     """Write a complete checkpoint, tensor by tensor, with a progress bar."""
     total = sum(entry.shape.numel() * dtype.itemsize for entry in checkpoint.tensors.entries.values())
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="merging") as bar:
-        save_checkpoint(
-            checkpoint.tensors,
-            checkpoint.config,
-            checkpoint.tokenizer,
-            checkpoint.image_processor,
-            directory,
-            dtype=dtype,
-            progress=bar.update,
-        )
+        write_original(checkpoint, directory, dtype, bar.update)
 
 
 def measure_parity(options: argparse.Namespace, merged: Checkpoint) -> None:
@@ -109,7 +99,7 @@ def measure_parity(options: argparse.Namespace, merged: Checkpoint) -> None:
     prober = Prober(size, device)
     if prober.is_streamed:
         print("comparing with the weights left in their files, since memory is short; --no-parity leaves it out")
-    adapter = options.model_path if is_lora else None
+    adapter = str(merged.directory) if is_lora else None
     before = prober.ask(separate, adapter_directory=adapter)
     summed = prober.ask(merged)
     reloaded = prober.ask(open_checkpoint(options.save_model_path))

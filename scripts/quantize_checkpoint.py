@@ -10,7 +10,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from tqdm import tqdm
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
+from llava.inference.command_line import run_program
+from llava.model.builder import check_complete
 from llava.model.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import DTYPES, best_device
@@ -32,18 +33,13 @@ from llava.model.quantization import (
     refuse_quantized,
 )
 from llava.model.quantized_files import quantize_tensors
+from llava.model.weight_writer import refuse_full_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Quantise as the command line says; return the exit code."""
     options = parse_options(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        quantize(options)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(lambda: quantize(options), refused=1)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,16 +64,20 @@ def quantize(options: argparse.Namespace) -> None:
     Raises:
         FileExistsError: if the directory is there already.
         ImportError: if bitsandbytes is not installed.
-        ValueError: if the weights are quantised already, or bitsandbytes does not run on the device.
+        OSError: if it can't be written or there is no room for it.
+        ValueError: if the weights are quantised already or don't fit their config, or bitsandbytes does not run on the
+            device.
     """
     import_bitsandbytes()
     device = choose_device(options.device)
     places = {"vision_tower": options.vision_tower, "allow_other_base": options.allow_other_base}
     checkpoint = open_checkpoint(options.model_path, options.model_base, **places)
     refuse_quantized(checkpoint.config, options.model_path, "quantised again")
+    check_complete(checkpoint)
     dtype = DTYPES[options.dtype] if options.dtype else narrow_dtype(checkpoint.tensors)
     tensors = quantize_tensors(checkpoint.tensors, options.bits, dtype, device)
     config = describe(checkpoint.config, options.bits, dtype)
+    refuse_full_disk(tensors, None, options.save_path)
     with atomic_directory(options.save_path, replace=options.overwrite) as directory:
         write(checkpoint, tensors, config, directory)
     before, after = (sum(entry.nbytes for entry in each.entries.values()) for each in (checkpoint.tensors, tensors))

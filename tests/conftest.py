@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
 GOLDENS = Path(__file__).resolve().parent / "data" / "goldens"
 
 
@@ -122,3 +125,48 @@ def tiny_model() -> Callable[..., Any]:
         return model.eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def load_program() -> Callable[[str], Any]:
+    """Return the function path in the repository -> module of a program that is no part of the package."""
+
+    def load(path: str) -> Any:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+        program = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(program)
+        return program
+
+    return load
+
+
+_UNTIL_KILLED = """
+import runpy, sys, time
+from llava.model import weight_writer
+write, count = weight_writer._write_all, 0
+def write_slowly(stream, content):
+    global count
+    write(stream, content)
+    count += 1
+    if count == 20:
+        print("half way", flush=True)
+        time.sleep(60)
+weight_writer._write_all = write_slowly
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def kill_while_writing() -> Callable[..., None]:
+    """Return the function (path in the repository, flags) that kills a program when it has written some tensors."""
+
+    def run(path: str, *words: str) -> None:
+        command = [sys.executable, "-c", _UNTIL_KILLED, path, *words]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            while "half way" not in process.stdout.readline():
+                assert process.poll() is None
+            process.kill()
+
+    return run

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +17,6 @@ from llava.model import weight_writer
 from llava.model.checkpoint import Layout, detect_layout, open_checkpoint
 from llava.model.weights import open_weights
 
-ROOT = Path(__file__).parents[1]
 FULL, LORA, TOWER = "llava-v1.5-golden", "llava-v1.5-golden-task-lora", "clip-vit-tiny-patch14-56"
 HF_FILES = [
     "added_tokens.json",
@@ -41,12 +34,9 @@ HF_FILES = [
 
 
 @pytest.fixture(scope="session")
-def convert():
+def convert(load_program):
     """`main` of the program."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "scripts/convert_checkpoint.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program.main
+    return load_program("scripts/convert_checkpoint.py").main
 
 
 @pytest.fixture(scope="session")
@@ -249,33 +239,9 @@ def test_where_nothing_can_be_written(goldens, convert, tmp_path, capsys):
     assert f"error: {target} can't be written" in capsys.readouterr().err
 
 
-CONVERT_UNTIL_KILLED = """
-import importlib.util, sys, time
-from llava.model import weight_writer
-write, count = weight_writer._write_all, 0
-def write_slowly(stream, content):
-    global count
-    write(stream, content)
-    count += 1
-    if count == 20:
-        print("half way", flush=True)
-        time.sleep(60)
-weight_writer._write_all = write_slowly
-spec = importlib.util.spec_from_file_location("convert", "scripts/convert_checkpoint.py")
-program = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(program)
-program.main(sys.argv[1:])
-"""
-
-
-def test_a_killed_conversion_leaves_nothing_that_looks_whole(goldens, convert, converted, tmp_path):
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(goldens, convert, converted, kill_while_writing, tmp_path):
     words = ["--from", str(goldens / FULL), "--to", str(tmp_path / "hf"), "--layout", "hf"]
-    command = [sys.executable, "-c", CONVERT_UNTIL_KILLED, *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        while "half way" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
+    kill_while_writing("scripts/convert_checkpoint.py", *words)
     assert not (tmp_path / "hf").exists()
     assert convert(words) == 0
     assert names(tmp_path) == ["hf"]

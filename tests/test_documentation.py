@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHELL_SCRIPTS = [ROOT / "inference.sh", ROOT / ".ci/run", *sorted((ROOT / "scripts").rglob("*.sh"))]
+SHELL_SCRIPTS = [
+    ROOT / "inference.sh",
+    ROOT / ".ci/run",
+    *sorted(path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).rglob("*.sh")),
+]
 PROGRAMS = (
     "task_data_preprocessing.py",
     "scripts/merge_lora_weights.py",
@@ -26,6 +30,7 @@ PROGRAMS = (
     "-m llava.eval.vqa_score",
     "-m llava.eval.contact_sheet",
     "-m llava.eval.report",
+    "-m llava.model.plan",
     "-m llava.serve.cli",
 )
 WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/train/train_mem.py"} | {
@@ -90,6 +95,19 @@ def test_shell_script_parses_and_its_flags_exist(script: Path) -> None:
         program = program_of(command)
         for flag in set(re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", command)) - LAUNCHER_FLAGS if program else ():
             assert re.search(rf"{flag}\b", help_text(program)), f"{script.name}: {flag}"
+
+
+def test_messages_of_the_checkpoint_page_are_those_of_the_code() -> None:
+    sources = [
+        path.read_text(encoding="utf-8") for folder in ("llava", "scripts") for path in (ROOT / folder).rglob("*.py")
+    ]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # texts written in several pieces, joined
+    page = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("## Messages")[2], re.MULTILINE)
+    assert len(rows) > 12
+    for message in re.findall(r"`(.*?)`", " ".join(rows)):
+        for piece in re.split(r"\(?\.\.\.\)?|\b[A-Z]\b|[\d.]+ GB|model-\S+|\([A-Z].*\)", message):
+            assert piece.strip(" ,;:") in code, message
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

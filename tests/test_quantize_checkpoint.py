@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
@@ -44,11 +43,8 @@ def base(root):
 
 
 @pytest.fixture(scope="module")
-def program(root):
-    spec = importlib.util.spec_from_file_location("quantize_checkpoint", root / "scripts/quantize_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program(load_program):
+    return load_program("scripts/quantize_checkpoint.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import subprocess
 
 import pytest
 
 pytest.importorskip("bitsandbytes")
 
-TINY = ("--device", "cpu", "--new-tokens", "4", "--timed-tokens", "3", "--runs", "1")
+TINY = ("--device", "cpu", "--new-tokens", "4", "--runs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +18,8 @@ def root(request):
 
 
 @pytest.fixture(scope="module")
-def program(root):
-    spec = importlib.util.spec_from_file_location("quantized_chat", root / "benchmarks/quantized_chat.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program(load_program):
+    return load_program("benchmarks/quantized_chat.py")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +58,7 @@ def test_the_table_has_a_row_per_case(program, root, monkeypatch, tmp_path, caps
     words = ["--model-path", "somewhere", "--quantized-path", "elsewhere", *TINY]
     assert program.main([*words, "--output", str(tmp_path / "chat.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("one image, 4 new tokens, median of 1 runs")
+    assert lines[0].endswith("one image, 4 new tokens, median of 1 answers")
     assert lines[3] == "| --- | --- | --- | --- | --- | --- | --- | --- |"
     assert lines[4] == "| 16 bit | 2.50 | 2.50 | 2.50 | 2.50 | - | 2.50 | 12.35 |"
     assert [line.split(" | ")[0] for line in lines[4:]] == [
@@ -71,6 +68,19 @@ def test_the_table_has_a_row_per_case(program, root, monkeypatch, tmp_path, caps
         "| saved quantised directory",
     ]
     assert len(json.loads((tmp_path / "chat.json").read_text())["rows"]) == 4
+
+
+def test_a_case_that_fails_leaves_the_others(program, monkeypatch, tmp_path, capsys):
+    def run_case(words, case, device):
+        if case == "8":
+            raise subprocess.CalledProcessError(3, "python")
+        return dict.fromkeys(program.COLUMNS, 1.0) | {"case": program.CASES[case]}
+
+    monkeypatch.setattr(program, "run_case", run_case)
+    assert program.main(["--model-path", "somewhere", *TINY, "--output", str(tmp_path / "chat.json")]) == 1
+    assert "8 bit (LLM.int8): Command 'python' returned non-zero exit status 3." in capsys.readouterr().err
+    rows = json.loads((tmp_path / "chat.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["16 bit", "4 bit (NF4)"]
 
 
 def test_an_answer_of_another_length_is_refused(program, root):

@@ -78,16 +78,20 @@ def parse_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace, **
         parser.error(f"--{error}")
 
 
-def run_program(action: Callable[[], int]) -> int:
+def run_program(action: Callable[[], int | None], *, refused: int = REFUSED) -> int:
     """Run a program's work, with its log on stderr, and turn expected errors into one message.
 
+    Args:
+        action: returns the exit code; None = 0.
+        refused: exit code after an error.
+
     Returns:
-        what `action` returns, 2 after an error, 130 after Ctrl-C.
+        the exit code; 130 after Ctrl-C.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llava").setLevel(logging.INFO)
     try:
-        return action()
+        return action() or 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return INTERRUPTED
@@ -99,7 +103,7 @@ def run_program(action: Callable[[], int]) -> int:
         report_error(str(error) if is_worded else place)
     except (ValueError, ImportError) as error:
         report_error(str(error))
-    return REFUSED
+    return refused
 
 
 def report_error(message: str) -> None:

@@ -27,6 +27,27 @@ PROJECTOR_FILE = "mm_projector.bin"
 DEEPSPEED_STATES = "global_step*/mp_rank_00_model_states.pt"
 """The whole model in an unfinished run's directory, as DeepSpeed writes it up to ZeRO-2."""
 PEFT_PREFIX = "base_model.model."
+_BLOCK_ROWS = 256
+_OTHER_SUMS = (
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+"""Settings of peft under which an adapter is not, or not everywhere, W + scale B A."""
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""How an adapter may have begun; peft's others (PiSSA, OLoRA, LoftQ, ...) take something from the base first."""
 OUTSIDE_LLM = r".*(vision_tower|mm_projector).*"
 """Module names that never carry an adapter, though some are called like those of the LLM."""
 
@@ -85,9 +106,13 @@ def read_adapter(directory: str | Path, mm_projector: str | Path | None = None) 
     """
     directory = Path(directory)
     settings = read_settings(directory / ADAPTER_CONFIG_FILE)
-    for key in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if settings.get(key):
-            raise ValueError(f"{directory / ADAPTER_CONFIG_FILE}: {key} is not supported; merge this adapter with peft")
+    start = settings.get("init_lora_weights")
+    unfit = [key for key in _OTHER_SUMS if settings.get(key)]
+    unfit += [] if start is None or start in _PLAIN_STARTS else [f"init_lora_weights {start!r}"]
+    if unfit:
+        raise ValueError(
+            f"{directory / ADAPTER_CONFIG_FILE}: {unfit[0]} is not supported; merge this adapter with peft"
+        )
     tensors = open_tensor_file(_existing(directory, ADAPTER_FILES))
     pairs = {}
     for name in tensors:
@@ -196,8 +221,15 @@ def _merged(
 
 
 def _merge_weight(base: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return W + scale B A, summed in fp32 and cast once."""
-    return torch.addmm(base.read().float(), up.read().float(), down.read().float(), alpha=scale).to(dtype)
+    """Return W + scale B A, summed in fp32 and cast once; by blocks of rows, whose fp32 numbers fit into the cache."""
+    weight, outer, inner = base.read(), up.read(), down.read().float()
+    merged = torch.empty(weight.shape, dtype=dtype)
+    block = torch.empty(min(_BLOCK_ROWS, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        sums = block[: len(weight[rows])].copy_(weight[rows])
+        merged[rows] = sums.addmm_(outer[rows].float(), inner, alpha=scale)
+    return merged
 
 
 def _existing(directory: Path, names: tuple[str, ...]) -> Path:

@@ -16,7 +16,7 @@ from llava.image_processing import CLIPPixels
 from llava.model.adapter import OUTSIDE_LLM
 from llava.model.checkpoint import Checkpoint, open_checkpoint
 from llava.model.devices import best_device, parse_dtype
-from llava.model.lazy_tensors import LazyTensors, check_finite, is_finite
+from llava.model.lazy_tensors import LazyTensor, LazyTensors, check_finite, is_finite
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.quantization import (
     check_placement,
@@ -198,14 +198,7 @@ def load_tensors(
             device.
     """
     names = {released_name(name): name for name, _ in model.named_parameters()}
-    unused = {name for name in tensors if name not in names and _is_unused_tower_layer(name, model)}
-    derived = {name for name in tensors if name.endswith(_DERIVED)}
-    stored = stored or {}
-    layout = {
-        name: stored.get(name, {name: StoredPart(model.get_parameter(parameter_name).shape, None)})
-        for name, parameter_name in names.items()
-    }
-    _check_fit(layout, tensors, unused | derived)
+    layout, unused = _fitting_layout(model, names, tensors, stored or {})
     move, finite = Mover(), {}
     for name, parameter_name in names.items():
         place = _place_of(parameter_name, devices)
@@ -218,6 +211,35 @@ def load_tensors(
             check_finite(name, tensors[name], tensors.entries[name].source)
     if unused:
         model.get_vision_tower().unused_tensors = {name: tensors[name].clone() for name in sorted(unused)}
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Compare names and shapes with those of the model that the config makes, before anything is read or written.
+
+    Raises:
+        ValueError: if tensors are missing, unexpected or of the wrong shape; they are named.
+    """
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = LlavaLlamaForCausalLM(checkpoint.config)
+    names = {released_name(name): name for name, _ in model.named_parameters()}
+    _fitting_layout(model, names, checkpoint.tensors, {})
+
+
+def _fitting_layout(
+    model: LlavaLlamaForCausalLM,
+    names: Mapping[str, str],
+    tensors: LazyTensors,
+    stored: Mapping[str, Mapping[str, StoredPart]],
+) -> tuple[dict[str, Mapping[str, StoredPart]], set[str]]:
+    """Return what each weight is made of, and the tensors of layers that never run, once names and shapes fit."""
+    unused = {name for name in tensors if name not in names and _is_unused_tower_layer(name, model)}
+    derived = {name for name in tensors if name.endswith(_DERIVED)}
+    layout = {
+        name: stored.get(name, {name: StoredPart(model.get_parameter(parameter_name).shape, None)})
+        for name, parameter_name in names.items()
+    }
+    check_fit(layout, tensors, unused | derived)
+    return layout, unused
 
 
 def _fill(
@@ -240,16 +262,27 @@ def _fill(
     return {part: is_finite(tensor) for part, tensor in parts.items()}
 
 
-def _check_fit(layout: Mapping[str, Mapping[str, StoredPart]], tensors: LazyTensors, ignored: set[str]) -> None:
-    """Compare what a model needs, by weight and part, with what the files hold."""
+def check_fit(layout: Mapping[str, Mapping[str, StoredPart]], tensors: LazyTensors, ignored: set[str]) -> None:
+    """Compare what a model needs, by weight and part, with what the files hold.
+
+    Raises:
+        ValueError: if they differ; names, then the first shape or dtype, are told.
+    """
     expected = {part: kind for parts in layout.values() for part, kind in parts.items()}
     check_names(expected.keys(), tensors.keys() - ignored)
     for name, kind in expected.items():
         found = tensors.entries[name]
         if kind.shape is not None and found.shape != kind.shape:
-            raise ValueError(f"{name} is {tuple(found.shape)} in the file, but the config makes it {tuple(kind.shape)}")
+            raise _misfit(name, found, tuple(found.shape), tuple(kind.shape))
         if kind.dtype is not None and found.dtype != kind.dtype:
-            raise ValueError(f"{name} is {found.dtype} in the file, but the config makes it {kind.dtype}")
+            raise _misfit(name, found, found.dtype, kind.dtype)
+
+
+def _misfit(name: str, entry: LazyTensor, found: object, expected: object) -> ValueError:
+    return ValueError(
+        f"{name} is {found} in {entry.source}, but the config makes it {expected}; use the config.json that belongs to "
+        "the weights"
+    )
 
 
 def _place_of(parameter_name: str, devices: Mapping[str, Any]) -> torch.device:

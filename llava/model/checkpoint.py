@@ -131,10 +131,11 @@ def open_checkpoint(
         named = model_base or _recorded_base(directory, config)
         revision = config.base_model_revision if model_base is None else None
         base = resolve_directory(named, cache_dir, revision=revision)
-        config, weights = _open_base(directory, config, base, named, allow_other_base)
-        tensors = _put_on_base(directory, layout, config, weights, mm_projector, with_adapter=with_adapter)
+        config, tensors = _open_base(directory, config, base, named, allow_other_base)
     parts = base or directory
     tensors, config, processor_directory = attach_tower(config, tensors, vision_tower, [directory, parts], cache_dir)
+    if base is not None:  # behind the encoder, which adapters of the original change too
+        tensors = _put_on_base(directory, layout, config, tensors, mm_projector, with_adapter=with_adapter)
     processor = None
     if processor_directory is not None:
         processor = load_image_processor(processor_directory, config.mm_vision_config["image_size"])

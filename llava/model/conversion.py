@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +11,14 @@ from transformers import LlavaConfig as HfConfig
 from transformers import LlavaForConditionalGeneration
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.files import write_settings
 from llava.image_processing import PREPROCESSOR_CONFIG_FILE, hf_image_processor_settings, hf_processor_settings
-from llava.model.builder import check_names
+from llava.model.builder import check_complete, check_fit
 from llava.model.checkpoint import Checkpoint, save_checkpoint, save_generation_config
 from llava.model.configuration import CONFIG_FILE
 from llava.model.hf_layout import config_to_hf, hf_name, original_name, pad_vocabulary, rows_with_room
 from llava.model.lazy_tensors import LazyTensors
+from llava.model.quantized_files import StoredPart
 from llava.model.weight_writer import write_weights
 from llava.tokenization import LlavaTokenizer, write_hf_tokenizer
 
@@ -28,7 +28,12 @@ PROCESSOR_CONFIG_FILE = "processor_config.json"
 def write_original(
     checkpoint: Checkpoint, directory: Path, dtype: torch.dtype | None, progress: Callable[[int], object] | None = None
 ) -> None:
-    """Write a complete directory in the original's layout into an empty one; `dtype` None leaves the weights' own."""
+    """Write a complete directory in the original's layout into an empty one; `dtype` None leaves the weights' own.
+
+    Raises:
+        ValueError: if tensors are missing, unexpected or of the wrong shape.
+    """
+    check_complete(checkpoint)
     save_checkpoint(
         checkpoint.tensors,
         checkpoint.config,
@@ -70,12 +75,12 @@ def write_hf(
     tensors = pad_vocabulary(checkpoint.tensors.renamed(original_name), rows)
     _check_complete(tensors, settings)
     write_weights(tensors.renamed(hf_name), directory, dtype=dtype, progress=progress)
-    _write_json(settings, directory / CONFIG_FILE)
+    write_settings(settings, directory / CONFIG_FILE)
     write_hf_tokenizer(
         tokenizer, directory, image_token_id=image_token_id, pad_token_id=pad_token_id, chat_template=chat_template
     )
     do_pad = config.image_aspect_ratio == "pad"
-    _write_json(
+    write_settings(
         hf_image_processor_settings(checkpoint.image_processor, do_pad=do_pad), directory / PREPROCESSOR_CONFIG_FILE
     )
     processor = hf_processor_settings(
@@ -83,7 +88,7 @@ def write_hf(
         select_feature=config.mm_vision_select_feature,
         image_token=DEFAULT_IMAGE_TOKEN,
     )
-    _write_json(processor, directory / PROCESSOR_CONFIG_FILE)
+    write_settings(processor, directory / PROCESSOR_CONFIG_FILE)
     save_generation_config(tokenizer, directory, pad_token_id=pad_token_id)
 
 
@@ -95,36 +100,9 @@ def special_rows(tokenizer: LlavaTokenizer) -> tuple[int, int]:
     return image_token_id, free if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def refuse_full_disk(tensors: LazyTensors, dtype: torch.dtype | None, target: Path) -> None:
-    """Make sure before any work that there is room for the weights.
-
-    Raises:
-        OSError: if there is not.
-    """
-    sizes = (entry.shape.numel() * (dtype or entry.dtype).itemsize for entry in tensors.entries.values())
-    needed = sum(sizes)
-    place = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OSError(
-            f"{target} needs {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB; free some space or choose "
-            "another directory"
-        )
-
-
 def _check_complete(tensors: LazyTensors, settings: dict) -> None:
     """Compare names and shapes with those of the model that transformers makes of the settings."""
     with accelerate.init_empty_weights():
         model = LlavaForConditionalGeneration(HfConfig.from_dict(settings))
-    expected = {original_name(name): parameter.shape for name, parameter in model.named_parameters()}
-    check_names(set(expected), set(tensors))
-    for name, shape in expected.items():
-        if tensors.entries[name].shape != shape:
-            raise ValueError(
-                f"{name} is {tuple(tensors.entries[name].shape)} in {tensors.entries[name].source}, but the config "
-                f"makes it {tuple(shape)}; use the config.json that belongs to the weights"
-            )
-
-
-def _write_json(settings: dict, path: Path) -> None:
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shapes = {original_name(name): parameter.shape for name, parameter in model.named_parameters()}
+    check_fit({name: {name: StoredPart(shape, None)} for name, shape in shapes.items()}, tensors, set())

@@ -57,7 +57,8 @@ def attach_tower(
     name = str(vision_tower or config.mm_vision_tower or "")
     if not inside and not name:
         return tensors, config, None
-    places = [Path(name), *(directory.parent / Path(name).name for directory in near)] if name else []
+    parents = [each.parent for directory in near for each in (directory, directory.resolve())]  # behind links too
+    places = [Path(name), *(parent / Path(name).name for parent in parents)] if name else []
     beside = next((place for place in places if place.is_dir()), None)
     if inside:
         unneeded = f" (--vision-tower {vision_tower} is not needed)" if vision_tower else ""

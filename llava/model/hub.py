@@ -5,16 +5,20 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from llava.model.configuration import CONFIG_FILE
 from llava.model.weights import PICKLE_INDEX, SAFETENSORS_INDEX, missing_shards
 
 logger = logging.getLogger(__name__)
 
 WANTED_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja")
+SETTINGS_FILES = ("*.json",)
+WEIGHT_ENDINGS = (".safetensors", ".bin")
 _SAFETENSORS_WEIGHTS = "model*.safetensors"
 _PICKLED_WEIGHTS = "pytorch_model*.bin"
 _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
@@ -34,18 +38,39 @@ def resolve_directory(name: str | Path, cache_dir: str | Path | None = None, *, 
     """
     if Path(name).is_dir():
         return Path(name)
-    shown = f"{name} at revision {revision}" if revision else str(name)
-    found = _cached_snapshot(str(name), cache_dir, revision)
-    if found is not None and not _lacks_files(found):
+    return _from_hub(str(name), cache_dir, revision, WANTED_FILES, _lacks_files)
+
+
+def resolve_config(name: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """Return a local directory as `resolve_directory` does, of which no more than JSON files is needed or downloaded.
+
+    Raises:
+        FileNotFoundError: as there.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    return _from_hub(str(name), cache_dir, None, SETTINGS_FILES, _lacks_config)
+
+
+def _from_hub(
+    name: str,
+    cache_dir: str | Path | None,
+    revision: str | None,
+    wanted: Sequence[str],
+    lacking: Callable[[Path], list[str]],
+) -> Path:
+    shown = f"{name} at revision {revision}" if revision else name
+    found = _cached_snapshot(name, cache_dir, revision)
+    if found is not None and not lacking(found):
         return found
     if constants.HF_HUB_OFFLINE:
-        missing = f"; its copy in the cache lacks {', '.join(_lacks_files(found))}" if found else ""
+        missing = f"; its copy in the cache lacks {', '.join(lacking(found))}" if found else ""
         raise FileNotFoundError(
             f"{shown} is neither a directory nor complete in the hub's cache, and HF_HUB_OFFLINE forbids to download "
             f"it{missing}; give the path of a directory, or download it where there is a network"
         )
     try:
-        return _download(str(name), cache_dir, revision)
+        return _download(name, cache_dir, revision, wanted)
     except Exception as error:  # the hub's client raises many kinds; all mean the same here
         raise FileNotFoundError(
             f"{shown} is neither a directory nor in the hub's cache, and could not be downloaded ({error}); "
@@ -68,14 +93,19 @@ def _cached_snapshot(name: str, cache_dir: str | Path | None, revision: str | No
 
 
 def _lacks_files(snapshot: Path) -> list[str]:
-    """Return the weight files that a snapshot's index names and an interrupted download left out."""
+    """Return what an interrupted download left out: weight files that the index names, or all of them."""
     for index in (SAFETENSORS_INDEX, PICKLE_INDEX):
         if (snapshot / index).is_file():
             return missing_shards(snapshot / index)
-    return []
+    has_weights = any(path.suffix in WEIGHT_ENDINGS and path.is_file() for path in snapshot.iterdir())
+    return [] if has_weights else ["weights"]
 
 
-def _download(name: str, cache_dir: str | Path | None, revision: str | None) -> Path:
+def _lacks_config(snapshot: Path) -> list[str]:
+    return [] if (snapshot / CONFIG_FILE).is_file() else [CONFIG_FILE]
+
+
+def _download(name: str, cache_dir: str | Path | None, revision: str | None, wanted: Sequence[str]) -> Path:
     files = HfApi().list_repo_files(name, revision=revision)
     # Many repositories hold the same weights in both formats; one is enough.
     is_doubled = any(fnmatch.fnmatch(file, _SAFETENSORS_WEIGHTS) for file in files)
@@ -85,7 +115,7 @@ def _download(name: str, cache_dir: str | Path | None, revision: str | None) -> 
             name,
             cache_dir=cache_dir,
             revision=revision,
-            allow_patterns=list(WANTED_FILES),
+            allow_patterns=list(wanted),
             ignore_patterns=[_PICKLED_WEIGHTS] if is_doubled else None,
         )
     )

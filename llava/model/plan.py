@@ -19,7 +19,7 @@ from llava.model import memory
 from llava.model.checkpoint import open_checkpoint, read_config
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import free_memory
-from llava.model.hub import resolve_directory
+from llava.model.hub import resolve_config
 from llava.model.memory import ModelSizes
 from llava.model.vision_tower import VIT_L_14_336
 
@@ -290,11 +290,10 @@ def config_of(model_path: str) -> LlavaConfig:
         FileNotFoundError: if there is no such model.
         ValueError: if its config is of another architecture.
     """
-    directory = resolve_directory(model_path)
-    config = read_config(directory)
+    config = read_config(resolve_config(model_path))
     if config.mm_vision_config is None and "clip-vit-large-patch14-336" in str(config.mm_vision_tower):
         config.mm_vision_config = dict(VIT_L_14_336)  # the released weights name it and say no more
-    return config if config.mm_vision_config else open_checkpoint(directory).config
+    return config if config.mm_vision_config else open_checkpoint(model_path).config
 
 
 def _training(options: argparse.Namespace) -> Training:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ def quantize_tensors(tensors: LazyTensors, bits: int, dtype: torch.dtype, device
 
 
 class _Group:
-    """The parts of one weight, which are asked for one after another: quantised for the first, forgotten by the last.
+    """The parts of one weight, which are asked for together: quantised for the first, forgotten by the last.
 
     Args:
         name: of the weight.
@@ -130,14 +131,16 @@ class _Group:
         self._name, self._entry, self._bits = name, entry, bits
         self._dtype, self._device = dtype, device
         self._parts: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
 
     def read(self, part: str) -> Tensor:
         """Return a part, by its name in the file, on the CPU."""
-        if part not in self._parts:
-            dtype = torch.float16 if self._bits == 8 else self._dtype
-            weight = _read_cast(self._name, self._entry, dtype, self._device)
-            self._parts = {key: tensor.cpu() for key, tensor in _quantized_parts(self._name, weight, self._bits)}
-        return self._parts.pop(part)
+        with self._lock:
+            if part not in self._parts:
+                dtype = torch.float16 if self._bits == 8 else self._dtype
+                weight = _read_cast(self._name, self._entry, dtype, self._device)
+                self._parts = {key: tensor.cpu() for key, tensor in _quantized_parts(self._name, weight, self._bits)}
+            return self._parts.pop(part)
 
 
 def _quantized_parts(name: str, weight: Tensor, bits: int) -> list[tuple[str, Tensor]]:

@@ -1,11 +1,14 @@
-"""Writing weight files: one tensor in memory at a time, whatever the size of the whole."""
+"""Writing weight files: a few tensors in memory at a time, whatever the size of the whole."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -14,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llava.files import write_settings
 from llava.model.lazy_tensors import LazyTensor, LazyTensors, check_finite, is_finite
 from llava.model.weights import SAFETENSORS_DTYPES, SAFETENSORS_FILE, SAFETENSORS_INDEX
 
 MAX_SHARD_BYTES = 5_000_000_000
 _ALIGNMENT = 64
+_MAX_READERS = 4
 _CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -32,7 +37,7 @@ def write_weights(
 ) -> None:
     """Write safetensors, in shards if they are many, with an index then.
 
-    While a tensor is written the next one is read, so two of them are in memory at a time.
+    While a tensor is written the next ones are read, at most four, so that few of them are in memory at a time.
 
     Args:
         tensors: by name, read one by one.
@@ -56,10 +61,8 @@ def write_weights(
     if len(shards) > 1:
         names = [f"model-{index + 1:05}-of-{len(shards):05}.safetensors" for index in range(len(shards))]
     order = [name for shard in shards for name in shard]
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        prepared = _read_ahead(
-            reader, [functools.partial(_prepare, name, tensors.entries[name], kinds[name]) for name in order]
-        )
+    tasks = [functools.partial(_prepare, name, tensors.entries[name], kinds[name]) for name in order]
+    with contextlib.closing(_read_ahead(tasks)) as prepared:
         for file_name, shard in zip(names, shards, strict=True):
             path = directory / file_name
             path.unlink(missing_ok=True)  # a file of this name may be mapped: what is read from it stays as it was
@@ -76,7 +79,24 @@ def write_weights(
     if len(shards) > 1:
         locations = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": locations}
-        (directory / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_settings(index, directory / SAFETENSORS_INDEX)
+
+
+def refuse_full_disk(tensors: LazyTensors, dtype: torch.dtype | None, target: Path) -> None:
+    """Make sure before any work that there is room for the weights.
+
+    Raises:
+        OSError: if there is not.
+    """
+    sizes = (entry.shape.numel() * (dtype or entry.dtype).itemsize for entry in tensors.entries.values())
+    needed = sum(sizes)
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            f"{target} needs {needed / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB; free some space or choose "
+            "another directory"
+        )
 
 
 def divide(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
@@ -105,13 +125,23 @@ def _header(tensors: LazyTensors, names: list[str], kinds: Mapping[str, torch.dt
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_ahead(reader: Executor, tasks: Sequence[Callable[[], memoryview]]) -> Iterator[memoryview]:
-    """Yield each task's result in order, with the next one under way."""
-    under_way = reader.submit(tasks[0]) if tasks else None
-    for index in range(len(tasks)):
-        result = under_way.result()
-        under_way = reader.submit(tasks[index + 1]) if index + 1 < len(tasks) else None
-        yield result
+def _read_ahead(tasks: Sequence[Callable[[], memoryview]]) -> Iterator[memoryview]:
+    """Yield each task's result in order, with the next ones under way.
+
+    Several threads of one core each: torch's own threads, which share a tensor, would wait for each other and for the
+    one that writes.
+    """
+    cores = torch.get_num_threads()
+    workers = min(cores, _MAX_READERS)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            under_way = deque(pool.submit(task) for task in tasks[:workers])
+            for index in range(len(tasks)):
+                result = under_way.popleft().result()
+                under_way.extend(pool.submit(task) for task in tasks[index + workers : index + workers + 1])
+                yield result
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _prepare(name: str, entry: LazyTensor, dtype: torch.dtype) -> memoryview:

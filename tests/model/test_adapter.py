@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -89,6 +90,16 @@ def test_the_sum_is_cast_once(adapter_directory, base):
     assert torch.equal(add_adapter(half, read_adapter(adapter_directory))[name], exact.to(torch.bfloat16))
     merged = add_adapter(half, read_adapter(adapter_directory), dtype=torch.float32)[name]
     torch.testing.assert_close(merged, exact, atol=1e-7, rtol=1e-6)
+
+
+def test_more_rows_than_are_added_at_a_time(adapter_directory, base):
+    name = plain_name(LAYER) + ".weight"
+    down, up, weight = torch.randn(4, 6), torch.randn(600, 4), torch.randn(600, 6)
+    pair = LazyTensors.of({"down": down, "up": up}).entries
+    adapter = dataclasses.replace(read_adapter(adapter_directory), pairs={name: (pair["down"], pair["up"])})
+    merged = add_adapter(base.overlaid(LazyTensors.of({name: weight}).entries), adapter)[name]
+    exact = weight.double() + 2 * up.double() @ down.double()
+    torch.testing.assert_close(merged.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -179,13 +190,25 @@ def test_pickled_adapters_are_read_too(adapter_directory, base):
         ("rank_pattern", {"up_proj": 8}),
         ("alpha_pattern", {"up_proj": 8}),
         ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [5]),
+        ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", [5]),
+        ("use_qalora", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
     ],
 )
 def test_settings_that_would_change_the_sum_are_refused(adapter_directory, key, value):
     change_settings(adapter_directory, **{key: value})
-    message = f"adapter_config.json: {key} is not supported; merge this adapter with peft$"
+    message = rf"adapter_config.json: {key}( '\w+')? is not supported; merge this adapter with peft$"
     with pytest.raises(ValueError, match=message):
         read_adapter(adapter_directory)
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian"])
+def test_starts_that_leave_the_base_as_it_is(adapter_directory, start):
+    change_settings(adapter_directory, init_lora_weights=start)
+    assert read_adapter(adapter_directory).pairs
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from llava.conversation import conv_templates
@@ -237,7 +238,7 @@ def damage(goldens, directory, change):
         ),
         (
             lambda tensors: tensors.update({"lm_head.weight": torch.zeros(5, 16)}),
-            r"^lm_head.weight is \(5, 16\) in the file, but the config makes it \(32000, 16\)$",
+            r"^lm_head.weight is \(5, 16\) in \S+/model.safetensors, but the config makes it \(32000, 16\); use the",
         ),
         (
             lambda tensors: tensors.pop("model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"),
@@ -249,6 +250,22 @@ def test_weights_that_do_not_fit_are_named(goldens, directory, change, message):
     damage(goldens, directory, change)
     with pytest.raises(ValueError, match=message):
         load_pretrained_model(str(directory), None, "x", device="cpu")
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_value_that_is_no_number_is_named(goldens, directory, bits):
+    if bits == 8:
+        pytest.importorskip("bitsandbytes")
+    name = "model.layers.1.mlp.up_proj.weight"
+    damage(goldens, directory, lambda tensors: None)
+    tensors = {key: tensor.clone() for key, tensor in open_weights(directory).items()}
+    tensors[name][3, 4] = torch.nan
+    save_file(tensors, directory / "model.safetensors")
+    message = (
+        rf"^{name} in {directory}/model.safetensors holds values that are no numbers \(NaN or infinity\); the file"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_model(str(directory), None, "x", device="cpu", load_8bit=bits == 8)
 
 
 def test_derived_tensors_of_older_files_are_no_surprise(goldens, directory, golden_model):

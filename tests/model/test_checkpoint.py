@@ -11,7 +11,8 @@ import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 
-from llava.model.builder import load_pretrained_model
+from llava.model.adapter import add_adapter, read_adapter
+from llava.model.builder import attach_adapter, build_model, load_pretrained_model
 from llava.model.checkpoint import (
     Layout,
     detect_layout,
@@ -155,6 +156,97 @@ def test_the_base_is_recorded_as_it_was_found(goldens):
     config = open_checkpoint(goldens / LORA, goldens / FULL).config
     assert config.base_model_name_or_path == str(goldens / FULL)
     assert config.base_model_fingerprint == fingerprint(open_weights(goldens / FULL))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "llava"},
+        {"torch_dtype": ..., "dtype": "float32"},
+        {"rope_theta": ..., "rope_scaling": ..., "attention_bias": ..., "attention_dropout": ..., "use_cache": ...},
+        {
+            "mm_patch_merge_type": ...,
+            "mm_vision_select_feature": ...,
+            "tokenizer_padding_side": ...,
+            "mm_projector_lr": ...,
+        },
+        {"_name_or_path": "./checkpoints/vicuna-7b", "transformers_version": "4.31.0", "mm_resampler_type": None},
+    ],
+)
+def test_configs_as_found_in_the_wild(goldens, copy_golden, change_config, golden_model, tmp_path, changes):
+    """With the sampling settings of the releases, which newer libraries refuse to save."""
+    directory = copy_golden(FULL, tmp_path / FULL)
+    shutil.copytree(goldens / TOWER, tmp_path / TOWER)
+    change_config(directory, **changes)
+    refused = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6, "transformers_version": "4.31.0"}
+    (directory / "generation_config.json").write_text(json.dumps(refused))
+    model = load_pretrained_model(str(directory), None, "x", device="cpu")[1]
+    expected = dict(golden_model[1].named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    assert model.config.rope_parameters == golden_model[1].config.rope_parameters
+    model.generation_config.validate(strict=True)
+
+
+@pytest.mark.parametrize("tower", ["inside", "beside"])
+def test_vicuna_with_a_projector(goldens, copy_golden, change_config, tmp_path, tower):
+    """A base that is nothing but an LLM; the encoder is the one that the projector's config names."""
+    vicuna = copy_golden(FULL, tmp_path / "vicuna")
+    golden = open_weights(goldens / FULL)
+    for path in vicuna.glob("pytorch_model*"):
+        path.unlink()
+    kept = {name: golden.entries[name] for name in golden if "mm_projector" not in name}
+    if tower == "beside":
+        kept = {name: entry for name, entry in kept.items() if "vision_tower" not in name}
+    write_weights(LazyTensors(kept), vicuna)
+    settings = json.loads((vicuna / "config.json").read_text())
+    unknown = dict.fromkeys((key for key in settings if key.startswith("mm_")), ...)
+    change_config(vicuna, model_type="llama", architectures=["LlamaForCausalLM"], use_mm_proj=..., **unknown)
+    shutil.copytree(goldens / TOWER, tmp_path / TOWER)
+    found = open_checkpoint(goldens / PROJECTOR, vicuna)
+    expected = open_checkpoint(goldens / PROJECTOR, goldens / FULL).tensors
+    assert found.tensors.keys() == expected.keys()
+    same = [name for name in expected if "vision_tower" not in name or tower == "inside"]
+    assert all(torch.equal(found.tensors[name], expected[name]) for name in same)
+    assert found.config.mm_vision_config["image_size"] == 56
+
+
+def test_an_adapter_that_changes_an_encoder_elsewhere(goldens, copy_golden, tmp_path):
+    """The original puts adapters on the encoder's projections too, since they are called like those of the LLM."""
+    shutil.copytree(goldens / TOWER, tmp_path / TOWER)
+    base = copy_golden(FULL, tmp_path / "base")
+    golden = open_weights(goldens / FULL)
+    for path in base.glob("pytorch_model*"):
+        path.unlink()
+    write_weights(LazyTensors({name: golden.entries[name] for name in golden if "vision_tower" not in name}), base)
+    adapter = read_adapter(goldens / LORA)
+    changed = {name for name in adapter.pairs if "vision_tower" in name}
+    expected = add_adapter(open_checkpoint(base).tensors, adapter)
+    found = open_checkpoint(goldens / LORA, base).tensors
+    assert changed <= found.keys() == expected.keys()
+    assert changed
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_old_adapters_config(goldens, copy_golden, change_config, golden_model, tmp_path):
+    """As peft 0.4 wrote it, when LLaVA-1.5 came out."""
+    directory = copy_golden(LORA, tmp_path / LORA)
+    old = {"auto_mapping": None, "base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "bias": "none"}
+    old |= {"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layers_pattern": None}
+    old |= {"layers_to_transform": None, "lora_alpha": 8, "lora_dropout": 0.05, "modules_to_save": None}
+    settings = json.loads((directory / "adapter_config.json").read_text())
+    old |= {"peft_type": "LORA", "r": 4, "revision": None, "task_type": "CAUSAL_LM"}
+    old["target_modules"] = settings["target_modules"]
+    (directory / "adapter_config.json").write_text(json.dumps(old))
+    expected = open_checkpoint(goldens / LORA, goldens / FULL).tensors
+    found = open_checkpoint(directory, goldens / FULL).tensors
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    bare = build_model(open_checkpoint(directory, goldens / FULL, with_adapter=False), device="cpu")
+    beside = attach_adapter(bare, directory)
+    ids = torch.tensor([[1, 1691, 736, 8314]])
+    with torch.no_grad():
+        logits = beside(input_ids=ids).logits
+        merged = build_model(open_checkpoint(directory, goldens / FULL), device="cpu")(input_ids=ids).logits
+    torch.testing.assert_close(logits, merged, atol=1e-5, rtol=1e-5)
 
 
 def test_strangers_in_a_projector(goldens, copy_golden, change_config, tmp_path):

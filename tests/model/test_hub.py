@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from llava.model import hub
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import open_checkpoint
-from llava.model.hub import resolve_directory, snapshot_revision
+from llava.model.hub import resolve_config, resolve_directory, snapshot_revision
 
 FULL, TOWER = "llava-v1.5-golden", "clip-vit-tiny-patch14-56"
 REVISION = "4481d270cc22fd5c4d1bb5df129622006ccd9234"
@@ -68,6 +68,22 @@ def test_offline_an_incomplete_copy_is_named(goldens, hub_cache, no_network):
         resolve_directory("a/b")
 
 
+@pytest.mark.parametrize("lost", ["pytorch_model.bin", "adapter_model.safetensors"])
+def test_a_copy_that_lost_all_its_weights_is_not_taken_for_a_model(goldens, hub_cache, no_network, lost):
+    """Small files come first, so this is what a download that was broken off early leaves."""
+    source = "llava-v1.5-golden-task-lora" if lost.startswith("adapter") else FULL
+    snapshot = hub_cache("a/b", goldens / source, REVISION)
+    for path in snapshot.iterdir():
+        if path.suffix != ".json" or ".index" in path.name:
+            path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"; its copy in the cache lacks weights; give the path"):
+        resolve_directory("a/b")
+    assert resolve_config("a/b") == snapshot
+    (snapshot / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"; its copy in the cache lacks config.json; give the path"):
+        resolve_config("a/b")
+
+
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
     """A hub that can be asked: what was asked for is recorded, a directory comes back."""
@@ -97,6 +113,14 @@ def test_weights_that_are_there_twice_are_downloaded_once(monkeypatch, downloads
     assert resolve_directory("a/b", revision="v1") == tmp_path
     ((name, options),) = downloads
     assert (name, options["revision"], options["ignore_patterns"]) == ("a/b", "v1", ignored)
+
+
+def test_for_a_config_no_weights_are_downloaded(monkeypatch, downloads, tmp_path):
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, name, revision=None: ["model.safetensors"])
+    assert resolve_config("a/b") == tmp_path
+    ((_, options),) = downloads
+    assert options["allow_patterns"] == ["*.json"]
+    assert resolve_config(tmp_path) == tmp_path
 
 
 def test_a_name_that_is_nowhere(monkeypatch, downloads, tmp_path):

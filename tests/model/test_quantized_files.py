@@ -296,12 +296,12 @@ Q = "model.layers.0.self_attn.q_proj."
         (
             4,
             lambda tensors: tensors.update({f"{Q}weight.absmax": torch.zeros(63, dtype=torch.uint8)}),
-            rf"^{Q}weight.absmax is \(63,\) in the file, but the config makes it \(64,\)$",
+            rf"^{Q}weight.absmax is \(63,\) in \S+/model.safetensors, but the config makes it \(64,\); use the",
         ),
         (
             8,
             lambda tensors: tensors.update({f"{Q}weight": torch.zeros(64, 64)}),
-            rf"^{Q}weight is torch.float32 in the file, but the config makes it torch.int8$",
+            rf"^{Q}weight is torch.float32 in \S+/model.safetensors, but the config makes it torch.int8; use",
         ),
         (
             8,

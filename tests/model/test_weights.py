@@ -214,6 +214,32 @@ def test_written_in_shards(tmp_path):
     same(open_weights(tmp_path), TENSORS)
 
 
+@pytest.fixture
+def several_threads():
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_several_threads_read_and_the_order_stays(tmp_path, several_threads):
+    """Whatever the sizes; each of them computes on one core, and afterwards all is as before."""
+    seen = []
+
+    def entry(index):
+        tensor = torch.full((index % 5 * 1000 + 1,), float(index))
+        return LazyTensor(tensor.shape, tensor.dtype, lambda: seen.append(torch.get_num_threads()) or tensor)
+
+    tensors = LazyTensors({f"t{index}": entry(index) for index in range(40)})
+    write_weights(tensors, tmp_path, max_shard_bytes=30_000)
+    assert (seen, torch.get_num_threads()) == ([1] * 40, 3)
+    found = open_weights(tmp_path)
+    assert [found[f"t{index}"].unique().item() for index in range(40)] == list(range(40))
+    tensors = tensors.overlaid(LazyTensors.of({"t20": torch.tensor([torch.nan])}).entries)
+    with pytest.raises(ValueError, match=r"^t20 in memory holds values that are no numbers"):
+        write_weights(tensors, tmp_path)
+    assert torch.get_num_threads() == 3
+
+
 def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path):
     write_weights(LAZY, tmp_path, max_shard_bytes=1)
     assert len(names(tmp_path)) == 4
