@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llava.conversation import get_template
 from llava.data.data_report import as_json, from_json
 from llava.data.examination import Examination
 from llava.data.records import Problem
@@ -46,7 +47,7 @@ def describe_inputs(
         patches_per_image: tokens an image becomes.
     """
     digest = hashlib.sha256(tokenizer.vocabulary_bytes)
-    settings = [_FORMAT, template, tokenizer.legacy, max_length, patches_per_image, problems]
+    settings = [_FORMAT, repr(get_template(template)), tokenizer.legacy, max_length, patches_per_image, problems]
     digest.update(json.dumps(settings).encode())
     for path in (*paths, *sorted(map(str, set(images)))):
         digest.update(f"{path}\0{_state_of(path)}\n".encode("utf-8", "surrogatepass"))

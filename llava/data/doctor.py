@@ -22,8 +22,9 @@ from llava.data.examination import Examination, check_unencoded, examine, rows_o
 from llava.data.image_check import find_broken_images
 from llava.data.records import encode_records
 from llava.files import atomic_write
-from llava.model.checkpoint import read_config
+from llava.model.checkpoint import open_checkpoint
 from llava.model.hub import resolve_directory
+from llava.model.plan import config_of
 from llava.model.vision_tower import VIT_L_14_336
 from llava.tokenization import LlavaTokenizer, load_tokenizer
 
@@ -56,6 +57,7 @@ exit code: 0 clean, 1 something was found, 2 nothing can be trained on, or wrong
     add("--image_folder", metavar="DIR", help="folder of the images")
     add("--model_name_or_path", metavar="DIR",
         help="model that will be trained, directory or hub id; its tokenizer counts tokens")  # fmt: skip
+    add("--vision_tower", metavar="DIR", help="image encoder, for a model that comes without one")
     add("--version", choices=sorted(conv_templates), metavar="NAME",
         help="prompt template (default: the model's, else vicuna_v1)")  # fmt: skip
     add("--model_max_length", type=_positive, default=2048, help="longest row in tokens (default: %(default)s)")
@@ -71,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     paths = [path for text in options.data_path for path in split_paths(text)]
     try:
-        facts = _read_model(options.model_name_or_path, options.version) if options.model_name_or_path else None
+        facts = None
+        if options.model_name_or_path:
+            facts = _read_model(options.model_name_or_path, options.version, options.vision_tower)
         files = read_files(paths)
         examination = _examine(files, options, facts)
         print(describe_examination(examination, shown=options.shown))
@@ -115,15 +119,14 @@ def _examine(files: Sequence[DataFile], options: argparse.Namespace, facts: Mode
     return examination
 
 
-def _read_model(name: str, version: str | None) -> ModelFacts:
-    directory = resolve_directory(name)
-    config = read_config(directory)
+def _read_model(name: str, version: str | None, vision_tower: str | None) -> ModelFacts:
+    config = open_checkpoint(name, vision_tower=vision_tower).config if vision_tower else config_of(name)
     template = config.conversation_template
     if version and template and get_template(version) != get_template(template):
         raise ValueError(f"--version {version}: the model was trained with {template}; leave the flag out")
     vision = config.mm_vision_config or VIT_L_14_336
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    return ModelFacts(load_tokenizer(directory), template or version or DEFAULT_TEMPLATE, patches)
+    return ModelFacts(load_tokenizer(resolve_directory(name)), template or version or DEFAULT_TEMPLATE, patches)
 
 
 def _positive(text: str) -> int:
