@@ -22,10 +22,6 @@ from llava.data.examination import Examination, check_unencoded, examine, rows_o
 from llava.data.image_check import find_broken_images
 from llava.data.records import encode_records
 from llava.files import atomic_write
-from llava.model.checkpoint import open_checkpoint
-from llava.model.hub import resolve_directory
-from llava.model.plan import config_of
-from llava.model.vision_tower import VIT_L_14_336
 from llava.tokenization import LlavaTokenizer, load_tokenizer
 
 CLEAN, FINDINGS, UNUSABLE = 0, 1, 2
@@ -120,6 +116,12 @@ def _examine(files: Sequence[DataFile], options: argparse.Namespace, facts: Mode
 
 
 def _read_model(name: str, version: str | None, vision_tower: str | None) -> ModelFacts:
+    # Here, for without a model there is no need to wait until all of this is imported.
+    from llava.model.checkpoint import open_checkpoint
+    from llava.model.hub import resolve_directory
+    from llava.model.plan import config_of
+    from llava.model.vision_tower import VIT_L_14_336
+
     config = open_checkpoint(name, vision_tower=vision_tower).config if vision_tower else config_of(name)
     template = config.conversation_template
     if version and template and get_template(version) != get_template(template):

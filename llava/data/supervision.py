@@ -59,7 +59,7 @@ def encode_example(
     """
     dialogue = build_dialogue(conversations, template, use_im_start_end=use_im_start_end)
     input_ids, labels = encode_segments(dialogue.segments(), tokenizer, encode_text)
-    if all(label == IGNORE_INDEX for label in labels):
+    if labels.count(IGNORE_INDEX) == len(labels):
         raise ValueError(NO_ANSWER)
     return input_ids, labels
 
