@@ -103,5 +103,5 @@ def _draw_histogram(histogram: Sequence[Mapping[str, int]]) -> list[str]:
     for entry in histogram:
         low, high = entry["from"], entry["to"]
         label = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        lines.append(f"  {label:>16}  {entry['count']:>9,}  {'#' * -(-_BAR * entry['count'] // most)}")
+        lines.append(f"  {label:>16}  {entry['count']:>9,}  {'#' * -(-_BAR * entry['count'] // most)}".rstrip())
     return lines

@@ -83,6 +83,7 @@ def _summary(values: Sequence[int], bins: Sequence[tuple[int, int]]) -> dict[str
     histogram = [
         {"from": low, "to": high, "count": sum(counts[value] for value in counts if low <= value <= high)}
         for low, high in bins
+        if low <= max(values)
     ]
     above = len(values) - sum(entry["count"] for entry in histogram)
     if above:
