@@ -25,9 +25,15 @@ SKIPPED_FILE = "skipped_rows.jsonl"
 
 
 def load_data(
-    data_args: DataArguments, training_args: TrainingArguments, checkpoint: Checkpoint, patches: int, *, is_first: bool
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    checkpoint: Checkpoint,
+    patches: int,
+    *,
+    is_first: bool,
+    skipped_file: str = SKIPPED_FILE,
 ) -> list[EncodedRecord]:
-    """Read, check and encode the training data; the first process decodes images, the others wait for what it found.
+    """Read, check and encode data; the first process decodes images, the others wait for what it found.
 
     Args:
         data_args: which data, and what happens to bad rows.
@@ -35,6 +41,7 @@ def load_data(
         checkpoint: whose template and tokenizer are used.
         patches: tokens an image becomes.
         is_first: whether this is the first of all processes, which tells and writes.
+        skipped_file: in the output directory, for the rows that are left out.
 
     Raises:
         FileNotFoundError: if a data file is missing.
@@ -69,7 +76,15 @@ def load_data(
     bad = {(finding.file, finding.row) for finding in unusable}
     kept = [record for row, record in zip(rows, encoded, strict=True) if places[row.index] not in bad]
     if unusable:
-        _refuse_or_list(files, unusable, data_args, Path(training_args.output_dir), bool(kept), is_first)
+        message = describe_unusable([file.path for file in files], unusable, len(places))
+        if not kept:
+            raise DataError(f"{message}\nno row is left to train on; mend them")
+        if data_args.on_bad_row == "error":
+            raise DataError(f"{message}\nmend them, or pass --on_bad_row skip to leave them out")
+        if is_first:
+            path = Path(training_args.output_dir) / skipped_file
+            _list_skipped(unusable, path)
+            logger.warning("%s\nthey are left out; %s lists them all", message, path)
     return kept
 
 
@@ -97,21 +112,6 @@ def _recall_or_examine(
     return examination
 
 
-def _refuse_or_list(
-    files: Sequence[DataFile],
-    unusable: Sequence[Finding],
-    data_args: DataArguments,
-    output_dir: Path,
-    is_any_left: bool,
-    is_first: bool,
-) -> None:
-    message = describe_unusable([file.path for file in files], unusable, sum(len(file.rows) for file in files))
-    if not is_any_left:
-        raise DataError(f"{message}\nno row is left to train on; mend them")
-    if data_args.on_bad_row == "error":
-        raise DataError(f"{message}\nmend them, or pass --on_bad_row skip to leave them out")
-    if is_first:
-        path = output_dir / SKIPPED_FILE
-        with atomic_write(path) as stream:
-            stream.writelines(json.dumps(finding._asdict()) + "\n" for finding in unusable)
-        logger.warning("%s\nthey are left out; %s lists them all", message, path)
+def _list_skipped(findings: Sequence[Finding], path: Path) -> None:
+    with atomic_write(path) as stream:
+        stream.writelines(json.dumps(finding._asdict()) + "\n" for finding in findings)
