@@ -25,6 +25,8 @@ PROGRAMS = (
     "scripts/tiny/make_world.py",
     "scripts/tiny/train_base.py",
     "llava/train/train_mem.py",
+    "-m llava.data.doctor",
+    "-m llava.model.plan",
     "-m llava.eval.model_vqa_loader",
     "-m llava.eval.run_llava",
     "-m llava.eval.vqa_score",

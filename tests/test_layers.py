@@ -47,6 +47,10 @@ MAY_IMPORT = {  # layer -> layers of llava it may import
     "serve": ("constants", "conversation", "mm_utils", "inference", "model", "files", "image_processing"),
 }
 
+ALSO_MAY_IMPORT = {  # modules that reach further than their layer
+    "data/doctor.py": ("model",),  # a program: reads the template and the sizes in the config of what will be trained
+}
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -83,11 +87,13 @@ def test_module_imports_only_layers_below_it(path):
         return
     assert layer in MAY_IMPORT, f"{path} belongs to no layer"
     imported = {name.split(".")[1] if "." in name else "the package itself" for name in names}
-    assert imported <= {layer, *MAY_IMPORT[layer]}
+    name = path.relative_to(PACKAGE).as_posix()
+    assert imported <= {layer, *MAY_IMPORT[layer], *ALSO_MAY_IMPORT.get(name, ())}
 
 
 def test_the_table_has_no_cycles_and_no_dead_rows():
     assert {layer_of(path) for path in MODULES} - {"__init__"} == set(MAY_IMPORT)
+    assert set(ALSO_MAY_IMPORT) <= {path.relative_to(PACKAGE).as_posix() for path in MODULES}
     order: list[str] = []
     while len(order) < len(MAY_IMPORT):
         ready = [layer for layer, below in MAY_IMPORT.items() if layer not in order and set(below) <= set(order)]

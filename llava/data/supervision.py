@@ -6,7 +6,8 @@ are equal, except that no row is ever masked as a whole because two ways of coun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -19,6 +20,16 @@ from llava.conversation import Conversation, Segment, SeparatorStyle, get_templa
 from llava.tokenization import LlavaTokenizer
 
 HUMAN, ASSISTANT = "human", "gpt"
+NO_ANSWER = "the dialogue has no answer, so there is nothing to learn from it"
+_NO_IMAGE = "template 'plain' describes images, but the question {!r} has no " + DEFAULT_IMAGE_TOKEN
+_VALUE_SHOWN = 40
+
+
+class Fault(NamedTuple):
+    """Why a record can't be used: a code for programs, a sentence for people."""
+
+    code: str
+    message: str
 
 
 def encode_example(
@@ -27,6 +38,7 @@ def encode_example(
     tokenizer: LlavaTokenizer,
     *,
     use_im_start_end: bool = False,
+    encode_text: Callable[..., list[int]] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Return the ids and labels of one record.
 
@@ -36,6 +48,7 @@ def encode_example(
         template: name of a prompt template, or an empty dialogue in it.
         tokenizer: of the model that is trained.
         use_im_start_end: put `<im_start>` and `<im_end>` around each image.
+        encode_text: in the place of `tokenizer.encode_text`, for one that remembers texts; None = that itself.
 
     Returns:
         input_ids with `IMAGE_TOKEN_INDEX` in the place of each image, and labels of the same length: the id where the
@@ -45,9 +58,9 @@ def encode_example(
         ValueError: if the turns don't alternate, a turn is empty or no object, or nothing is supervised.
     """
     dialogue = build_dialogue(conversations, template, use_im_start_end=use_im_start_end)
-    input_ids, labels = encode_segments(dialogue.segments(), tokenizer)
-    if all(label == IGNORE_INDEX for label in labels):
-        raise ValueError("the dialogue has no answer, so there is nothing to learn from it")
+    input_ids, labels = encode_segments(dialogue.segments(), tokenizer, encode_text)
+    if labels.count(IGNORE_INDEX) == len(labels):
+        raise ValueError(NO_ANSWER)
     return input_ids, labels
 
 
@@ -59,25 +72,63 @@ def build_dialogue(
     is_plain = dialogue.sep_style is SeparatorStyle.PLAIN
     if is_plain:  # trained without the line break that the prompt has between image and caption
         dialogue.sep, dialogue.sep2 = "", dialogue.stop_text
-    turns = list(conversations)
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {index + 1} is no object with 'from' and 'value'")
-    if turns and turns[0].get("from") == ASSISTANT:
-        turns = turns[1:]
-    for index, turn in enumerate(turns):
-        expected = (HUMAN, ASSISTANT)[index % 2]
-        if turn.get("from") != expected:
-            raise ValueError(f"turn {index + 1} is from {turn.get('from')!r}; turns alternate, so {expected!r} is due")
-        text = turn.get("value")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"turn {index + 1}, from {expected!r}, is empty")
-        if is_plain and expected == HUMAN:
+    fault = next(find_turn_faults(conversations, is_plain=is_plain), None)
+    if fault is not None:
+        raise ValueError(fault.message)
+    for index, turn in enumerate(without_opening(conversations)):
+        text = turn["value"]
+        if is_plain and index % 2 == 0:
             text = plain_question(text)
         else:
             text = place_images(text, dialogue.version, use_im_start_end=use_im_start_end)
         dialogue.append_message(dialogue.roles[index % 2], text)
     return dialogue
+
+
+def without_opening(conversations: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+    """Return the turns from the first question on; an opening of the assistant before it is left out."""
+    has_opening = bool(conversations) and conversations[0].get("from") == ASSISTANT
+    return conversations[1:] if has_opening else conversations
+
+
+def find_turn_faults(conversations: Sequence[Any], *, is_plain: bool) -> Iterator[Fault]:
+    """Yield what is wrong with a dialogue's turns, which are counted from 1 in the messages.
+
+    Of turns that are no objects, and of turns of the wrong role, only the first is told: those behind it are usually
+    wrong for the same reason.
+
+    Args:
+        conversations: of a record.
+        is_plain: the template is the captioning one, whose questions are images.
+    """
+    for number, turn in enumerate(conversations, start=1):
+        if not isinstance(turn, Mapping):
+            yield Fault("bad_turn", f"turn {number} is no object with 'from' and 'value'")
+            return
+    turns = without_opening(conversations)
+    alternates = True
+    for index, turn in enumerate(turns):
+        number, expected = index + 1 + len(conversations) - len(turns), (HUMAN, ASSISTANT)[index % 2]
+        role, text = turn.get("from"), turn.get("value", "")
+        if alternates and role != expected:
+            alternates = False
+            yield Fault("roles", f"turn {number} is from {role!r}; turns alternate, so {expected!r} is due")
+        if not isinstance(text, str):
+            yield Fault("not_text", f"turn {number}, from {role!r}, is {str(text)[:_VALUE_SHOWN]}, which is no text")
+        elif not text.strip():
+            yield Fault("empty_turn", f"turn {number}, from {role!r}, is empty")
+        elif is_plain and alternates and index % 2 == 0 and DEFAULT_IMAGE_TOKEN not in text:
+            yield Fault("caption_without_image", _NO_IMAGE.format(text))
+        elif not _is_encodable(text):
+            yield Fault("half_character", f"turn {number}, from {role!r}, holds half of a surrogate pair")
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def place_images(text: str, version: str, *, use_im_start_end: bool = False) -> str:
@@ -104,15 +155,19 @@ def plain_question(text: str) -> str:
     """
     count = text.count(DEFAULT_IMAGE_TOKEN)
     if not count:
-        raise ValueError(f"template 'plain' describes images, but the question {text!r} has no {DEFAULT_IMAGE_TOKEN}")
+        raise ValueError(_NO_IMAGE.format(text))
     return DEFAULT_IMAGE_TOKEN * count
 
 
-def encode_segments(segments: Sequence[Segment], tokenizer: LlavaTokenizer) -> tuple[list[int], list[int]]:
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: LlavaTokenizer, encode_text: Callable[..., list[int]] | None = None
+) -> tuple[list[int], list[int]]:
     """Encode prompt segments to ids and labels, each image a placeholder that is never supervised."""
+    encode_text = encode_text or tokenizer.encode_text
     input_ids = [tokenizer.bos_token_id] if tokenizer.add_bos_token else []
     labels = [IGNORE_INDEX] * len(input_ids)
-    special_ids = set(tokenizer.all_special_ids)
+    # legacy Llama tokenizers put a space behind a special token, as they do at the start
+    starts_text = set(tokenizer.all_special_ids) if tokenizer.legacy else set()
     at_start = True
     for segment in segments:
         for index, text in enumerate(segment.text.split(DEFAULT_IMAGE_TOKEN)):
@@ -122,9 +177,8 @@ def encode_segments(segments: Sequence[Segment], tokenizer: LlavaTokenizer) -> t
                 at_start = True
             if not text:
                 continue
-            ids = tokenizer.encode_text(text, at_start=at_start)
+            ids = encode_text(text, at_start=at_start)
             input_ids += ids
             labels += ids if segment.supervised else [IGNORE_INDEX] * len(ids)
-            # legacy Llama tokenizers put a space behind a special token, as they do at the start
-            at_start = tokenizer.legacy and ids[-1] in special_ids
+            at_start = ids[-1] in starts_text
     return input_ids, labels

@@ -61,13 +61,16 @@ class ModelArguments:
 class DataArguments:
     """Which data."""
 
-    data_path: str | None = _flag(None, "JSON list or jsonl of LLaVA records.")
+    data_path: str | None = _flag(None, "JSON list or jsonl of LLaVA records; several with commas between them.")
     image_folder: str | None = _flag(None, "Folder of the images.")
     image_aspect_ratio: str | None = _flag(None, "pad, square or anyres; default: the checkpoint's, else pad.")
     lazy_preprocess: bool = _flag(True, "Images are always read when needed; False is refused.")
     is_multimodal: bool = _flag(True, "As in the original; text-only rows need no flag, so False is refused.")
     on_bad_row: str = _flag(
         "error", "error: list rows that can't be used and stop; skip: list them and leave them out."
+    )
+    skip_data_check: bool = _flag(
+        False, "Don't decode images and look for duplicates before training; unusable records are found all the same."
     )
 
 

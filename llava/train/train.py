@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
-from llava.data.records import DataError, EncodedRecord, describe_problems, encode_records, read_records
 from llava.model.checkpoint import Checkpoint
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.data_check import load_data
 from llava.train.recipe import describe_memory, describe_run
 from llava.train.saving import Saver
 from llava.train.starting_point import (
@@ -70,7 +70,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     config.tokenizer_model_max_length = training_args.model_max_length
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
     patches = (config.mm_vision_config["image_size"] // config.mm_vision_config["patch_size"]) ** 2
-    records = load_data(data_args, checkpoint, training_args.model_max_length, patches)
+    records = load_data(data_args, training_args, checkpoint, patches, is_first=_is_first())
     base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)
     if training_args.lora_weight_path:
@@ -104,29 +104,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     trainer.train(resume_from_checkpoint=find_resume_point(training_args))
     trainer.save_state()
     trainer.save_model()
-
-
-def load_data(data_args: DataArguments, checkpoint: Checkpoint, max_length: int, patches: int) -> list[EncodedRecord]:
-    """Read and encode the training data.
-
-    Raises:
-        DataError: if rows can't be used and were not asked to be left out, or none is left.
-    """
-    rows = read_records(data_args.data_path)
-    records, problems = encode_records(
-        rows,
-        checkpoint.config.conversation_template,
-        checkpoint.tokenizer,
-        image_folder=data_args.image_folder,
-        patches_per_image=patches,
-        max_length=max_length,
-    )
-    if problems:
-        message = describe_problems(data_args.data_path, problems, len(rows))
-        if data_args.on_bad_row == "error" or not records:
-            raise DataError(f"{message}\nmend them, or pass --on_bad_row skip to leave them out")
-        logger.warning("%s\nthey are left out", message)
-    return records
 
 
 def find_resume_point(training_args: TrainingArguments) -> str | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import re
 
 import pytest
 
 from llava.data.records import (
     DataError,
-    EncodedRecord,
     Problem,
-    describe_problems,
     encode_records,
     read_records,
     spliced_length,
@@ -53,7 +51,11 @@ def test_reads_json_and_jsonl_alike(tmp_path):
     ("name", "content", "message"),
     [
         ("data.json", b"[{]", r"data.json is no valid JSON: line 1, column 3: Expecting property name"),
-        ("data.jsonl", b'{}\n{"a": 1\n', r"data.jsonl: line 2 is no valid JSON \(.*column 8\); mend or remove it$"),
+        (
+            "data.jsonl",
+            b'{}\n{"a": 1\n',
+            r"data.jsonl: line 2 is no valid JSON \(.*column 8\); mend or remove the line$",
+        ),
         ("data.json", b"[]", r"data.json must hold a list of at least one record$"),
         ("data.json", b"{}", r"data.json must hold a list of at least one record$"),
         ("data.jsonl", b"\n", r"data.jsonl must hold a list of at least one record$"),
@@ -102,32 +104,58 @@ def test_every_bad_row_is_found_and_the_good_ones_stay(encode, folder):
         record(image="deep"),
     )
     assert [row.images for row in encoded] == [[folder / "a.jpg"]]
+    way_out = "write it as in docs/finetune.md"
+    no_record = f"not a record: it needs the key 'conversations' with a list of turns; {way_out}"
+    name_it = "it is a file name or a list of them; name the file, or leave the key out for text alone"
+    outside = f"leads out of the image folder {folder}; name a file inside"
+    too_long = "tokens are more than --model_max_length 128; raise it or shorten the row"
+    assert [problem._replace(message=re.sub(r"^\d+ tokens", "tokens", problem.message)) for problem in problems] == [
+        Problem(0, f"image 'gone.jpg' not found under {folder}; pass --image_folder", "image_missing"),
+        Problem(2, f"image '../secret.jpg' {outside}", "path_outside_folder"),
+        Problem(3, f"image '/etc/passwd' {outside}", "path_outside_folder"),
+        Problem(4, "1 <image> in the text, but 0 image files in the record; write one <image> for each file",
+            "image_count"),
+        Problem(5, "0 <image> in the text, but 1 image files in the record; write one <image> for each file",
+            "image_count"),
+        Problem(6, "turn 2, from 'gpt', is empty; write its text, or remove the row", "empty_turn"),
+        Problem(7, no_record, "not_a_record"),
+        Problem(8, no_record, "not_a_record"),
+        Problem(9, f"'image' is 7; {name_it}", "bad_image_field"),
+        Problem(10, f"'image' is ['a.jpg', None]; {name_it}", "bad_image_field"),
+        Problem(11, too_long, "too_long"),
+        Problem(12, "turn 1 is no object with 'from' and 'value'; write it so, or remove the row", "bad_turn"),
+        Problem(13, "turn 2, from 'gpt', holds half of a surrogate pair; export the text again as UTF-8, or remove "
+            "the row", "half_character"),
+        Problem(14, f"image 'deep' not found under {folder}; pass --image_folder", "image_missing"),
+    ]  # fmt: skip
+
+
+def test_a_row_has_as_many_problems_as_it_has(encode, folder):
+    bad = {"image": ["gone.jpg", "../x.jpg", "gone.jpg"], "conversations": [{"from": "gpt", "value": "Hi"}]}
+    bad["conversations"] += [{"from": "human", "value": None}, {"from": "human", "value": " "}, {"from": "gpt"}]
+    _, problems = encode(record(question="What?"), bad, record(question="Why?", image=["a" * 300]))
     assert problems == [
-        Problem(0, f"image 'gone.jpg' not found under {folder}; pass --image_folder"),
-        Problem(2, f"image '../secret.jpg' leads out of the image folder {folder}; name a file inside"),
-        Problem(3, f"image '/etc/passwd' leads out of the image folder {folder}; name a file inside"),
-        Problem(4, "1 <image> in the text, but 0 image files in the record"),
-        Problem(5, "0 <image> in the text, but 1 image files in the record"),
-        Problem(6, "turn 2, from 'gpt', is empty"),
-        Problem(7, "not a record: it needs the key 'conversations' with a list of turns"),
-        Problem(8, "not a record: it needs the key 'conversations' with a list of turns"),
-        Problem(9, "'image' is 7; it is a file name or a list of them"),
-        Problem(10, "'image' is ['a.jpg', None]; it is a file name or a list of them"),
-        Problem(11, problems[10].message),
-        Problem(12, "turn 1 is no object with 'from' and 'value'"),
-        Problem(13, problems[12].message),
-        Problem(14, f"image 'deep' not found under {folder}; pass --image_folder"),
-    ]
-    assert problems[10].message.endswith("tokens are more than --model_max_length 128; raise it or shorten the row")
-    assert "surrogates not allowed" in problems[12].message
+        Problem(1, "turn 2, from 'human', is None, which is no text; put the value in quotes, or remove the row",
+            "not_text"),
+        Problem(1, "turn 3 is from 'human'; turns alternate, so 'gpt' is due; put the turns in order, or remove the "
+            "row", "roles"),
+        Problem(1, "turn 3, from 'human', is empty; write its text, or remove the row", "empty_turn"),
+        Problem(1, "turn 4, from 'gpt', is empty; write its text, or remove the row", "empty_turn"),
+        Problem(1, f"image 'gone.jpg' not found under {folder}; pass --image_folder", "image_missing"),
+        Problem(1, f"image '../x.jpg' leads out of the image folder {folder}; name a file inside",
+            "path_outside_folder"),
+        Problem(2, "0 <image> in the text, but 1 image files in the record; write one <image> for each file",
+            "image_count"),
+        Problem(2, f"image {'a' * 300!r} not found under {folder}; pass --image_folder", "image_missing"),
+    ]  # fmt: skip
 
 
 def test_an_image_needs_a_folder(encode, tmp_path):
     assert encode(record(image="a.jpg"), image_folder=None)[1] == [
-        Problem(0, "image 'a.jpg' needs a folder; pass --image_folder")
+        Problem(0, "image 'a.jpg' needs a folder; pass --image_folder", "no_image_folder")
     ]
     assert encode(record(image="a.jpg"), image_folder=tmp_path / "none")[1] == [
-        Problem(0, f"image 'a.jpg' not found under {tmp_path / 'none'}; pass --image_folder")
+        Problem(0, f"image 'a.jpg' not found under {tmp_path / 'none'}; pass --image_folder", "image_missing")
     ]
     assert encode(record(question="What?"), image_folder=None)[1] == []
 
@@ -139,16 +167,3 @@ def test_length_counts_the_patches(encode):
     length = spliced_length(row.input_ids, 16)
     assert encode(record(image="a.jpg"), max_length=length)[1] == []
     assert encode(record(image="a.jpg"), max_length=length - 1)[0] == []
-
-
-def test_problems_are_listed_to_twenty():
-    problems = [Problem(row, f"reason {row}") for row in range(23)]
-    lines = describe_problems(Path("data.json"), problems, 100).splitlines()
-    assert lines[0] == "data.json: 23 of 100 rows can't be used"
-    assert lines[1] == "  row 0: reason 0"
-    assert lines[20:] == ["  row 19: reason 19", "  ... and 3 more"]
-    assert describe_problems("d", [Problem(4, "why")], 5) == "d: 1 of 5 rows can't be used\n  row 4: why"
-
-
-def test_encoded_record_fields():
-    assert EncodedRecord._fields == ("input_ids", "labels", "images")
