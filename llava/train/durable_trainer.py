@@ -189,9 +189,10 @@ class DurableTrainer(Trainer):
             loader = super()._get_dataloader(guards.NumberedRows(dataset), *args, is_training=True, **kwargs)
         else:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
-        loader.worker_init_fn = _WorkerStart(loader.worker_init_fn)
+        inner = loader.base_dataloader  # of accelerate's
+        inner.worker_init_fn = _WorkerStart(inner.worker_init_fn)
         if self.args.dataloader_persistent_workers:  # started once, they must not draw from the generators of dropout
-            loader.generator = torch.Generator().manual_seed(self.args.seed)
+            inner.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
 

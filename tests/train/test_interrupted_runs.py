@@ -1,0 +1,251 @@
+"""Killed, stopped and failed runs on a tiny model: what goes on from them equals the run that nothing happened to.
+
+A run is a forked process: it costs no imports, and it can really be killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import Trainer
+
+from llava.model.weights import open_tensor_file, open_weights
+from llava.train.checkpoints import numbered
+from llava.train.durable_trainer import DurableTrainer
+from llava.train.train import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
+]
+
+PICTURES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]
+KILLED = -signal.SIGKILL
+
+
+def row(index, image=None):
+    question = ("<image>\n" if image else "") + f"What number is {index}?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"it is {index}"}]
+    return {"id": index, "conversations": turns, **({"image": image} if image else {})}
+
+
+ROWS = [*(row(index, name) for index, name in enumerate(PICTURES)), row(6), row(7), row(8)]
+LORA = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0.3"]
+LORA += ["--mm_projector_lr", "1e-3"]
+SAVED = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Import what the first run would, so that no process has to."""
+    import deepspeed  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def command(goldens, tmp_path_factory):
+    """Return the function (output directory, *flags, rows=) -> words of a command line."""
+
+    def words(output, *flags, rows=ROWS):
+        data = tmp_path_factory.mktemp("data") / "data.json"
+        data.write_text(json.dumps(rows))
+        words = ["--model_name_or_path", goldens / "llava-v1.5-golden", "--data_path", data]
+        words += ["--image_folder", goldens / "images", "--output_dir", output, "--learning_rate", "1e-3"]
+        words += ["--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True", "--logging_steps", "1"]
+        words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+        words += ["--num_train_epochs", "2", "--model_max_length", "256", "--save_strategy", "no", *flags]
+        return [str(word) for word in words]
+
+    return words
+
+
+def start(words, before=lambda: None, environment=None):
+    """Fork a process that trains; return its id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.environ.update(environment or {})
+            before()
+            code = main(words)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def end_of(child):
+    """Wait for a process; return its exit code, or the signal's number below zero."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(words, before=lambda: None):
+    return end_of(start(words, before))
+
+
+def run_together(words, before=lambda rank: None, processes=2):
+    """Run as `torchrun` and DeepSpeed's launcher do; return the exit codes by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+
+        def prepare(rank=rank):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            before(rank)
+
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": processes}
+        children.append(start(words, prepare, {name: str(value) for name, value in places.items()}))
+    return [end_of(child) for child in children]
+
+
+def at_batch(number, action):
+    """Return what makes a process do something once it has computed so many batches."""
+
+    def prepare():
+        compute, done = DurableTrainer.training_step, []
+
+        def step(self, *args, **kwargs):
+            loss = compute(self, *args, **kwargs)
+            done.append(loss)
+            if len(done) == number:
+                return action(loss)
+            return loss
+
+        DurableTrainer.training_step = step
+
+    return prepare
+
+
+def killed_at(number):
+    return at_batch(number, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def signalled_at(number, name):
+    def send(loss):
+        os.kill(os.getpid(), name)
+        return loss
+
+    return at_batch(number, send)
+
+
+def log(output):
+    """The lines of the log that tell of steps: step, loss, gradient's norm, learning rate."""
+    lines = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines if "loss" in line]
+
+
+def weights(directory):
+    if (directory / "adapter_model.safetensors").exists():
+        tensors = dict(open_tensor_file(directory / "adapter_model.safetensors"))
+        return tensors | dict(open_tensor_file(directory / "non_lora_trainables.bin"))
+    return dict(open_weights(directory))
+
+
+def assert_same_run(one, two):
+    assert log(one) == log(two)
+    left, right = weights(one), weights(two)
+    assert sorted(left) == sorted(right)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+VARIANTS = {
+    "lora, sampled": [*LORA],
+    "lora, by modality, with workers": [*LORA, "--group_by_modality_length", "True", "--dataloader_num_workers", "1"],
+    "lora, workers that stay, logged every third step": [
+        *[*LORA, "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True", "--logging_steps", "3"]
+    ],
+    "full, bf16, recomputed": ["--bf16", "True", "--gradient_checkpointing", "True", "--warmup_ratio", "0.3"],
+}
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_killed_at_every_step_equals_not_killed(command, tmp_path, flags):
+    """Nine rows in fives of two batches, two epochs: ten steps, each ended by a kill in the middle of the next one."""
+    assert run(command(tmp_path / "whole", *flags)) == 0
+    words = command(tmp_path / "killed", *flags, *SAVED)
+    for step in range(1, 10):
+        half_a_step_later = 2 if step == 5 else 3  # the fifth step of an epoch has one batch
+        assert run(words, killed_at(half_a_step_later)) == KILLED
+        assert list(numbered(tmp_path / "killed")) == [step - 1, step][step == 1 :], step
+    assert run(words) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_signal_ends_the_run_saved(command, tmp_path, capfd):
+    assert run(command(tmp_path / "whole", *LORA)) == 0
+    words = command(tmp_path / "stopped", *LORA)
+    for number, name, code in [(3, signal.SIGTERM, 143), (2, signal.SIGUSR1, 138), (3, signal.SIGINT, 130)]:
+        capfd.readouterr()
+        assert run(words, signalled_at(number, name)) == code
+        step = max(numbered(tmp_path / "stopped"))
+        message = capfd.readouterr().err
+        assert f"{name.name}: saving after this step; send it again to end at once\n" in message
+        place = tmp_path / "stopped" / f"checkpoint-{step}"
+        assert f"stopped by {name.name} after step {step}; {place} is saved; run the same command again" in message
+        assert not (tmp_path / "stopped" / "config.json").exists()
+    assert list(numbered(tmp_path / "stopped")) == [2, 3, 5]
+    assert run(words) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_second_signal_ends_it_at_once(command, tmp_path, monkeypatch):
+    def send_twice(loss):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr("llava.train.signals._SAME_REQUEST", -1.0)
+    assert run(command(tmp_path / "out", *LORA, *SAVED), at_batch(3, send_twice)) == -signal.SIGTERM
+    assert list(numbered(tmp_path / "out")) == [1]
+
+
+def spoilt_at(number):
+    """Make the loss of a batch NaN before its gradient is computed."""
+
+    def prepare():
+        compute, done = Trainer.compute_loss, []
+
+        def spoil(self, *args, **kwargs):
+            loss = compute(self, *args, **kwargs)
+            done.append(None)
+            return loss * float("nan") if len(done) == number else loss
+
+        Trainer.compute_loss = spoil
+
+    return prepare
+
+
+@pytest.mark.parametrize("flags", [[], ["--max_grad_norm", "0"]], ids=["clipped", "not clipped"])
+def test_a_loss_that_is_no_number_stops_the_run_before_its_update(command, tmp_path, capfd, flags):
+    """The fault is in the machine here: the same command goes on as though nothing had happened."""
+    assert run(command(tmp_path / "whole", *LORA, *flags)) == 0
+    words = command(tmp_path / "out", *LORA, *flags)
+    for batch, step in [(3, 2), (8, 6)]:  # the first batch of the second step, and of the second epoch
+        capfd.readouterr()
+        assert run(words, spoilt_at(batch)) == 1
+        message = capfd.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"error: step {step}: the loss is nan, the gradient's norm "), message
+        report = json.loads((tmp_path / "out" / f"nonfinite_step_{step}.json").read_text())
+        assert report["step"] == step
+        (bad,) = report["batches"]
+        assert (bad["process"], bad["loss"], len(bad["rows"])) == (0, "nan", 1)
+        (found,) = bad["rows"]
+        assert f"What number is {found['row']}? ASSISTANT:[[it is {found['row']}</s>]]" in found["text"]
+        assert f"on rows {found['row']} (" in message
+        assert f"{tmp_path / 'out' / f'checkpoint-{step - 1}'} holds the state before it" in message
+        assert list(numbered(tmp_path / "out"))[-1] == step - 1
+    assert run(words) == 0
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
