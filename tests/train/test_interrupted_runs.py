@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 PICTURES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]
+ROOT = Path(__file__).parents[2]
 KILLED = -signal.SIGKILL
 
 
@@ -249,3 +251,84 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_update(command, tmp_p
         assert list(numbered(tmp_path / "out"))[-1] == step - 1
     assert run(words) == 0
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+ZERO2 = ["--deepspeed", "scripts/zero2.json"]
+TOGETHER = {"DDP": [], "ZeRO-2": ZERO2}
+TEXT_FIRST = [row(0), *ROWS[:6], row(7), row(8)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", TOGETHER.values(), ids=TOGETHER)
+def test_two_processes_killed_equal_two_that_were_not(command, tmp_path, monkeypatch, flags):
+    """Nine rows for two processes: three steps an epoch, the last of one batch each."""
+    monkeypatch.chdir(ROOT)
+    flags = [*LORA, *flags]
+    assert run_together(command(tmp_path / "whole", *flags)) == [0, 0]
+    words = command(tmp_path / "killed", *flags, *SAVED)
+    for step, batches in enumerate([3, 3, 2, 3, 3], start=1):
+        assert run_together(words, lambda rank: killed_at(batches)()) == [KILLED, KILLED]  # noqa: B023
+        assert list(numbered(tmp_path / "killed"))[-1] == step
+    assert run_together(words) == [0, 0]
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", TOGETHER.values(), ids=TOGETHER)
+def test_a_signal_to_one_process_ends_both_saved(command, tmp_path, monkeypatch, capfd, flags):
+    monkeypatch.chdir(ROOT)
+    words = command(tmp_path / "out", *LORA, *flags)
+    before = {0: lambda: None, 1: signalled_at(3, signal.SIGTERM)}
+    assert run_together(words, lambda rank: before[rank]()) == [143, 143]
+    assert list(numbered(tmp_path / "out")) == [2]
+    assert "stopped by SIGTERM after step 2; " in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["DDP", "zero2", "zero3"])
+def test_a_bad_loss_on_one_process_stops_both(command, tmp_path, monkeypatch, capfd, stage):
+    monkeypatch.chdir(ROOT)
+    flags = [] if stage == "DDP" else ["--deepspeed", f"scripts/{stage}.json"]
+    words = command(tmp_path / "out", *LORA, *flags)
+    before = {0: lambda: None, 1: spoilt_at(4)}
+    assert run_together(words, lambda rank: before[rank]()) == [1, 1]
+    assert list(numbered(tmp_path / "out")) == [1]
+    (bad,) = json.loads((tmp_path / "out" / "nonfinite_step_2.json").read_text())["batches"]
+    assert (bad["process"], bad["loss"], len(bad["rows"])) == (1, "nan", 1)
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: step 2: the loss is nan")
+    assert f"on rows {bad['rows'][0]['row']} (" in message
+    assert message.count("checkpoint-1 holds the state before it") == 1
+
+
+MIXED = [row(index, PICTURES[index // 2] if index % 2 else None) for index in range(12)]
+ONE, TWO = ["--per_device_train_batch_size", "1"], ["--per_device_train_batch_size", "2"]
+HALVES = [
+    *ONE,
+    "--gradient_accumulation_steps",
+    "2",
+]  # the first process has even rows, of text alone, the other images
+DIVISIONS = {
+    "accumulated": (1, [*ONE, "--gradient_accumulation_steps", "4"]),
+    "DDP": (2, TWO),
+    "DDP, one has text alone": (2, HALVES),
+    "ZeRO-2, one has text alone": (2, [*HALVES, "--deepspeed", "scripts/zero2.json"]),
+    "ZeRO-3, one has text alone": (2, [*HALVES, "--deepspeed", "scripts/zero3.json"]),
+}
+
+
+@pytest.mark.slow
+def test_four_rows_a_step_are_the_same_however_they_are_divided(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = [*LORA, "--lora_dropout", "0", "--train_sampling_strategy", "sequential", "--num_train_epochs", "1"]
+    whole = [*flags, "--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "4"]
+    assert run(command(tmp_path / "whole", *whole, rows=MIXED)) == 0
+    steps, losses, norms, _ = zip(*log(tmp_path / "whole"), strict=True)
+    assert steps == (1, 2, 3)
+    for name, (processes, division) in DIVISIONS.items():
+        words = command(tmp_path / name, *flags, "--gradient_accumulation_steps", "1", *division, rows=MIXED)
+        assert run_together(words, processes=processes) == [0] * processes, name
+        found_steps, found_losses, found_norms, _ = zip(*log(tmp_path / name), strict=True)
+        assert found_steps == steps
+        assert found_losses == pytest.approx(losses, rel=1e-6), name
+        assert found_norms == pytest.approx(norms, rel=1e-5), name
