@@ -68,9 +68,9 @@ def test_the_report_and_the_message(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["grad_norm"] is None
     message = describe_stop(7, 2.5, batches, Path("report.json"), Path("out/checkpoint-6"))
     assert message == (
-        "step 7: the loss is nan, the gradient's norm 2.5, on rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 "
-        "and 4 more (report.json shows them); out/checkpoint-6 holds the state before it; mend or leave out what is wrong "
-        "with the rows, or lower --learning_rate"
+        "step 7: the loss is nan, the gradient's norm 2.5, on rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, "
+        "15 and 4 more (report.json shows them); out/checkpoint-6 holds the state before it; mend or leave out what is "
+        "wrong with the rows, or lower --learning_rate"
     )
     message = describe_stop(1, None, batches, Path("report.json"), None)
     assert "the loss is nan, on rows 0, " in message
