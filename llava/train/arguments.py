@@ -121,6 +121,12 @@ class TrainingArguments(transformers.TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
 
     @property
+    def device(self) -> torch.device:
+        """This process's device; the CPU without an index, which torch can't load tensors to."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
     def checkpoints_activations(self) -> bool:
         """Whether blocks are computed again in the backward pass, whatever this version calls the flag."""
         return bool(getattr(self, _CHECKPOINTING))

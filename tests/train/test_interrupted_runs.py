@@ -214,8 +214,16 @@ def test_a_second_signal_ends_it_at_once(command, tmp_path, monkeypatch):
     assert list(numbered(tmp_path / "out")) == [1]
 
 
-def spoilt_at(number):
-    """Make the loss of a batch NaN before its gradient is computed."""
+def no_number(loss):
+    return loss * float("nan")
+
+
+def no_slope(loss):
+    return loss + (loss * 0).sqrt()  # the same value
+
+
+def spoilt_at(number, spoil_loss=no_number):
+    """Make the loss of a batch, or its gradient alone, NaN."""
 
     def prepare():
         compute, done = Trainer.compute_loss, []
@@ -223,7 +231,7 @@ def spoilt_at(number):
         def spoil(self, *args, **kwargs):
             loss = compute(self, *args, **kwargs)
             done.append(None)
-            return loss * float("nan") if len(done) == number else loss
+            return spoil_loss(loss) if len(done) == number else loss
 
         Trainer.compute_loss = spoil
 
@@ -299,6 +307,29 @@ def test_a_bad_loss_on_one_process_stops_both(command, tmp_path, monkeypatch, ca
     assert message.startswith("error: step 2: the loss is nan")
     assert f"on rows {bad['rows'][0]['row']} (" in message
     assert message.count("checkpoint-1 holds the state before it") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["DDP", "zero2", "zero3"])
+def test_a_bad_gradient_on_one_process_stops_both(command, tmp_path, monkeypatch, capfd, stage):
+    """Once: the same command goes on as though nothing had happened."""
+    monkeypatch.chdir(ROOT)
+    flags = [] if stage == "DDP" else ["--deepspeed", f"scripts/{stage}.json"]
+    words = command(tmp_path / "out", *LORA, *flags)
+    before = {0: lambda: None, 1: spoilt_at(4, no_slope)}
+    assert run_together(words, lambda rank: before[rank]()) == [1, 1]
+    report = json.loads((tmp_path / "out" / "nonfinite_step_2.json").read_text())
+    assert report["grad_norm"] in ("nan", "inf")
+    assert sorted(batch["process"] for batch in report["batches"]) == [0, 0, 1, 1]
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: step 2: the loss is ")
+    assert f"the gradient's norm {report['grad_norm']}, on rows " in message
+    assert f"{tmp_path / 'out' / 'checkpoint-1'} holds the state before it" in message
+    assert list(numbered(tmp_path / "out")) == [1]
+    if stage == "zero2":
+        assert run_together(command(tmp_path / "whole", *LORA, *flags)) == [0, 0]
+        assert run_together(words) == [0, 0]
+        assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
 MIXED = [row(index, PICTURES[index // 2] if index % 2 else None) for index in range(12)]
