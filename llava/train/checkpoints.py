@@ -150,16 +150,27 @@ def rotate(output_dir: str | Path, limit: int | None, *, written: Path, best: st
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def set_aside(output_dir: str | Path, *files: str) -> Path | None:
-    """Move the checkpoints of an earlier run, and files beside them, into a folder of their own; None without any."""
+def set_aside(output_dir: str | Path, log_file: str, *, after: int = -1) -> Path | None:
+    """Move checkpoints that the run which begins would take for its own into a folder beside, with a copy of the log.
+
+    Args:
+        output_dir: of the run.
+        log_file: name of the log there.
+        after: step that the run begins at; only checkpoints of later ones move.
+
+    Returns:
+        the folder, None if there were none.
+    """
     output_dir = Path(output_dir)
-    paths = [*numbered(output_dir).values()]
+    paths = [path for step, path in numbered(output_dir).items() if step > after]
     if not paths:
         return None
     number = next(number for number in range(1, 1_000_000) if not (output_dir / f"earlier-{number}").exists())
     folder = output_dir / f"earlier-{number}"
     folder.mkdir()
-    for path in [*paths, *(output_dir / name for name in files if (output_dir / name).exists())]:
+    if (output_dir / log_file).is_file():
+        shutil.copyfile(output_dir / log_file, folder / log_file)
+    for path in paths:
         path.rename(folder / path.name)
     return folder
 

@@ -62,20 +62,21 @@ def find_resume_point(training_args: TrainingArguments, record: str, log_file: s
 
 def _choose(training_args: TrainingArguments, record: str, log_file: str) -> str | None:
     asked = str(training_args.resume_from_checkpoint or "")
-    log = Path(training_args.output_dir) / log_file
-    if asked.lower() in ANEW:
-        folder = set_aside(training_args.output_dir, log_file)
-        if folder is not None:
-            logger.warning("the run begins anew; checkpoints of the earlier one are in %s", folder)
-        return None
-    chosen = newest_valid(training_args.output_dir) if asked.lower() in AUTOMATIC else _named(Path(asked))
-    if chosen is None:
-        cut_log(log, 0)
-        return None
-    _compare(chosen, json.loads(record))
-    logger.info("continuing from %s", chosen)
-    cut_log(log, read_settings(chosen / STATE_FILE)["global_step"])
-    return str(chosen)
+    output_dir = training_args.output_dir
+    chosen, step = None, 0
+    if asked.lower() in AUTOMATIC:
+        chosen = newest_valid(output_dir)
+    elif asked.lower() not in ANEW:
+        chosen = _named(Path(asked))
+    if chosen is not None:
+        _compare(chosen, json.loads(record))
+        logger.info("continuing from %s", chosen)
+        step = read_settings(chosen / STATE_FILE)["global_step"]
+    folder = set_aside(output_dir, log_file, after=step) if asked.lower() not in AUTOMATIC else None
+    if folder is not None:
+        logger.warning("later checkpoints of %s are not this run's; they are in %s", output_dir, folder)
+    cut_log(Path(output_dir) / log_file, step)
+    return chosen and str(chosen)
 
 
 def _named(checkpoint: Path) -> Path:

@@ -299,6 +299,11 @@ def test_an_earlier_run_is_set_aside(tmp_path):
     for number in (1, 2):
         write(tmp_path, 1)
         (tmp_path / "log").write_text("x")
-        assert set_aside(tmp_path, "log", "absent") == tmp_path / f"earlier-{number}"
+        assert set_aside(tmp_path, "log") == tmp_path / f"earlier-{number}"
         assert sorted(path.name for path in (tmp_path / f"earlier-{number}").iterdir()) == ["checkpoint-1", "log"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "log"]
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    assert set_aside(tmp_path, "no log", after=2) == tmp_path / "earlier-3"
+    assert list(numbered(tmp_path)) == [1, 2]
+    assert [path.name for path in (tmp_path / "earlier-3").iterdir()] == ["checkpoint-3"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 
@@ -94,10 +93,16 @@ def test_all_are_damaged(train, out, capsys):
 
 def test_anew_moves_what_was_there(train, whole, out, caplog):
     assert train(out, *SAVED, "--resume_from_checkpoint", "none") == 0
-    assert f"the run begins anew; checkpoints of the earlier one are in {out / 'earlier-1'}" in caplog.messages
+    assert f"later checkpoints of {out} are not this run's; they are in {out / 'earlier-1'}" in caplog.messages
     assert list(numbered(out / "earlier-1")) == [1, 2, 3]
     assert steps(out / "earlier-1") == steps(out) == [1, 2, 3, 4, 5]
     assert_same(out, whole)
+
+
+def test_an_earlier_checkpoint_by_name_starts_a_branch(train, whole, out):
+    assert train(out, *SAVED, "--resume_from_checkpoint", str(out / "checkpoint-1"), "--max_steps", "2") == 0
+    assert (list(numbered(out)), list(numbered(out / "earlier-1"))) == ([1, 2], [2, 3])
+    assert (steps(out), steps(out / "earlier-1")) == ([1, 2], [1, 2, 3, 4, 5])
 
 
 def test_a_named_checkpoint(train, whole, out, tmp_path, capsys):
@@ -148,6 +153,8 @@ def test_what_is_recorded_in_every_directory(whole):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_no_room_for_the_optimizers_state(train, tmp_path, capfd):
     """The first checkpoint fits, the second doesn't: torch's own writer fails, in C++."""
+    import resource
+
     flags = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1"]
     assert train(tmp_path / "out", *flags, "--max_steps", "1") == 0
     assert (tmp_path / "out" / "checkpoint-1" / "optimizer.pt").stat().st_size > 6_000_000
