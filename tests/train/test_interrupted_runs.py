@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer
 
 from llava.model.weights import open_tensor_file, open_weights
-from llava.train.checkpoints import numbered
+from llava.train.checkpoints import newest_valid, numbered
 from llava.train.durable_trainer import DurableTrainer
 from llava.train.train import main
 
@@ -203,6 +203,13 @@ def test_a_signal_ends_the_run_saved(command, tmp_path, capfd):
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_a_signal_saves_what_goes_on_even_where_weights_alone_were_asked_for(command, tmp_path):
+    words = command(tmp_path / "out", *LORA, *SAVED, "--save_only_model", "True")
+    assert run(words, signalled_at(4, signal.SIGTERM)) == 143
+    assert [(path / "optimizer.pt").exists() for path in numbered(tmp_path / "out").values()] == [False, True]
+    assert newest_valid(tmp_path / "out").name == "checkpoint-2"
+
+
 def test_a_second_signal_ends_it_at_once(command, tmp_path, monkeypatch):
     def send_twice(loss):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -330,6 +337,15 @@ def test_a_bad_gradient_on_one_process_stops_both(command, tmp_path, monkeypatch
         assert run_together(command(tmp_path / "whole", *LORA, *flags)) == [0, 0]
         assert run_together(words) == [0, 0]
         assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_check_of_the_first_batch_leaves_no_trace(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    flags = [*LORA, *ZERO2, "--bf16", "True", "--max_steps", "2", "--gradient_checkpointing", "True"]
+    assert run_together(command(tmp_path / "without", *flags)) == [0, 0]
+    assert run_together(command(tmp_path / "with", *flags, "--sanity_check", "4")) == [0, 0]
+    assert_same_run(tmp_path / "with", tmp_path / "without")
 
 
 MIXED = [row(index, PICTURES[index // 2] if index % 2 else None) for index in range(12)]
