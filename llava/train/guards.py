@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ class MicroBatch:
     loss: Tensor | None = None
 
 
+class NumberedRow(NamedTuple):
+    """A row of a dataset and its index there."""
+
+    number: int
+    row: Any
+
+
 class NumberedRows(Dataset):
     """A dataset whose rows carry their index, so that a batch can be named."""
 
@@ -45,8 +52,16 @@ class NumberedRows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], ROW_KEY: index}
+    def __getitem__(self, index: int) -> NumberedRow:
+        return NumberedRow(index, self.dataset[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[NumberedRow]:
+        """Return a batch's rows, read together where the dataset does that; torch's loader calls it."""
+        if hasattr(self.dataset, "__getitems__"):
+            rows = self.dataset.__getitems__(indices)
+        else:
+            rows = [self.dataset[index] for index in indices]
+        return [NumberedRow(index, row) for index, row in zip(indices, rows, strict=True)]
 
 
 class NumberedCollator:
@@ -55,10 +70,10 @@ class NumberedCollator:
     def __init__(self, collator: Callable) -> None:
         self.collator = collator
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the collator's batch, with `ROW_KEY` if the rows have it."""
-        plain = [{key: value for key, value in row.items() if key != ROW_KEY} for row in rows]
-        numbers = [row[ROW_KEY] for row in rows if ROW_KEY in row]
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Return the collator's batch, with `ROW_KEY` if the rows are of `NumberedRows`."""
+        numbers = [row.number for row in rows if isinstance(row, NumberedRow)]
+        plain = [row.row if isinstance(row, NumberedRow) else row for row in rows]
         return {**self.collator(plain), **({ROW_KEY: numbers} if numbers else {})}
 
 

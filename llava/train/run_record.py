@@ -17,24 +17,25 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsan
 
 DECISIVE = {
     "run": ("data_digest", "rows_per_step", "base_model_fingerprint", "kind", "zero_stage"),
-    "ModelArguments": ("freeze_backbone", "pretrain_mm_mlp_adapter"),
+    "ModelArguments": ("freeze_backbone", "pretrain_mm_mlp_adapter", "unfreeze_mm_vision_tower"),
     "DataArguments": ("image_aspect_ratio",),
     "TrainingArguments": (
         "seed", "data_seed", "group_by_modality_length", "train_sampling_strategy", "dataloader_drop_last",
         "freeze_mm_mlp_adapter", "lora_enable", "lora_r", "lora_alpha", "lora_weight_path", "bits", "bf16", "fp16",
-        "optim",
+        "optim", "lora_target_modules", "use_dora", "use_rslora", "share_image_prefix",
     ),
 }  # fmt: skip
 """What a run can't go on with when it is another: the data, their order, the model, and what of it learns."""
 
 KEPT_BY_OPTIMIZER = (
-    "learning_rate", "mm_projector_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "learning_rate", "mm_projector_lr", "mm_vision_tower_lr", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon",
 )  # fmt: skip
 """Flags whose values come back with the optimizer's and the schedule's state."""
 
 FREE = (
-    "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "max_grad_norm", "lora_dropout",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm",
+    "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "compile_layers", "fuse_lora",
 )  # fmt: skip
 """Flags that apply at once when they change: the run goes on, but not as the one that was never stopped."""
 

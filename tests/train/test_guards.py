@@ -81,8 +81,17 @@ def test_rows_carry_their_numbers_through_the_collator():
     rows = NumberedRows([{"x": 5}, {"x": 6}])
     collate = NumberedCollator(lambda rows: {"x": [row["x"] for row in rows]})
     assert len(rows) == 2
+    assert rows.__getitems__([1, 0]) == [rows[1], rows[0]]
     assert collate([rows[1], rows[0]]) == {"x": [6, 5], ROW_KEY: [1, 0]}
     assert collate([{"x": 5}]) == {"x": [5]}
+
+
+def test_rows_are_read_together_where_the_dataset_does_that():
+    class Together(list):
+        def __getitems__(self, indices):
+            return [f"{index} of {len(indices)}" for index in indices]
+
+    assert [*NumberedRows(Together("abc")).__getitems__([2, 0])] == [(2, "2 of 2"), (0, "0 of 2")]
 
 
 def test_one_process_agrees_with_itself():
