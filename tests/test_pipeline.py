@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -238,16 +241,22 @@ def test_a_signal_to_the_script_ends_it_saved(data: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "CUDA_"))}
     environment |= {"BASE_MODEL": str(BASE), "DATA": str(data), "OUT": str(out), "GPUS": "2", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment["PORT"] = str(free.getsockname()[1])
     command = ["bash", str(ROOT / "scripts/v1_5/finetune_task_lora.sh"), *SHORT, "--num_train_epochs", "500"]
     with (tmp_path / "errors").open("w") as errors:
-        script = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=errors, stderr=errors)
+        script = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=errors, stderr=errors, start_new_session=True
+        )
         try:
             while script.poll() is None and not (out / "checkpoint-2").exists():
                 time.sleep(0.1)
             script.terminate()
             code = script.wait(timeout=60)
         finally:
-            script.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
     text = (tmp_path / "errors").read_text(encoding="utf-8")
     assert code == 143, text
     (message,) = (line for line in text.splitlines() if line.startswith("stopped by SIGTERM after step "))
