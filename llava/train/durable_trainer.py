@@ -109,6 +109,7 @@ class DurableTrainer(Trainer):
             return None
         randomness.restore(self._watch.randomness)
         self._tr_loss.copy_(self._watch.unlogged_loss)
+        self.args.save_only_model = False
         self._save_checkpoint(self.model, None)
         return target
 

@@ -164,7 +164,7 @@ def assert_same_run(one, two):
 
 
 VARIANTS = {
-    "lora, sampled": [*LORA],
+    "lora": [*LORA],
     "lora, by modality, with workers": [*LORA, "--group_by_modality_length", "True", "--dataloader_num_workers", "1"],
     "lora, workers that stay, logged every third step": [
         *[*LORA, "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True", "--logging_steps", "3"]
@@ -173,7 +173,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(flags, marks=[pytest.mark.slow] * ("," in name), id=name) for name, flags in VARIANTS.items()],
+)
 def test_killed_at_every_step_equals_not_killed(command, tmp_path, flags):
     """Nine rows in fives of two batches, two epochs: ten steps, each ended by a kill in the middle of the next one."""
     assert run(command(tmp_path / "whole", *flags)) == 0
