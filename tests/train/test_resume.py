@@ -7,13 +7,15 @@ import logging
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from llava.model.weights import open_tensor_file
+from llava.train.arguments import parse_arguments
 from llava.train.checkpoints import numbered, verify
-from llava.train.resume import cut_log
+from llava.train.resume import cut_log, find_resume_point
 from llava.train.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -197,3 +199,25 @@ def test_a_first_batch_that_can_not_be_learnt(train, tmp_path, capsys):
     assert message.endswith(
         "in 2 steps on it alone; lower --learning_rate 0.0 or take more steps, and look at its rows\n"
     )
+
+
+def test_a_checkpoint_that_another_node_has(tmp_path, monkeypatch):
+    arguments = parse_arguments(["--output_dir", str(tmp_path), "--data_path", "x", "--use_cpu", "True"])[2]
+    monkeypatch.setattr("llava.train.resume.gather", lambda _: [("out/checkpoint-7", None)])
+    with pytest.raises(
+        FileNotFoundError, match=r"^out/checkpoint-7 is not on this node; put --output_dir on a file sys"
+    ):
+        find_resume_point(arguments, "{}", "log")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sanity_check", "-1"], "--sanity_check -1: pass the number of steps, or 0"),
+        (["--sanity_check", "1", "--deepspeed", "scripts/zero3.json"], "--sanity_check needs the whole model on each"),
+    ],
+)
+def test_checks_of_the_first_batch_that_are_refused(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--output_dir", str(tmp_path), "--data_path", "x", "--use_cpu", "True", *flags])
