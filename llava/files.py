@@ -84,7 +84,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 @contextlib.contextmanager
@@ -119,13 +119,13 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     try:
         with _locked(temporary):
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             _refuse_occupied(target, replace)
-            _move_directory(temporary, target)
+            move_directory(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 @contextlib.contextmanager
@@ -165,8 +165,12 @@ def _refuse_occupied(target: Path, replace: bool) -> None:
         raise FileExistsError(f"{target} already holds files; choose another directory or empty this one")
 
 
-def _move_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, putting back what stood there if the rename fails."""
+def move_directory(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, which it replaces; what stood there is put back if the rename fails.
+
+    Raises:
+        OSError: if it can't be renamed.
+    """
     if not target.exists():
         source.rename(target)
         return
@@ -180,7 +184,8 @@ def _move_directory(source: Path, target: Path) -> None:
     shutil.rmtree(previous)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Return once every file below `directory`, and their names, are safely on disk."""
     for parent, _, names in os.walk(directory):
         for name in names:
             descriptor = os.open(Path(parent, name), os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -188,10 +193,11 @@ def _sync_tree(directory: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        _sync_directory(Path(parent))
+        sync_directory(Path(parent))
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Return once the names in `directory` are safely on disk."""
     if os.name == "nt":  # Windows cannot open a directory as a file
         return
     descriptor = os.open(directory, os.O_RDONLY)

@@ -39,7 +39,7 @@ WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/t
     f"scripts/v1_5/{path.name}": "llava/train/train_mem.py" for path in (ROOT / "scripts/v1_5").glob("*.sh")
 }
 """Shell scripts that hand their flags on, and the program that takes them."""
-LAUNCHER_FLAGS = {"--num_gpus"}  # of deepspeed itself
+LAUNCHER_FLAGS = {"--num_gpus", "--master_port"}  # of deepspeed itself
 
 
 @cache

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +20,7 @@ import torch
 from llava.eval.run_llava import eval_model
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import open_checkpoint
+from llava.train.checkpoints import newest_valid, verify
 
 pytestmark = pytest.mark.slow
 
@@ -229,3 +234,34 @@ def write_llm_alone(model: torch.nn.Module, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         (directory / name).write_bytes((BASE / name).read_bytes())
+
+
+def test_a_signal_to_the_script_ends_it_saved(data: Path, tmp_path: Path) -> None:
+    """As a scheduler does, which knows the shell alone; two processes under DeepSpeed's launcher."""
+    out = tmp_path / "out"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "CUDA_"))}
+    environment |= {"BASE_MODEL": str(BASE), "DATA": str(data), "OUT": str(out), "GPUS": "2", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment["PORT"] = str(free.getsockname()[1])
+    command = ["bash", str(ROOT / "scripts/v1_5/finetune_task_lora.sh"), *SHORT, "--num_train_epochs", "500"]
+    with (tmp_path / "errors").open("w") as errors:
+        script = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=errors, stderr=errors, start_new_session=True
+        )
+        try:
+            while script.poll() is None and not (out / "checkpoint-2").exists():
+                time.sleep(0.1)
+            script.terminate()
+            code = script.wait(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+    text = (tmp_path / "errors").read_text(encoding="utf-8")
+    assert code == 143, text
+    (message,) = (line for line in text.splitlines() if line.startswith("stopped by SIGTERM after step "))
+    step = int(message.split()[5].rstrip(";"))
+    assert f"{out}/checkpoint-{step} is saved; run the same command again to go on" in message
+    assert verify(out / f"checkpoint-{step}")
+    assert newest_valid(out) == out / f"checkpoint-{step}"
+    assert len(losses(out)) == step

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import HfArgumentParser
 
 from llava.conversation import get_template
@@ -99,6 +100,10 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = _flag(0.05, "Share of an adapter's inputs dropped in training.")
     lora_weight_path: str = _flag("", "LoRA directory to continue from.")
     lora_bias: str = _flag("none", "none, lora_only or all; Llama has no biases, so they give the same.")
+    resume_from_checkpoint: str | None = _flag(
+        None, "auto (default): the newest whole checkpoint of --output_dir; none: start anew; or a checkpoint's path."
+    )
+    sanity_check: int = _flag(0, "Learn the first batch alone for so many steps before training; its loss must fall.")
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -114,8 +119,15 @@ class TrainingArguments(transformers.TrainingArguments):
             self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
         if getattr(self, _CHECKPOINTING) and not getattr(self, f"{_CHECKPOINTING}_kwargs"):
             setattr(self, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False})
+        self.logging_nan_inf_filter = False  # it asks the device for each batch; the run stops at such a loss anyway
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device; the CPU without an index, which torch can't load tensors to."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def checkpoints_activations(self) -> bool:
@@ -201,6 +213,10 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train": model.freeze_backbone
         and training.freeze_mm_mlp_adapter,
         "--bf16 and --fp16 exclude each other": training.bf16 and training.fp16,
+        f"--sanity_check {training.sanity_check}: pass the number of steps, or 0": training.sanity_check < 0,
+        "--sanity_check needs the whole model on each device; leave it out with --fsdp and ZeRO-3": (
+            training.sanity_check > 0 and (bool(training.fsdp) or zero_stage(training.deepspeed) == 3)
+        ),
         "--neftune_noise_alpha can't be computed on rows with images; leave it out": bool(training.neftune_noise_alpha),
         "--label_smoothing_factor can't be computed on images' patches; leave it out": bool(
             training.label_smoothing_factor
@@ -239,6 +255,12 @@ def _zero_settings(config: str | dict | None) -> dict:
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--deepspeed {config} can't be read ({error}); use scripts/zero2.json") from error
     return config.get("zero_optimization", {})
+
+
+def enable_activation_checkpointing(model: nn.Module, training: TrainingArguments) -> None:
+    """Let a model compute blocks again in the backward pass, whatever this version of transformers calls it."""
+    settings = {f"{_CHECKPOINTING}_kwargs": getattr(training, f"{_CHECKPOINTING}_kwargs")}
+    getattr(model, f"{_CHECKPOINTING}_enable")(**settings)
 
 
 def as_json(*arguments: object) -> str:

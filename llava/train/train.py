@@ -5,11 +5,11 @@ Run by the scripts in `scripts/v1_5`: `deepspeed llava/train/train_mem.py --mode
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import transformers
@@ -20,7 +20,10 @@ from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.train.data_check import load_data
 from llava.train.recipe import describe_memory, describe_run
+from llava.train.resume import find_resume_point
+from llava.train.run_record import add_to_record, run_facts
 from llava.train.saving import Saver
+from llava.train.signals import Stopped
 from llava.train.starting_point import (
     adapter_rank,
     add_projector,
@@ -30,7 +33,7 @@ from llava.train.starting_point import (
     open_for_training,
     surroundings,
 )
-from llava.train.trainer import FileLog, LlavaTrainer
+from llava.train.trainer import LOG_FILE, FileLog, LlavaTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=2)
     try:
         train(*arguments)
+    except Stopped as stop:
+        if _is_first():
+            print(stop, file=sys.stderr)
+        return stop.code
     except (ValueError, OSError, ImportError) as error:
         logger.debug("", exc_info=True)
         return _fail(error, code=1)
@@ -62,7 +69,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if data, checkpoint and flags don't fit each other.
+        ValueError: if data, checkpoint and flags don't fit each other, or a loss is no number.
+        Stopped: if a signal asked for the end; the state is saved.
     """
     transformers.set_seed(training_args.seed)
     checkpoint = open_for_training(model_args, data_args, training_args.cache_dir)
@@ -84,6 +92,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
     model = load_model(checkpoint, kind, model_args, training_args)
     beside = surroundings(checkpoint, base, model_args, data_args, training_args)
+    facts = run_facts(records, kind=kind, base_fingerprint=base["base_model_fingerprint"], training_args=training_args)
+    beside = dataclasses.replace(beside, training=add_to_record(beside.training, facts))
     dataset = SupervisedDataset(
         records,
         checkpoint.image_processor,
@@ -101,24 +111,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     )
     if _is_first():
         print(describe_run(model, records, checkpoint.tokenizer, _facts(checkpoint, kind, training_args)), flush=True)
-    trainer.train(resume_from_checkpoint=find_resume_point(training_args))
+    resume_point = find_resume_point(training_args, beside.training, LOG_FILE)
+    if training_args.sanity_check and resume_point is None:
+        before, after = trainer.check_first_batch(training_args.sanity_check)
+        logger.info("first batch alone: loss %.4f, after %d steps %.4f", before, training_args.sanity_check, after)
+    trainer.train(resume_from_checkpoint=resume_point)
     trainer.save_state()
     trainer.save_model()
-
-
-def find_resume_point(training_args: TrainingArguments) -> str | None:
-    """Return the checkpoint to continue from: the one asked for, else the output directory's newest complete one."""
-    asked = training_args.resume_from_checkpoint
-    if asked and asked not in ("auto", "True", "true"):
-        return asked
-    # The trainer's state is written last, so a checkpoint without it was cut off.
-    complete = [path.parent for path in Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json")]
-    numbered = {int(path.name.rpartition("-")[2]): path for path in complete if path.name.rpartition("-")[2].isdigit()}
-    if not numbered:
-        return None
-    newest = numbered[max(numbered)]
-    logger.info("continuing from %s", newest)
-    return str(newest)
 
 
 def _facts(checkpoint: Checkpoint, kind: str, training_args: TrainingArguments) -> list[tuple[str, str]]:

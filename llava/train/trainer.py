@@ -12,14 +12,19 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from llava.data.sampler import ModalityLengthSampler
-from llava.train.arguments import TrainingArguments
+from llava.train import randomness
+from llava.train.arguments import TrainingArguments, enable_activation_checkpointing
+from llava.train.durable_trainer import DurableTrainer
+from llava.train.guards import ROW_KEY, agree
 from llava.train.lora import parameter_groups
+from llava.train.recipe import mark_supervised
+from llava.train.sanity import overfit, require_fall
 from llava.train.saving import Saver, filled_at_the_end
 
 LOG_FILE = "train_log.jsonl"
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(DurableTrainer):
     """Trains what `requires_grad` says.
 
     Args:
@@ -52,6 +57,39 @@ class LlavaTrainer(Trainer):
             **kwargs,
         )
         self.saver = saver
+
+    def check_first_batch(self, steps: int) -> tuple[float, float]:
+        """Learn each process's first batch for a few steps on a copy of what learns; call it before `train`.
+
+        Args:
+            steps: at the run's learning rate, without warm-up.
+
+        Returns:
+            the largest loss over the processes before, and after. Weights and random generators are as they were.
+
+        Raises:
+            ValueError: if the loss does not fall.
+        """
+        state = randomness.capture()
+        batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        randomness.restore(state)
+        batch.pop(ROW_KEY)
+        if self.args.checkpoints_activations:
+            enable_activation_checkpointing(self.model, self.args)
+        rate = self.args.learning_rate
+        groups = self.optimizer_cls_and_kwargs[1]["params"]
+        before, after = agree(
+            overfit(self.model, batch, groups, steps=steps, learning_rate=rate, autocast=self.accelerator.autocast),
+            self.args.device,
+        )
+        require_fall(before, after, steps, rate)
+        return before, after
+
+    def describe_row(self, row: int) -> dict[str, Any]:
+        """Return a row's index, images and text, the supervised part marked."""
+        record = self.train_dataset.records[row]
+        text = mark_supervised(record, self.saver.beside.tokenizer)
+        return {"row": row, "images": [str(path) for path in record.images], "text": text}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a complete directory; every process takes part, the first one writes."""

@@ -1,8 +1,29 @@
 # Sourced by the scripts beside it: `launch FLAGS` starts training through DeepSpeed with what all stages share.
 # ZERO is the DeepSpeed config (scripts/zero2.json, zero3.json, zero3_offload.json), GPUS how many to use (default: all).
+# PORT is for the processes to find each other (default: 29500); a second run on the same machine needs another.
+# SIGTERM and SIGUSR1, which schedulers send, reach the training processes: they save and end.
 
 launch() {
-    deepspeed ${GPUS:+--num_gpus "$GPUS"} llava/train/train_mem.py \
+    local code passed_on=yes
+    start_training "$@" &
+    training=$!
+    trap 'pass_on TERM' TERM
+    trap 'pass_on USR1' USR1
+    while [[ -n "$passed_on" ]]; do # a signal ends `wait` before the training
+        passed_on='' code=0
+        wait "$training" || code=$?
+    done
+    return "$code"
+}
+
+pass_on() {
+    passed_on=yes
+    local launchers
+    launchers=$(pgrep -d , -P "$training") && pkill "-$1" -P "$launchers" || kill "$training"
+}
+
+start_training() {
+    exec deepspeed ${GPUS:+--num_gpus "$GPUS"} ${PORT:+--master_port "$PORT"} llava/train/train_mem.py \
         --deepspeed "$ZERO" \
         --num_train_epochs 1 \
         --gradient_accumulation_steps 1 \

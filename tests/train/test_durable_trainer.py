@@ -1,0 +1,112 @@
+"""What the trainer does around a checkpoint: where it is filled, the best one's name, what goes to the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+from llava.train.arguments import TrainingArguments
+from llava.train.checkpoints import numbered, verify
+from llava.train.durable_trainer import DurableTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Line(nn.Module):
+    """y = a x; `rate` below zero lets the loss rise."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor([1.0]))
+
+    def forward(self, x, labels):
+        return {"loss": ((self.slope * x - labels) ** 2).mean()}
+
+
+ROWS = [{"x": torch.tensor([1.0]), "labels": torch.tensor([0.0])} for _ in range(4)]
+
+
+def collate(rows):
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.fixture
+def build(tmp_path):
+    def trainer(**flags):
+        flags = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.3, **flags}
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            **{"per_device_train_batch_size": 1, "num_train_epochs": 1, "lr_scheduler_type": "constant", **flags},
+        )
+        return DurableTrainer(model=Line(), args=args, train_dataset=ROWS, eval_dataset=ROWS[:2], data_collator=collate)
+
+    return trainer
+
+
+def test_a_checkpoint_is_filled_in_a_hidden_place(build, tmp_path, monkeypatch):
+    save, seen = Trainer._save_rng_state, []
+
+    def look(self, output_dir):
+        save(self, output_dir)
+        seen.append(sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").iterdir()))
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", look)
+    build(max_steps=2).train()
+    assert seen == [[".checkpoint-1.writing"], [".checkpoint-2.writing", "checkpoint-1"]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_the_best_checkpoint_is_named_by_its_place_and_stays(build, tmp_path, monkeypatch, limit):
+    """AdamW's steps of 0.3 lead from 1 over 0 on to the other side: the fourth is worse than the third."""
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: None)
+    flags = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": False}
+    trainer = build(**flags, save_total_limit=limit, load_best_model_at_end=True)
+    saved = []
+    rotate = DurableTrainer._save_checkpoint
+
+    def save(self, model, trial):
+        rotate(self, model, trial)
+        path = tmp_path / "out" / f"checkpoint-{self.state.global_step}"
+        saved.append(json.loads((path / "trainer_state.json").read_text())["best_model_checkpoint"])
+        assert verify(path)
+        assert Path(self.state.best_model_checkpoint).is_dir()
+
+    monkeypatch.setattr(DurableTrainer, "_save_checkpoint", save)
+    trainer.train()
+    out = tmp_path / "out"
+    assert saved == [str(out / f"checkpoint-{step}") for step in (1, 2, 3, 3)]
+    # at the end transformers removes what is not the best where one alone may stay
+    assert list(numbered(out)) == {None: [1, 2, 3, 4], 1: [3], 2: [3, 4]}[limit]
+
+
+def test_the_hub_gets_what_is_in_place(build, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, verify(Path(path)))))
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
+    trainer = build(max_steps=2)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [(str(tmp_path / "out" / f"checkpoint-{step}"), True) for step in (1, 2)]
+
+
+def test_another_error_keeps_its_name(build, tmp_path, monkeypatch):
+    def fail(self, output_dir):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        build().train()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_rows_have_numbers_where_nobody_describes_them(build):
+    assert build().describe_row(3) == {"row": 3}
