@@ -5,6 +5,7 @@ Run by the scripts in `scripts/v1_5`: `deepspeed llava/train/train_mem.py --mode
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import TrainerCallback
 
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.records import DataError, EncodedRecord, describe_problems, encode_records, read_records
 from llava.model.checkpoint import Checkpoint
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation
 from llava.train.recipe import describe_memory, describe_run
 from llava.train.saving import Saver
 from llava.train.starting_point import (
@@ -31,6 +34,7 @@ from llava.train.starting_point import (
     surroundings,
 )
 from llava.train.trainer import FileLog, LlavaTrainer
+from llava.train.validation import build_validator, hold_out, warn_of_shared_images
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     config.tokenizer_model_max_length = training_args.model_max_length
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
     patches = (config.mm_vision_config["image_size"] // config.mm_vision_config["patch_size"]) ** 2
-    records = load_data(data_args, checkpoint, training_args.model_max_length, patches)
+    records, validation = load_both(data_args, checkpoint, training_args.model_max_length, patches)
     base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)
     if training_args.lora_weight_path:
@@ -97,13 +101,35 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         saver=Saver(model, beside, kind, training_args.weight_dtype),
         train_dataset=dataset,
         data_collator=SupervisedCollator(padding, checkpoint.image_processor.crop_size["height"]),
-        callbacks=[FileLog()],
+        validator=build_validator(validation, checkpoint, model, data_args, training_args) if validation else None,
+        callbacks=_callbacks(training_args),
     )
     if _is_first():
         print(describe_run(model, records, checkpoint.tokenizer, _facts(checkpoint, kind, training_args)), flush=True)
     trainer.train(resume_from_checkpoint=find_resume_point(training_args))
     trainer.save_state()
     trainer.save_model()
+
+
+def load_both(
+    data_args: DataArguments, checkpoint: Checkpoint, max_length: int, patches: int
+) -> tuple[list[EncodedRecord], list[EncodedRecord]]:
+    """Return the records to train on, and those to validate on, none if that was not asked for.
+
+    Raises:
+        DataError: as `load_data`.
+        ValueError: if a share is asked for and all rows are about one image.
+    """
+    records = load_data(data_args, checkpoint, max_length, patches)
+    if data_args.val_share is not None:
+        return hold_out(records, data_args.val_share, data_args.val_seed)
+    if data_args.eval_data_path is None:
+        return records, []
+    folder = data_args.eval_image_folder or data_args.image_folder
+    place = dataclasses.replace(data_args, data_path=data_args.eval_data_path, image_folder=folder)
+    validation = load_data(place, checkpoint, max_length, patches)
+    warn_of_shared_images(records, validation)
+    return records, validation
 
 
 def load_data(data_args: DataArguments, checkpoint: Checkpoint, max_length: int, patches: int) -> list[EncodedRecord]:
@@ -142,6 +168,12 @@ def find_resume_point(training_args: TrainingArguments) -> str | None:
     newest = numbered[max(numbered)]
     logger.info("continuing from %s", newest)
     return str(newest)
+
+
+def _callbacks(training_args: TrainingArguments) -> list[TrainerCallback]:
+    patience = training_args.early_stopping_patience
+    stopping = [] if patience is None else [EarlyStopping(patience)]
+    return [FileLog(), LastValidation(), *stopping, CurvePlot()]
 
 
 def _facts(checkpoint: Checkpoint, kind: str, training_args: TrainingArguments) -> list[tuple[str, str]]:
