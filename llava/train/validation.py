@@ -154,8 +154,8 @@ def build_validator(
     questions = choose_questions(find_questions(records, session), data_args.eval_max_questions, longest)
     if not questions and training_args.metric_for_best_model in ("accuracy", "eval_accuracy"):
         raise ValueError(
-            f"no validation answer has at most --eval_max_new_tokens {longest} tokens, so there is no accuracy; raise it "
-            "or pass --metric_for_best_model eval_loss"
+            f"no validation answer has at most --eval_max_new_tokens {longest} tokens, so there is no accuracy; raise "
+            "it or pass --metric_for_best_model eval_loss"
         )
     settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
     patches = inner.get_vision_tower().num_patches
@@ -256,7 +256,12 @@ def kind_of(answer: str) -> str:
 
 
 def accuracies(right: Sequence[float], asked: Sequence[float]) -> dict[str, float]:
-    """Return the accuracy, 0..1, over all and by kind, of the kinds that were asked; counts are in the order of KINDS."""
+    """Return the accuracy, 0..1, over all and by kind, of the kinds that were asked.
+
+    Args:
+        right: answers, by kind in the order of `KINDS`.
+        asked: questions, likewise.
+    """
     if not sum(asked):
         return {}
     by_kind = {f"accuracy_{kind}": hits / total for kind, hits, total in zip(KINDS, right, asked, strict=True) if total}
@@ -264,7 +269,7 @@ def accuracies(right: Sequence[float], asked: Sequence[float]) -> dict[str, floa
 
 
 def spread(count: int, rank: int, processes: int) -> Share:
-    """Return what one process does of `count` rows; where they don't divide evenly, row 0 fills up and doesn't count."""
+    """Return what one process does of `count` rows; where they don't divide, row 0 fills up and doesn't count."""
     rows = list(range(rank, count, processes))
     counted = len(rows)
     return Share(rows + [0] * (-(-count // processes) - counted), counted)

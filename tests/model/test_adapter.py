@@ -184,7 +184,6 @@ def test_pickled_adapters_are_read_too(adapter_directory, base):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("rank_pattern", {"up_proj": 8}),
