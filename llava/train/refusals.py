@@ -50,6 +50,11 @@ def stage_refusals(model: ModelArguments, training: TrainingArguments) -> dict[s
         "--tune_mm_mlp_adapter trains the projector alone; leave --unfreeze_mm_vision_tower out": (
             model.tune_mm_mlp_adapter and model.unfreeze_mm_vision_tower
         ),
+        "--fsdp shards over GPUs; on the CPU accelerate leaves it out without a word, so leave it out": (
+            bool(training.fsdp) and training.device.type == "cpu"
+        ),
+        "--fsdp_config with version 1 is not supported; leave the version out, 2 is the default": bool(training.fsdp)
+        and (training.fsdp_config or {}).get("version", 2) != 2,
         "--use_dora and --use_rslora need --lora_enable True": (training.use_dora or training.use_rslora)
         and not training.lora_enable,
         "--lora_target_modules needs --lora_enable True": training.lora_target_modules is not None

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -57,7 +56,7 @@ class Validator:
         collator: of the rows.
         questions: for the accuracy; none = the loss alone.
         prompts: of the questions.
-        session: the model that learns, unwrapped, with tokenizer and template.
+        session: the model that learns, not wrapped by the trainer, with tokenizer and template.
         max_new_tokens: longest answer, in tokens.
         batch_size: of rows and questions, on each process.
         workers: processes that read images.
@@ -147,9 +146,8 @@ def build_validator(
         ValueError: if the best checkpoint is asked for by accuracy, and no question's answer is short enough.
     """
     config, processor = checkpoint.config, checkpoint.image_processor
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     template = get_template(config.conversation_template)
-    session = Session(checkpoint.tokenizer, inner, processor, template, config.max_position_embeddings)
+    session = Session(checkpoint.tokenizer, model, processor, template, config.max_position_embeddings)
     longest = data_args.eval_max_new_tokens
     questions = choose_questions(find_questions(records, session), data_args.eval_max_questions, longest)
     if not questions and training_args.metric_for_best_model in ("accuracy", "eval_accuracy"):
@@ -158,7 +156,7 @@ def build_validator(
             "it or pass --metric_for_best_model eval_loss"
         )
     settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
-    patches = inner.get_vision_tower().num_patches
+    patches = model.get_vision_tower().num_patches
     return Validator(
         rows=SupervisedDataset(records, processor, settings, patches),
         collator=SupervisedCollator(checkpoint.tokenizer.pad_token_id or 0, processor.crop_size["height"]),
