@@ -95,17 +95,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         patches,
     )
     padding = checkpoint.tokenizer.pad_token_id or 0
+    validator = build_validator(validation, checkpoint, model, data_args, training_args) if validation else None
     trainer = LlavaTrainer(
         model,
         training_args,
         saver=Saver(model, beside, kind, training_args.weight_dtype),
         train_dataset=dataset,
         data_collator=SupervisedCollator(padding, checkpoint.image_processor.crop_size["height"]),
-        validator=build_validator(validation, checkpoint, model, data_args, training_args) if validation else None,
+        validator=validator,
         callbacks=_callbacks(training_args),
     )
     if _is_first():
-        print(describe_run(model, records, checkpoint.tokenizer, _facts(checkpoint, kind, training_args)), flush=True)
+        facts = _facts(checkpoint, kind, training_args)
+        facts += [("validation", validator.describe())] if validator else []
+        print(describe_run(model, records, checkpoint.tokenizer, facts), flush=True)
     trainer.train(resume_from_checkpoint=find_resume_point(training_args))
     trainer.save_state()
     trainer.save_model()

@@ -71,6 +71,11 @@ class Validator:
     batch_size: int
     workers: int
 
+    def describe(self) -> str:
+        """Return how much is measured, in words."""
+        images = {path for record in self.rows.records for path in record.images}
+        return f"{len(self.rows):,} rows, {len(images):,} images, {len(self.questions):,} questions"
+
     def measure(self, model: nn.Module, rank: int = 0, processes: int = 1) -> dict[str, float]:
         """Return the metrics; every process must call it.
 
