@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 PLOT_FILE = "loss.png"
 _TRAIN, _VALIDATION, _RATE, _GRID = "#4477aa", "#cc3311", "#888888", "#dddddd"
-_WINDOW = 0.02
-"""Share of the logged steps over which the heavy line of the training loss is averaged."""
+_REACH = 0.01
+"""Share of the logged steps, on either side, over which the heavy line of the training loss is averaged."""
 
 
 class Series(NamedTuple):
@@ -27,13 +27,10 @@ def read_series(history: Sequence[Mapping[str, Any]], key: str) -> Series:
 
 
 def smooth(series: Series) -> Series:
-    """Return the running mean over 2 % of the points, at least over one."""
-    width = max(1, round(_WINDOW * len(series.values)))
-    means = [
-        sum(series.values[max(0, place + 1 - width) : place + 1]) / min(place + 1, width)
-        for place in range(len(series.values))
-    ]
-    return Series(series.steps, means)
+    """Return the mean over the points around each one: 1 % of them on either side."""
+    reach, values = round(_REACH * len(series.values)), series.values
+    around = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return Series(series.steps, [sum(part) / len(part) for part in around])
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: str | Path, *, best_step: int | None = None) -> None:
@@ -67,6 +64,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: str | Path, *, best_
     panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     panels[-1].set_ylim(bottom=0)
     panels[-1].set_xlabel("step")
+    panels[-1].locator_params(axis="x", integer=True)
     for panel in panels:
         panel.grid(color=_GRID)
         panel.set_axisbelow(True)
@@ -77,14 +75,16 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: str | Path, *, best_
 
 def _draw_losses(panel: Any, history: Sequence[Mapping[str, Any]], best_step: int | None) -> None:
     train, validation = read_series(history, "loss"), read_series(history, "eval_loss")
-    panel.plot(train.steps, train.values, color=_TRAIN, alpha=0.35, linewidth=0.8)
-    panel.plot(*smooth(train), color=_TRAIN, linewidth=1.8, label="training")
+    if train.steps:
+        panel.plot(*train, color=_TRAIN, alpha=0.35, linewidth=0.8)
+        panel.plot(*smooth(train), color=_TRAIN, linewidth=1.8, label="training")
     if validation.steps:
         panel.plot(*validation, color=_VALIDATION, marker="o", markersize=4, label="validation")
     _mark_best(panel, best_step)
     panel.set_ylabel("loss")
     panel.set_ylim(bottom=0)
-    panel.legend(frameon=False, loc="upper right")
+    if train.steps or validation.steps:
+        panel.legend(frameon=False, loc="upper right")
 
 
 def _draw_accuracy(panel: Any, accuracy: Series, best_step: int | None) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from llava.inference import parity
 from llava.model.adapter import read_adapter
 from llava.model.builder import attach_adapter, build_model, load_pretrained_model
 from llava.model.checkpoint import open_checkpoint
@@ -178,6 +179,13 @@ def test_the_merge_program(stage, merge, tiny_base, tmp_path, name):
     assert merge([str(word) for word in [*words, "--no-parity"]]) == 0
     merged = load_pretrained_model(str(tmp_path / "m"), None, "x", device="cpu", dtype="float32")[1]
     torch.testing.assert_close(logits(merged), logits(beside_its_base(output, tiny_base)), atol=1e-4, rtol=1e-4)
+
+
+def test_dora_is_not_compared_where_memory_is_short(stage, merge, tiny_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parity, "free_memory", lambda device: 1000)
+    words = ["--model-path", stage("dora"), "--model-base", tiny_base, "--save-model-path", tmp_path / "m"]
+    assert merge([str(word) for word in [*words, "--device", "cpu"]]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not compared: memory is short, and a DoRA adapter")
 
 
 def test_the_learnt_lengths_are_those_of_the_merged_rows(stage, tiny_base):
