@@ -34,6 +34,12 @@ def validation_refusals(data: DataArguments, training: TrainingArguments) -> dic
         f"--metric_for_best_model {training.metric_for_best_model} is not measured with --eval_max_questions 0": (
             metric == "accuracy" and data.eval_max_questions == 0
         ),
+        f"--load_best_model_at_end needs every validated step saved: give --save_steps {training.save_steps:g} the "
+        f"value of --eval_steps {training.eval_steps or 0:g}, or pass --save_strategy best": (
+            training.load_best_model_at_end
+            and (training.eval_strategy, training.save_strategy) == ("steps", "steps")
+            and training.eval_steps != training.save_steps
+        ),
         f"--early_stopping_patience {training.early_stopping_patience}: choose 1 or more": (
             training.early_stopping_patience is not None and training.early_stopping_patience < 1
         ),

@@ -36,6 +36,11 @@ LORA = ["--lora_enable", "True"]
             [*SHARE, *BEST, "--metric_for_best_model", "eval_accuracy", "--eval_max_questions", "0"],
             "--metric_for_best_model eval_accuracy is not measured with --eval_max_questions 0",
         ),
+        (
+            [*SHARE, *BEST, "--save_steps", "10"],
+            "--load_best_model_at_end needs every validated step saved: give --save_steps 10 the value of "
+            "--eval_steps 5, or pass --save_strategy best",
+        ),
         ([*SHARE, *BEST, "--early_stopping_patience", "0"], "--early_stopping_patience 0: choose 1 or more"),
         ([*SHARE, "--early_stopping_patience", "2"], "--early_stopping_patience needs --load_best_model_at_end True"),
         (["--mm_vision_tower_lr", "1e-6"], "--mm_vision_tower_lr needs --unfreeze_mm_vision_tower True"),
