@@ -202,9 +202,6 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         ),
         f"--bits {training.bits} can't be sharded by --fsdp; leave --fsdp out": training.bits != 16
         and bool(training.fsdp),
-        "--bits 4 with --eval_strategy loses gradients on the CPU; leave one of them out": training.bits == 4
-        and training.device.type == "cpu"
-        and training.eval_strategy != "no",
         f"--bits {training.bits} can't be partitioned by ZeRO-3; use scripts/zero2.json": training.bits != 16
         and zero_stage(training.deepspeed) == 3,
         "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,

@@ -285,6 +285,9 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         try:
             model.eval()
+            # in eval mode bitsandbytes lays 4-bit weights out anew on the CPU, and no gradient passes them afterwards
+            for module, _ in modes:
+                module.training = hasattr(getattr(module, "weight", None), "quant_state")
             yield
         finally:
             for module, mode in modes:

@@ -38,7 +38,6 @@ TOWER = ["--unfreeze_mm_vision_tower", "True", "--mm_vision_tower_lr", "1e-4"]
 STAGES = {  # name -> flags, learning rate, what it says it trains
     "projector": (["--tune_mm_mlp_adapter", "True"], 1e-2, "projector"),
     "full": ([], 1e-3, "llm projector"),
-    "full without projector": (["--freeze_mm_mlp_adapter", "True"], 1e-3, "llm"),
     "full with tower": (TOWER, 1e-3, "llm projector tower"),
     "lora": (LORA, 5e-3, "linears projector"),
     "lora of two": ([*LORA, "--lora_target_modules", "q_proj,v_proj"], 5e-3, "q_proj v_proj projector"),
