@@ -94,7 +94,7 @@ def choose_trainable(
         projector: the projector learns.
         backbone: the LLM's weights learn; no effect with `lora`.
         tower: the image encoder learns, but for the norm that its patch features don't pass.
-        dtype: of the parameters that learn; None leaves it.
+        dtype: of the parameters that learn, and of the whole encoder if it learns; None leaves it.
 
     Raises:
         ValueError: if nothing would learn.
@@ -110,8 +110,8 @@ def choose_trainable(
         parameter.requires_grad_(learns)
         if learns:
             names.append(name)
-            if dtype is not None:
-                parameter.data = parameter.data.to(dtype)
+        if dtype is not None and (learns or (tower and TOWER in name)):  # the encoder runs in one dtype
+            parameter.data = parameter.data.to(dtype)
     if not names:
         raise ValueError("nothing would learn; pass --lora_enable True, or fewer --freeze_... flags")
     return names

@@ -95,12 +95,13 @@ def _draw_accuracy(panel: Any, accuracy: Series, best_step: int | None) -> None:
         f"{percent[place]:.1f} %",
         (accuracy.steps[place], percent[place]),
         textcoords="offset points",
-        xytext=(-6, -14),
-        ha="right",
+        xytext=(0, 8),
+        ha="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
     _mark_best(panel, best_step)
     panel.set_ylabel("validation\naccuracy, %")
-    panel.margins(y=0.2)
+    panel.margins(y=0.25)
 
 
 def _mark_best(panel: Any, best_step: int | None) -> None:

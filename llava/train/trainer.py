@@ -67,7 +67,8 @@ class LlavaTrainer(Trainer):
     ) -> dict[str, float]:
         """Measure loss and accuracy on the validation rows and log them; every process takes part."""
         started = time.monotonic()
-        measured = self.validator.measure(self.model_wrapped, self.args.process_index, self.args.world_size)
+        with self.accelerator.autocast():
+            measured = self.validator.measure(self.model_wrapped, self.args.process_index, self.args.world_size)
         measured["runtime"] = round(time.monotonic() - started, 3)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)

@@ -161,6 +161,14 @@ def test_the_tower_learns_but_for_what_is_not_read(model):
     assert len(tower) - len(names) == 2
 
 
+def test_a_learning_tower_has_one_dtype(model):
+    """Its last norm runs too, so it must fit the rest, though it doesn't learn."""
+    model.to(torch.bfloat16)
+    choose_trainable(model, lora=False, projector=True, backbone=False, tower=True, dtype=torch.float32)
+    assert {parameter.dtype for parameter in model.get_vision_tower().parameters()} == {torch.float32}
+    assert model.lm_head.weight.dtype is torch.bfloat16
+
+
 def test_only_parameters_with_a_gradient_learn(model):
     """Of the whole model with its tower: every parameter that learns has a gradient, so that no process waits."""
     names = choose_trainable(model, lora=False, projector=True, backbone=True, tower=True)

@@ -380,6 +380,15 @@ def test_early_stopping_and_where_a_resumed_run_stops(train_tiny, read_log, held
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1"}  # the limit leaves the best
 
 
+@pytest.mark.parametrize("kind", [LORA, []], ids=["lora", "full"])
+def test_in_half_precision_with_a_learning_tower(train_tiny, read_log, held_out, goldens, tmp_path, kind):
+    """Masters in fp32 beside frozen weights in bf16: answers are computed under autocast, as training is."""
+    flags = [*kind, *held_out(), "--bf16", "True", "--unfreeze_mm_vision_tower", "True", "--eval_max_new_tokens", "4"]
+    flags += ["--per_device_train_batch_size", "2"]
+    assert train_tiny(tmp_path / "out", ROWS, *flags, base=goldens / "llava-v1.5-golden") == 0
+    assert read_log(tmp_path / "out", "eval_questions")
+
+
 def test_a_share_is_held_out(train_tiny, read_log, goldens, tmp_path, capsys):
     rows = [row(image, f"{answer} {index}") for image, answer in COLORS.items() for index in range(3)]
     flags = [*GOLDEN, "--val_share", "0.25", "--eval_strategy", "epoch", "--eval_max_new_tokens", "4"]
