@@ -21,14 +21,14 @@ from llava.conversation import get_template
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.records import EncodedRecord
 from llava.data.split import ranked, split_rows
-from llava.data.vqa_normalize import normalize_answer
+from llava.data.vqa_normalize import ANSWER_TYPES, normalize_answer, type_of_normalized
 from llava.inference.session import Prompt, Sampling, Session
 from llava.model.checkpoint import Checkpoint
 from llava.train.arguments import DataArguments, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("yes_no", "number", "other")
+KINDS = tuple(kind.replace("/", "_") for kind in ANSWER_TYPES)
 
 
 class Question(NamedTuple):
@@ -251,11 +251,8 @@ def choose_questions(questions: Sequence[Question], most: int, max_tokens: int) 
 
 
 def kind_of(answer: str) -> str:
-    """Return the kind of a question by its true answer, as VQAv2 has them: yes_no, number or other."""
-    normal = normalize_answer(answer)
-    if normal in ("yes", "no"):
-        return "yes_no"
-    return "number" if normal.isdigit() else "other"
+    """Return the kind of a question by its true answer: yes_no, number or other."""
+    return type_of_normalized(normalize_answer(answer)).replace("/", "_")
 
 
 def accuracies(right: Sequence[float], asked: Sequence[float]) -> dict[str, float]:
