@@ -21,6 +21,7 @@ from llava.constants import DEFAULT_TEMPLATE
 from llava.files import atomic_directory
 from llava.inference.command_line import run_program
 from llava.inference.parity import Parity, Prober, compare_probes
+from llava.model.adapter import read_adapter
 from llava.model.checkpoint import Checkpoint, Layout, open_checkpoint
 from llava.model.conversion import write_original
 from llava.model.devices import DTYPES, best_device, default_dtype
@@ -97,6 +98,9 @@ def measure_parity(options: argparse.Namespace, merged: Checkpoint) -> None:
     device = torch.device(options.device) if options.device else best_device()
     size = sum(entry.shape.numel() for entry in merged.tensors.entries.values()) * default_dtype(device).itemsize
     prober = Prober(size, device)
+    if prober.is_streamed and is_lora and read_adapter(merged.directory).magnitudes:
+        print("not compared: memory is short, and a DoRA adapter can't run with the weights left in their files")
+        return
     if prober.is_streamed:
         print("comparing with the weights left in their files, since memory is short; --no-parity leaves it out")
     adapter = str(merged.directory) if is_lora else None

@@ -39,7 +39,8 @@ WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/t
     f"scripts/v1_5/{path.name}": "llava/train/train_mem.py" for path in (ROOT / "scripts/v1_5").glob("*.sh")
 }
 """Shell scripts that hand their flags on, and the program that takes them."""
-LAUNCHER_FLAGS = {"--num_gpus", "--master_port"}  # of deepspeed itself
+LAUNCHER_FLAGS = {"--num_gpus", "--hostfile"}  # of deepspeed itself
+LAUNCHER_FLAGS |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}  # of torchrun
 
 
 @cache
@@ -81,7 +82,7 @@ def test_command_of_a_document_exists(document: str, command: str) -> None:
         assert (ROOT / name).is_file(), f"{document}: {name}"
     for module in re.findall(r"-m (llava[\w.]+)", command):
         assert f"-m {module}" in PROGRAMS, f"{document}: {module}"
-    flags = set(re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", command))
+    flags = set(re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", command)) - LAUNCHER_FLAGS
     program = program_of(command)
     if program and flags:
         missing = [flag for flag in flags if not re.search(rf"{flag}\b", help_text(program))]

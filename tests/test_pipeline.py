@@ -37,7 +37,7 @@ SETTINGS = [
     "training.json",
 ]
 LORA_FILES = sorted(["adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin", *SETTINGS])
-RUN_FILES = ["train_log.jsonl", "trainer_state.json"]
+RUN_FILES = ["loss.png", "train_log.jsonl", "trainer_state.json"]
 
 
 def run_script(name: str, cwd: Path, *flags: str, **variables: object) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -10,6 +9,7 @@ from json.encoder import encode_basestring
 from pathlib import Path
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.data.split import held_out
 from llava.data.table import BadRows, TableError, TableRow
 
 COCO_IMAGE_NAME = "COCO_val2014_{id:012d}.jpg"
@@ -57,17 +57,13 @@ def split_by_image(rows: Sequence[TableRow], val_share: float, seed: int) -> tup
         ValueError: if the share is not between 0 and 1.
         TableError: if the table has fewer than two images.
     """
-    if not 0 < val_share < 1:
-        raise ValueError(f"the validation share must lie between 0 and 1, not {val_share}")
     images = {row.image_id for row in rows}
     if len(images) < 2:
         raise TableError(
             f"a validation share needs at least 2 images, the table has {len(images)}; leave the share out"
         )
-    count = min(max(round(val_share * len(images)), 1), len(images) - 1)
-    ranked = sorted(images, key=lambda image_id: (hashlib.sha256(f"{seed}:{image_id}".encode()).digest(), image_id))
-    held_out = set(ranked[:count])
-    return [row for row in rows if row.image_id not in held_out], [row for row in rows if row.image_id in held_out]
+    chosen = held_out(images, val_share, seed)
+    return [row for row in rows if row.image_id not in chosen], [row for row in rows if row.image_id in chosen]
 
 
 def check_images(rows: Sequence[TableRow], name_image: Callable[[int], str], directory: str, source: str) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llava.data.vqa_normalize import ANSWER_TYPES, normalize_answer, strip_answer, type_of_normalized
 from llava.eval.vqa_inputs import ANSWER_COUNTS, QuestionId
-from llava.eval.vqa_normalize import normalize_answer, strip_answer
-
-YES_NO, NUMBER, OTHER = "yes/no", "number", "other"
-ANSWER_TYPES = (YES_NO, NUMBER, OTHER)
-"""VQAv2's, in the order in which they are shown."""
 
 RIGHT_FROM = 0.5
 """An answer of at least this accuracy is shown as right. Only the view needs the border; means are of accuracies."""
@@ -20,7 +15,6 @@ RIGHT_FROM = 0.5
 ANSWERS_SHOWN = 10
 """The most frequent answers that a confusion tells apart, and the most frequent mistakes that it lists."""
 OTHER_ANSWERS, NO_ANSWER = "(other)", "(none)"
-_NUMBER = re.compile(r"\d*\.?\d+")
 
 
 @dataclass(frozen=True)
@@ -84,10 +78,7 @@ def derive_answer_type(references: Sequence[str]) -> str:
     The rule looks at the true answer that most people gave, normalised: "yes" and "no" are "yes/no"; digits, also with
     a decimal point ("2", "1.5"; number words up to ten become digits), are "number"; the rest is "other".
     """
-    agreed = agreed_answer(references)
-    if agreed in ("yes", "no"):
-        return YES_NO
-    return NUMBER if _NUMBER.fullmatch(agreed) else OTHER
+    return type_of_normalized(agreed_answer(references))
 
 
 def order_answer_types(types: Sequence[str]) -> list[str]:

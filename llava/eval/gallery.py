@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llava.data.vqa_normalize import strip_answer
 from llava.eval.accuracy import RIGHT_FROM
 from llava.eval.calibration import RunnerUp, answer_confidence, answer_runner_up
 from llava.eval.evaluation import answer_type
@@ -17,7 +18,6 @@ from llava.eval.vqa_inputs import (
     canonical_id,
     derive_kinds,
 )
-from llava.eval.vqa_normalize import strip_answer
 from llava.inference.questions import Question
 
 

@@ -1,7 +1,8 @@
 """LoRA directories: reading them and adding them to the weights they were trained on, W + scale * B A.
 
-Source: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rank-stabilised scale); the layout is peft's, with LLaVA's
-`non_lora_trainables.bin` beside it for what was trained without an adapter, the projector above all.
+Source: Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rank-stabilised scale), Liu et al. 2024 (DoRA); the layout is
+peft's, with LLaVA's `non_lora_trainables.bin` beside it for what was trained without an adapter, the projector above
+all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ DEEPSPEED_STATES = "global_step*/mp_rank_00_model_states.pt"
 PEFT_PREFIX = "base_model.model."
 _BLOCK_ROWS = 256
 _OTHER_SUMS = (
-    "use_dora",
     "fan_in_fan_out",
     "lora_bias",
     "rank_pattern",
@@ -45,11 +45,12 @@ _OTHER_SUMS = (
     "kasa_config",
     "monteclora_config",
 )
-"""Settings of peft under which an adapter is not, or not everywhere, W + scale B A."""
+"""Settings of peft under which an adapter is neither W + scale B A nor DoRA, or not everywhere."""
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """How an adapter may have begun; peft's others (PiSSA, OLoRA, LoftQ, ...) take something from the base first."""
 OUTSIDE_LLM = r".*(vision_tower|mm_projector).*"
 """Module names that never carry an adapter, though some are called like those of the LLM."""
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +61,13 @@ class Adapter:
         settings: content of `adapter_config.json`.
         pairs: by weight name, the tensors A (r, in) and B (out, r).
         replaced: by weight name, tensors trained without an adapter.
+        magnitudes: by weight name, the length (out,) of each row of the sum; of DoRA alone.
     """
 
     settings: Mapping[str, Any]
     pairs: Mapping[str, tuple[LazyTensor, LazyTensor]]
     replaced: LazyTensors
+    magnitudes: Mapping[str, LazyTensor] = dataclasses.field(default_factory=dict)
 
     def scale(self, rank: int) -> float:
         """Return the factor of B A: alpha / r, or alpha / sqrt(r) when rank-stabilised."""
@@ -79,7 +82,8 @@ class Adapter:
     def fingerprint(self) -> str:
         """Return a short identity of what was trained."""
         halves = {f"{name}.{half}": pair[half] for name, pair in self.pairs.items() for half in (0, 1)}
-        return fingerprint(self.replaced.overlaid(halves))
+        lengths = {f"{name}.length": tensor for name, tensor in self.magnitudes.items()}
+        return fingerprint(self.replaced.overlaid({**halves, **lengths}))
 
 
 def is_llm_block(name: str) -> bool:
@@ -114,6 +118,19 @@ def read_adapter(directory: str | Path, mm_projector: str | Path | None = None) 
             f"{directory / ADAPTER_CONFIG_FILE}: {unfit[0]} is not supported; merge this adapter with peft"
         )
     tensors = open_tensor_file(_existing(directory, ADAPTER_FILES))
+    pairs = _find_pairs(tensors, directory)
+    partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
+    lengths = {name for name in tensors if _MAGNITUDE in name} if settings.get("use_dora") else set()
+    others = [name for name in tensors if ".lora_A." not in name and name not in partners | lengths]
+    if others or not pairs:
+        raise ValueError(f"{directory}: {others[0] if others else 'no tensor'} is no part of a LoRA adapter")
+    magnitudes = {plain_name(name.partition(_MAGNITUDE)[0]) + ".weight": tensors.entries[name] for name in lengths}
+    if settings.get("use_dora") and (lacking := sorted(pairs.keys() ^ magnitudes.keys())):
+        raise ValueError(f"{directory}: {lacking[0]} has not both a product and a length; fetch the adapter again")
+    return Adapter(settings, pairs, read_non_lora(directory, mm_projector), magnitudes)
+
+
+def _find_pairs(tensors: LazyTensors, directory: Path) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     pairs = {}
     for name in tensors:
         stem, mark, _ = name.partition(".lora_A.")
@@ -122,11 +139,7 @@ def read_adapter(directory: str | Path, mm_projector: str | Path | None = None) 
             if partner not in tensors:
                 raise ValueError(f"{directory}: {name} has no {partner}; fetch the adapter again")
             pairs[plain_name(stem) + ".weight"] = (tensors.entries[name], tensors.entries[partner])
-    partners = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
-    others = [name for name in tensors if ".lora_A." not in name and name not in partners]
-    if others or not pairs:
-        raise ValueError(f"{directory}: {others[0] if others else 'no tensor'} is no part of a LoRA adapter")
-    return Adapter(settings, pairs, read_non_lora(directory, mm_projector))
+    return pairs
 
 
 def read_non_lora(directory: Path, mm_projector: str | Path | None = None) -> LazyTensors:
@@ -216,19 +229,28 @@ def _merged(
         )
     scale = adapter.scale(down.shape[0])
     result = dtype or base.dtype
-    read = functools.partial(_merge_weight, base, down, up, scale, result)
+    read = functools.partial(_merge_weight, base, down, up, adapter.magnitudes.get(name), scale, result)
     return LazyTensor(base.shape, result, read, f"{base.source} + {down.source}")
 
 
-def _merge_weight(base: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return W + scale B A, summed in fp32 and cast once; by blocks of rows, whose fp32 numbers fit into the cache."""
+def _merge_weight(
+    base: LazyTensor, down: LazyTensor, up: LazyTensor, magnitude: LazyTensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Return W + scale B A, for DoRA with its rows brought to their lengths, computed in fp32 and cast once.
+
+    It goes by blocks of rows, whose fp32 numbers fit into the cache.
+    """
     weight, outer, inner = base.read(), up.read(), down.read().float()
+    lengths = None if magnitude is None else magnitude.read().float()
     merged = torch.empty(weight.shape, dtype=dtype)
     block = torch.empty(min(_BLOCK_ROWS, len(weight)), weight.shape[1])
     for start in range(0, len(weight), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         sums = block[: len(weight[rows])].copy_(weight[rows])
-        merged[rows] = sums.addmm_(outer[rows].float(), inner, alpha=scale)
+        sums.addmm_(outer[rows].float(), inner, alpha=scale)
+        if lengths is not None:
+            sums *= (lengths[rows] / torch.linalg.norm(sums, dim=1)).unsqueeze(1)
+        merged[rows] = sums
     return merged
 
 

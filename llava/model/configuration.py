@@ -50,6 +50,7 @@ class LlavaConfig(LlamaConfig):
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
     mm_projector_lr: float | None = None
+    mm_vision_tower_lr: float | None = None
     image_aspect_ratio: str | None = None
     image_grid_pinpoints: list | str | None = None
     use_mm_proj: bool = False

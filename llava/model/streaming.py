@@ -32,12 +32,17 @@ def stream_model(
         device: where it computes.
         dtype: in which it computes.
         adapter_directory: LoRA directory computed beside the weights, unmerged, by peft.
+
+    Raises:
+        ValueError: if that is a DoRA adapter.
     """
     with accelerate.init_empty_weights(include_buffers=False):
         model: nn.Module = LlavaLlamaForCausalLM(checkpoint.config)
     adapter = None
     if adapter_directory is not None:
         adapter = read_adapter(adapter_directory)
+        if adapter.magnitudes:  # DoRA looks at the weights themselves, while they are in their files
+            raise ValueError(f"{adapter_directory} is a DoRA adapter, which can't run with weights left in their files")
         settings = peft.PeftConfig.from_pretrained(str(adapter_directory))
         settings.exclude_modules = OUTSIDE_LLM
         model.name_or_path = settings.base_model_name_or_path

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 from llava.conversation import get_template
 from llava.model.devices import best_device, default_dtype
 from llava.model.quantization import DEVICES
+from llava.train.refusals import stage_refusals, validation_refusals
 
 _FIELDS = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
@@ -54,6 +55,7 @@ class ModelArguments:
     pretrain_mm_mlp_adapter: str | None = _flag(None, "mm_projector.bin to start from.")
     mm_projector_type: str | None = _flag(None, "linear or mlp2x_gelu (default for weights without a projector).")
     mm_patch_merge_type: str | None = _flag(None, "flat, the only one.")
+    unfreeze_mm_vision_tower: bool = _flag(False, "Train the image encoder too.")
     mm_use_im_start_end: bool = _flag(False, "As in the original; LLaVA-1.5 has no such tokens, so True is refused.")
     mm_use_im_patch_token: bool = _flag(False, "As in the original; LLaVA-1.5 has no such token, so True is refused.")
 
@@ -73,6 +75,12 @@ class DataArguments:
     skip_data_check: bool = _flag(
         False, "Don't decode images and look for duplicates before training; unusable records are found all the same."
     )
+    eval_data_path: str | None = _flag(None, "Records to validate on, as --data_path.")
+    eval_image_folder: str | None = _flag(None, "Folder of their images; default: --image_folder.")
+    val_share: float | None = _flag(None, "Share of the images (0 to 1) held out of --data_path to validate on.")
+    val_seed: int = _flag(0, "Which images --val_share takes.")
+    eval_max_questions: int = _flag(1000, "Most questions answered in a validation; 0: loss alone.")
+    eval_max_new_tokens: int = _flag(64, "Longest answer; questions with longer true answers count for the loss alone.")
 
 
 @dataclass
@@ -99,6 +107,15 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_alpha: int = _flag(16, "Their products are scaled by alpha / r.")
     lora_dropout: float = _flag(0.05, "Share of an adapter's inputs dropped in training.")
     lora_weight_path: str = _flag("", "LoRA directory to continue from.")
+    lora_target_modules: str | None = _flag(
+        None, "Layers that get adapters, such as q_proj,v_proj; default: all linear layers of the LLM."
+    )
+    use_dora: bool = _flag(False, "With --lora_enable: DoRA, adapters with a learnt length of each row of the weights.")
+    use_rslora: bool = _flag(False, "With --lora_enable: products scaled by alpha / sqrt(r) instead.")
+    mm_vision_tower_lr: float | None = _flag(None, "Learning rate of the image encoder; default: --learning_rate.")
+    early_stopping_patience: int | None = _flag(
+        None, "End after so many validations without a better --metric_for_best_model; default: never."
+    )
     lora_bias: str = _flag("none", "none, lora_only or all; Llama has no biases, so they give the same.")
     resume_from_checkpoint: str | None = _flag(
         None, "auto (default): the newest whole checkpoint of --output_dir; none: start anew; or a checkpoint's path."
@@ -200,9 +217,6 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         ),
         f"--bits {training.bits} can't be sharded by --fsdp; leave --fsdp out": training.bits != 16
         and bool(training.fsdp),
-        "--bits 4 with --eval_strategy loses gradients on the CPU; leave one of them out": training.bits == 4
-        and training.device.type == "cpu"
-        and training.eval_strategy != "no",
         f"--bits {training.bits} can't be partitioned by ZeRO-3; use scripts/zero2.json": training.bits != 16
         and zero_stage(training.deepspeed) == 3,
         "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,
@@ -222,6 +236,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
             training.label_smoothing_factor
         ),
         "--remove_unused_columns True would remove the images; leave it out": training.remove_unused_columns,
+        **validation_refusals(data, training),
+        **stage_refusals(model, training),
     }
     reasons = [message for message, applies in refuse.items() if applies]
     if reasons:

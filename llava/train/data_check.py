@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -18,10 +19,41 @@ from llava.data.records import DataError, EncodedRecord, Problem, encode_records
 from llava.files import atomic_write
 from llava.model.checkpoint import Checkpoint
 from llava.train.arguments import DataArguments, TrainingArguments
+from llava.train.validation import hold_out, warn_of_shared_images
 
 logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped_rows.jsonl"
+SKIPPED_VALIDATION_FILE = "skipped_validation_rows.jsonl"
+
+
+def load_both(
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    checkpoint: Checkpoint,
+    patches: int,
+    *,
+    is_first: bool,
+) -> tuple[list[EncodedRecord], list[EncodedRecord]]:
+    """Return the records to train on, and those to validate on, none if that was not asked for; args as `load_data`.
+
+    Raises:
+        FileNotFoundError: if a data file is missing.
+        DataError: as `load_data`.
+        ValueError: if a share is asked for and all rows are about one image.
+    """
+    records = load_data(data_args, training_args, checkpoint, patches, is_first=is_first)
+    if data_args.val_share is not None:
+        return hold_out(records, data_args.val_share, data_args.val_seed)
+    if data_args.eval_data_path is None:
+        return records, []
+    folder = data_args.eval_image_folder or data_args.image_folder
+    place = dataclasses.replace(data_args, data_path=data_args.eval_data_path, image_folder=folder)
+    validation = load_data(
+        place, training_args, checkpoint, patches, is_first=is_first, skipped_file=SKIPPED_VALIDATION_FILE
+    )
+    warn_of_shared_images(records, validation)
+    return records, validation
 
 
 def load_data(

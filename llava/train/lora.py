@@ -1,4 +1,4 @@
-"""Which parameters learn: LoRA adapters, the projector, or everything but the image encoder."""
+"""Which parameters learn: LoRA adapters, the projector, the LLM, and on request the image encoder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from llava.model.llava_llama import LlavaLlamaForCausalLM
 
 PROJECTOR = "mm_projector"
 TOWER = "vision_tower"
+UNUSED_NORM = "post_layernorm"
+"""Of CLIP's encoder: it makes the pooled output, which LLaVA doesn't read, so it would never have a gradient."""
 
 
 def linear_names(model: LlavaLlamaForCausalLM) -> list[str]:
@@ -22,9 +24,18 @@ def linear_names(model: LlavaLlamaForCausalLM) -> list[str]:
 
 
 def add_lora(
-    model: LlavaLlamaForCausalLM, *, rank: int, alpha: int, dropout: float, bias: str, base_name: str
+    model: LlavaLlamaForCausalLM,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    bias: str,
+    base_name: str,
+    targets: Sequence[str] | None = None,
+    use_dora: bool = False,
+    use_rslora: bool = False,
 ) -> peft.PeftModel:
-    """Wrap a model with LoRA adapters on all linear layers of the LLM.
+    """Wrap a model with LoRA adapters on linear layers of the LLM.
 
     Args:
         model: loaded; the encoder and projector get no adapter.
@@ -33,15 +44,26 @@ def add_lora(
         dropout: 0..1, on the adapters' inputs.
         bias: peft's "none", "lora_only" or "all".
         base_name: recorded in `adapter_config.json`.
+        targets: names of the layers; None = all linear ones.
+        use_dora: learn the length of each row of the weights, too.
+        use_rslora: scale by alpha / sqrt(r) instead.
+
+    Raises:
+        ValueError: if the LLM's blocks have no linear layer of a name in `targets`.
     """
+    names = linear_names(model)
+    if strangers := sorted(set(targets or ()) - set(names)):
+        raise ValueError(f"--lora_target_modules {strangers[0]}: choose among {','.join(names)}")
     model.name_or_path = base_name
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias=bias,
-        target_modules=linear_names(model),
+        target_modules=list(targets or names),
         exclude_modules=OUTSIDE_LLM,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, settings)
@@ -56,7 +78,13 @@ def continue_lora(model: LlavaLlamaForCausalLM, directory: str) -> peft.PeftMode
 
 
 def choose_trainable(
-    model: nn.Module, *, lora: bool, projector: bool, backbone: bool, dtype: torch.dtype | None = None
+    model: nn.Module,
+    *,
+    lora: bool,
+    projector: bool,
+    backbone: bool,
+    tower: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Set `requires_grad` of every parameter and return the names of those that learn.
 
@@ -65,7 +93,8 @@ def choose_trainable(
         lora: the adapters learn, and the LLM's own weights don't.
         projector: the projector learns.
         backbone: the LLM's weights learn; no effect with `lora`.
-        dtype: of the parameters that learn; None leaves it.
+        tower: the image encoder learns, but for the norm that its patch features don't pass.
+        dtype: of the parameters that learn, and of the whole encoder if it learns; None leaves it.
 
     Raises:
         ValueError: if nothing would learn.
@@ -73,7 +102,7 @@ def choose_trainable(
     names = []
     for name, parameter in model.named_parameters():
         if TOWER in name:
-            learns = False
+            learns = tower and UNUSED_NORM not in name
         elif PROJECTOR in name:
             learns = projector
         else:
@@ -81,35 +110,41 @@ def choose_trainable(
         parameter.requires_grad_(learns)
         if learns:
             names.append(name)
-            if dtype is not None:
-                parameter.data = parameter.data.to(dtype)
+        if dtype is not None and (learns or (tower and TOWER in name)):  # the encoder runs in one dtype
+            parameter.data = parameter.data.to(dtype)
     if not names:
         raise ValueError("nothing would learn; pass --lora_enable True, or fewer --freeze_... flags")
     return names
 
 
 def parameter_groups(
-    model: nn.Module, decayed: Sequence[str], *, weight_decay: float, projector_lr: float | None
+    model: nn.Module,
+    decayed: Sequence[str],
+    *,
+    weight_decay: float,
+    projector_lr: float | None,
+    tower_lr: float | None = None,
 ) -> list[dict]:
-    """Return the optimizer's groups: with and without weight decay, the projector apart if it has its own rate.
+    """Return the optimizer's groups: with and without weight decay, projector and encoder apart if they have own rates.
 
     Args:
         model: with `requires_grad` set.
         decayed: names of the parameters that weight decay applies to.
         weight_decay: of those.
         projector_lr: learning rate of the projector; None = that of the rest.
+        tower_lr: learning rate of the image encoder; None = that of the rest.
     """
     decayed_names = set(decayed)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_apart = projector_lr is not None and PROJECTOR in name
-            groups.setdefault((is_apart, name in decayed_names), []).append(parameter)
+            rate = projector_lr if PROJECTOR in name else tower_lr if TOWER in name else None
+            groups.setdefault((rate, name in decayed_names), []).append(parameter)
     return [
         {
             "params": parameters,
             "weight_decay": weight_decay if is_decayed else 0.0,
-            **({"lr": projector_lr} if is_apart else {}),
+            **({} if rate is None else {"lr": rate}),
         }
-        for (is_apart, is_decayed), parameters in groups.items()
+        for (rate, is_decayed), parameters in groups.items()
     ]

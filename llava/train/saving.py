@@ -12,9 +12,10 @@ from pathlib import Path
 import peft
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava.image_processing import CLIPPixels
-from llava.model.adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILES, NON_LORA_FILES, PROJECTOR_FILE
+from llava.model.adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILES, NON_LORA_FILES, PEFT_PREFIX, PROJECTOR_FILE
 from llava.model.checkpoint import save_checkpoint, save_settings, state_for_file
 from llava.model.configuration import LlavaConfig
 from llava.model.vision_tower import released_name
@@ -57,18 +58,36 @@ def gather_parameters(model: nn.Module, *, trainable_only: bool) -> dict[str, Te
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trainable_only:
             with _whole(parameter):
-                state[name] = parameter.detach().cpu().clone()
+                tensor = parameter.detach()
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                state[name] = whole.cpu().clone()
     return state
 
 
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into a parameter, of which FSDP may keep a part here; every process must call it."""
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
+
+
+def stored_name(name: str) -> str:
+    """Return a parameter's name in the files: peft's without the adapter's, the encoder's as released."""
+    if "lora_" in name:
+        short = name.replace(f".{_ADAPTER_NAME}.", ".")
+        return short.removesuffix(".weight") if "lora_magnitude_vector" in short else short
+    inner = name.removeprefix(PEFT_PREFIX)
+    return name[: len(name) - len(inner)] + released_name(inner)
+
+
 @contextlib.contextmanager
-def _whole(parameter: nn.Parameter) -> Iterator[None]:
+def _whole(parameter: nn.Parameter, *, is_changed: bool = False) -> Iterator[None]:
     if not hasattr(parameter, "ds_id"):  # DeepSpeed marks partitioned parameters with it
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if is_changed else None):
         yield
 
 
@@ -112,14 +131,15 @@ class Saver:
         (directory / TRAINING_FILE).write_text(beside.training, encoding="utf-8")
 
     def _save_lora(self, state: Mapping[str, Tensor], directory: Path) -> None:
-        adapter = peft.get_peft_model_state_dict(self.model, state_dict=dict(state))
+        of_adapters = {name: tensor for name, tensor in state.items() if "lora_" in name}  # peft would add biases
+        adapter = peft.get_peft_model_state_dict(self.model, state_dict=of_adapters)
         save_tensors(adapter, directory / ADAPTER_FILES[0])
         settings = self.model.peft_config[self.model.active_adapter].to_dict()
         settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
         settings["inference_mode"] = True
         text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
         (directory / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
-        others = {name: tensor for name, tensor in state.items() if "lora_" not in name}
+        others = {stored_name(name): tensor for name, tensor in state.items() if name not in of_adapters}
         save_tensors(others, directory / _PICKLED_NON_LORA_FILE)
 
     @torch.no_grad()
@@ -132,12 +152,13 @@ class Saver:
         found = self._read(directory)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                stored = name.replace(f".{_ADAPTER_NAME}.", ".") if self.kind == "lora" else released_name(name)
+                stored = stored_name(name)
                 if stored not in found:
                     raise ValueError(
                         f"{directory} lacks {stored}, which this run trains; start anew in another --output_dir"
                     )
-                parameter.copy_(found[stored])
+                with _whole(parameter, is_changed=True):
+                    fill(parameter, found[stored])
 
     def _read(self, directory: Path) -> Mapping[str, Tensor]:
         if self.kind == "full":

@@ -127,6 +127,7 @@ def load_model(
         lora=training_args.lora_enable,
         projector=not training_args.freeze_mm_mlp_adapter,
         backbone=kind == "full" and not model_args.freeze_backbone,
+        tower=model_args.unfreeze_mm_vision_tower,
         # DeepSpeed keeps masters in fp32 itself; without it the parameters that learn are the masters.
         dtype=training_args.weight_dtype if training_args.deepspeed else torch.float32,
     )
@@ -148,6 +149,9 @@ def _with_adapters(
         dropout=training_args.lora_dropout,
         bias=training_args.lora_bias,
         base_name=model_args.model_name_or_path,
+        targets=training_args.lora_target_modules and training_args.lora_target_modules.split(","),
+        use_dora=training_args.use_dora,
+        use_rslora=training_args.use_rslora,
     )
 
 
@@ -177,6 +181,8 @@ def surroundings(
     config.mm_projector_lr = training_args.mm_projector_lr
     config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     config.freeze_mm_mlp_adapter = training_args.freeze_mm_mlp_adapter
+    config.unfreeze_mm_vision_tower = model_args.unfreeze_mm_vision_tower
+    config.mm_vision_tower_lr = training_args.mm_vision_tower_lr
     config.use_mm_proj = True
     flags = as_json(model_args, data_args, training_args)
     return Surroundings(config, checkpoint.tokenizer, checkpoint.image_processor, flags)

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 
 import torch
 import transformers
+from transformers import TrainerCallback
 
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.model.checkpoint import Checkpoint
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from llava.train.data_check import load_data
+from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation
+from llava.train.data_check import load_both
 from llava.train.recipe import describe_memory, describe_run
 from llava.train.resume import find_resume_point
 from llava.train.run_record import add_to_record, run_facts
@@ -34,6 +36,7 @@ from llava.train.starting_point import (
     surroundings,
 )
 from llava.train.trainer import LOG_FILE, FileLog, LlavaTrainer
+from llava.train.validation import build_validator
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     config.tokenizer_model_max_length = training_args.model_max_length
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
     patches = (config.mm_vision_config["image_size"] // config.mm_vision_config["patch_size"]) ** 2
-    records = load_data(data_args, training_args, checkpoint, patches, is_first=_is_first())
+    records, validation = load_both(data_args, training_args, checkpoint, patches, is_first=_is_first())
     base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)
     if training_args.lora_weight_path:
@@ -101,16 +104,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         patches,
     )
     padding = checkpoint.tokenizer.pad_token_id or 0
+    validator = build_validator(validation, checkpoint, model, data_args, training_args) if validation else None
     trainer = LlavaTrainer(
         model,
         training_args,
         saver=Saver(model, beside, kind, training_args.weight_dtype),
         train_dataset=dataset,
         data_collator=SupervisedCollator(padding, checkpoint.image_processor.crop_size["height"]),
-        callbacks=[FileLog()],
+        validator=validator,
+        callbacks=_callbacks(training_args),
     )
     if _is_first():
-        print(describe_run(model, records, checkpoint.tokenizer, _facts(checkpoint, kind, training_args)), flush=True)
+        facts = _facts(checkpoint, kind, training_args)
+        facts += [("validation", validator.describe())] if validator else []
+        print(describe_run(model, records, checkpoint.tokenizer, facts), flush=True)
     resume_point = find_resume_point(training_args, beside.training, LOG_FILE)
     if training_args.sanity_check and resume_point is None:
         before, after = trainer.check_first_batch(training_args.sanity_check)
@@ -118,6 +125,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     trainer.train(resume_from_checkpoint=resume_point)
     trainer.save_state()
     trainer.save_model()
+
+
+def _callbacks(training_args: TrainingArguments) -> list[TrainerCallback]:
+    patience = training_args.early_stopping_patience
+    stopping = [] if patience is None else [EarlyStopping(patience)]
+    return [FileLog(), LastValidation(), *stopping, CurvePlot()]
 
 
 def _facts(checkpoint: Checkpoint, kind: str, training_args: TrainingArguments) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from llava.train.lora import parameter_groups
 from llava.train.recipe import mark_supervised
 from llava.train.sanity import overfit, require_fall
 from llava.train.saving import Saver, filled_at_the_end
+from llava.train.validation import Validator
 
 LOG_FILE = "train_log.jsonl"
 
@@ -32,6 +33,7 @@ class LlavaTrainer(DurableTrainer):
         args: flags.
         saver: writes and restores what learns.
         train_dataset: has `lengths` and `has_image`.
+        validator: measures while training; None = no validation.
         kwargs: further ones of `transformers.Trainer`.
     """
 
@@ -42,21 +44,41 @@ class LlavaTrainer(DurableTrainer):
         *,
         saver: Saver,
         train_dataset: Dataset,
+        validator: Validator | None = None,
         **kwargs: Any,
     ) -> None:
         optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
         decayed = Trainer.get_decay_parameter_names(None, model)
         settings["params"] = parameter_groups(
-            model, decayed, weight_decay=args.weight_decay, projector_lr=args.mm_projector_lr
+            model,
+            decayed,
+            weight_decay=args.weight_decay,
+            projector_lr=args.mm_projector_lr,
+            tower_lr=args.mm_vision_tower_lr,
         )
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=validator and validator.rows,
             optimizer_cls_and_kwargs=(optimizer, settings),
             **kwargs,
         )
         self.saver = saver
+        self.validator = validator
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure loss and accuracy on the validation rows and log them; every process takes part."""
+        started = time.monotonic()
+        with self.accelerator.autocast():
+            measured = self.validator.measure(self.model_wrapped, self.args.process_index, self.args.world_size)
+        measured["runtime"] = round(time.monotonic() - started, 3)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def check_first_batch(self, steps: int) -> tuple[float, float]:
         """Learn each process's first batch for a few steps on a copy of what learns; call it before `train`.
@@ -107,6 +129,9 @@ class LlavaTrainer(DurableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.saver.restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self.saver.restore(Path(self.state.best_model_checkpoint))
 
 
 class FileLog(TrainerCallback):

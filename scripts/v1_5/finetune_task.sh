@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Finetune all LLM weights and the projector of LLaVA-1.5 on playground/data_train.
 # Example: DATA=/mnt/vqa GPUS=8 bash scripts/v1_5/finetune_task.sh
+# Example: VAL_SHARE=0.02 EVAL_STEPS=200 bash scripts/v1_5/finetune_task.sh, to validate and keep the best.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 : "${BASE_MODEL:=liuhaotian/llava-v1.5-7b}" "${DATA:=playground/data_train}"
@@ -13,4 +14,4 @@ launch \
     --output_dir "$OUT" --save_steps 500 \
     --learning_rate 2e-5 \
     --per_device_train_batch_size 16 --group_by_modality_length True \
-    "$@"
+    ${validation[@]+"${validation[@]}"} "$@"

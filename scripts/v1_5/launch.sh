@@ -2,6 +2,16 @@
 # ZERO is the DeepSpeed config (scripts/zero2.json, zero3.json, zero3_offload.json), GPUS how many to use (default: all).
 # PORT is for the processes to find each other (default: 29500); a second run on the same machine needs another.
 # SIGTERM and SIGUSR1, which schedulers send, reach the training processes: they save and end.
+# HOSTFILE lists the machines to use, one "name slots=GPUS" a line (default: this one alone); see docs/multi_gpu.md.
+# VAL_SHARE=0.02 holds that share of the images out: loss and accuracy on them are logged every EVAL_STEPS steps, and the
+# checkpoint with the best accuracy is what is left at the end. A script passes them on in front of its own flags.
+
+validation=()
+if [ -n "${VAL_SHARE:-}" ]; then
+    : "${EVAL_STEPS:=500}"
+    validation=(--val_share "$VAL_SHARE" --eval_strategy steps --eval_steps "$EVAL_STEPS" --save_steps "$EVAL_STEPS"
+        --load_best_model_at_end True --metric_for_best_model eval_accuracy)
+fi
 
 launch() {
     local code passed_on=yes
@@ -23,7 +33,8 @@ pass_on() {
 }
 
 start_training() {
-    exec deepspeed ${GPUS:+--num_gpus "$GPUS"} ${PORT:+--master_port "$PORT"} llava/train/train_mem.py \
+    exec deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${GPUS:+--num_gpus "$GPUS"} \
+        ${PORT:+--master_port "$PORT"} llava/train/train_mem.py \
         --deepspeed "$ZERO" \
         --num_train_epochs 1 \
         --gradient_accumulation_steps 1 \

@@ -15,6 +15,7 @@ from llava.model.adapter import add_adapter, plain_name, read_adapter, read_proj
 from llava.model.builder import attach_adapter, build_model
 from llava.model.checkpoint import open_checkpoint
 from llava.model.lazy_tensors import LazyTensors
+from llava.model.streaming import stream_model
 from llava.model.weights import open_weights
 
 LAYER = "base_model.model.model.layers.0.mlp.up_proj"
@@ -184,7 +185,6 @@ def test_pickled_adapters_are_read_too(adapter_directory, base):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("rank_pattern", {"up_proj": 8}),
@@ -285,3 +285,47 @@ def test_projector_of_a_directory_or_file(goldens):
     assert sorted(read_projector(directory / "mm_projector.bin")) == names
     with pytest.raises(FileNotFoundError, match=r"mm_projector.bin is missing; fetch it again$"):
         read_projector(goldens / "llava-v1.5-golden")
+
+
+@pytest.fixture
+def dora_directory(adapter_directory, base):
+    """The golden adapter with lengths of rows, twice those of the base's."""
+
+    def lengthen(tensors):
+        for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+            stem = name.removesuffix(".lora_A.weight")
+            tensors[f"{stem}.lora_magnitude_vector"] = 2 * base[plain_name(stem) + ".weight"].norm(dim=1)
+
+    change_settings(adapter_directory, use_dora=True)
+    change_tensors(adapter_directory, lengthen)
+    return adapter_directory
+
+
+def test_dora_brings_each_row_of_the_sum_to_its_length(dora_directory, base):
+    adapter = read_adapter(dora_directory)
+    merged = add_adapter(base, adapter)
+    for name, product in products(dora_directory, 2.0).items():
+        total = base[name].double() + product
+        expected = total / total.norm(dim=1, keepdim=True) * 2 * base[name].double().norm(dim=1, keepdim=True)
+        torch.testing.assert_close(merged[name].double(), expected, atol=1e-6, rtol=1e-5)
+    plain = dataclasses.replace(adapter, magnitudes={})
+    assert adapter.fingerprint() != plain.fingerprint()
+
+
+def test_dora_is_not_complete(dora_directory):
+    change_tensors(dora_directory, lambda tensors: tensors.pop(f"{LAYER}.lora_magnitude_vector"))
+    message = r"model.layers.0.mlp.up_proj.weight has not both a product and a length; fetch the adapter again$"
+    with pytest.raises(ValueError, match=message):
+        read_adapter(dora_directory)
+
+
+def test_lengths_are_no_part_of_plain_lora(dora_directory):
+    change_settings(dora_directory, use_dora=False)
+    with pytest.raises(ValueError, match=r"lora_magnitude_vector is no part of a LoRA adapter$"):
+        read_adapter(dora_directory)
+
+
+def test_dora_is_not_streamed(goldens, dora_directory):
+    checkpoint = open_checkpoint(goldens / "llava-v1.5-golden")
+    with pytest.raises(ValueError, match=r"is a DoRA adapter, which can't run with weights left in their files$"):
+        stream_model(checkpoint, torch.device("cpu"), torch.float32, dora_directory)

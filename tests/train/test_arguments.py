@@ -169,10 +169,6 @@ def write_zero(tmp_path, stage):
             ["--bits", "4", "--tune_mm_mlp_adapter", "True"],
             "--bits 4 and --tune_mm_mlp_adapter exclude each other; leave",
         ),
-        (
-            ["--bits", "4", "--lora_enable", "True", "--eval_strategy", "steps", "--eval_steps", "5"],
-            "--bits 4 with --eval_strategy loses gradients on the CPU; leave one of them out",
-        ),
         (["--lora_weight_path", "x"], "--lora_weight_path needs --lora_enable True"),
         (
             ["--tune_mm_mlp_adapter", "True", "--lora_enable", "True"],

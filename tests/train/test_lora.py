@@ -152,3 +152,55 @@ def test_tower_stays_out_whatever_its_layers_are_called(model):
     assert any(name.endswith("q_proj") for name in tower_linears)
     wrapped = with_lora(model)
     assert not [name for name, _ in wrapped.named_parameters() if "vision_tower" in name and "lora_" in name]
+
+
+def test_the_tower_learns_but_for_what_is_not_read(model):
+    names = choose_trainable(model, lora=False, projector=False, backbone=False, tower=True)
+    tower = [name for name, _ in model.named_parameters() if "vision_tower" in name]
+    assert sorted(names) == sorted(name for name in tower if "post_layernorm" not in name)
+    assert len(tower) - len(names) == 2
+
+
+def test_a_learning_tower_has_one_dtype(model):
+    """Its last norm runs too, so it must fit the rest, though it doesn't learn."""
+    model.to(torch.bfloat16)
+    choose_trainable(model, lora=False, projector=True, backbone=False, tower=True, dtype=torch.float32)
+    assert {parameter.dtype for parameter in model.get_vision_tower().parameters()} == {torch.float32}
+    assert model.lm_head.weight.dtype is torch.bfloat16
+
+
+def test_only_parameters_with_a_gradient_learn(model):
+    """Of the whole model with its tower: every parameter that learns has a gradient, so that no process waits."""
+    names = choose_trainable(model, lora=False, projector=True, backbone=True, tower=True)
+    ids = torch.tensor([[1, -200, 5, 6]])
+    images = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=torch.where(ids < 0, -100, ids), images=images).loss.backward()
+    assert sorted(name for name, parameter in model.named_parameters() if parameter.grad is not None) == sorted(names)
+
+
+def test_groups_of_three_rates(model):
+    choose_trainable(model, lora=False, projector=True, backbone=True, tower=True)
+    groups = parameter_groups(model, [], weight_decay=0.1, projector_lr=1e-5, tower_lr=2e-6)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(parameter)]: group.get("lr") for group in groups for parameter in group["params"]}
+    assert {rate for name, rate in rates.items() if "vision_tower" in name} == {2e-6}
+    assert {rate for name, rate in rates.items() if "mm_projector" in name} == {1e-5}
+    assert {rate for name, rate in rates.items() if "layers" in name and "vision" not in name} == {None}
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 4 / 2), (True, 4 / 2**0.5)])
+def test_the_scale_of_the_products(model, use_rslora, scale):
+    layer = with_lora(model, use_rslora=use_rslora).base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == pytest.approx(scale)
+
+
+def test_chosen_layers_alone(model):
+    wrapped = with_lora(model, targets=["q_proj", "down_proj"])
+    found = {name.split(".")[-4] for name, _ in wrapped.named_parameters() if "lora_" in name}
+    assert found == {"q_proj", "down_proj"}
+
+
+def test_layers_that_there_are_none_of(model):
+    message = r"^--lora_target_modules Wq: choose among down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj$"
+    with pytest.raises(ValueError, match=message):
+        with_lora(model, targets=["q_proj", "Wq"])

@@ -28,7 +28,7 @@ SETTINGS = [
 ]
 LORA = ["adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"]
 PROGRESS = ["manifest.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
-LOGS = ["train_log.jsonl", "trainer_state.json"]
+LOGS = ["loss.png", "train_log.jsonl", "trainer_state.json"]
 PICTURES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]
 
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+YES_NO, NUMBER, OTHER = "yes/no", "number", "other"
+ANSWER_TYPES = (YES_NO, NUMBER, OTHER)
+"""VQAv2's, in the order in which they are shown."""
+
 ARTICLES = frozenset({"a", "an", "the"})
 
 NUMBER_WORDS = {
@@ -37,6 +41,7 @@ CONTRACTIONS = {
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
+_NUMBER = re.compile(r"\d*\.?\d+")
 _MOST_PERIODS = 32  # quirk: no more than this many periods are removed
 
 
@@ -63,6 +68,13 @@ def normalize_answer(text: str) -> str:
 def strip_answer(text: str) -> str:
     """Make an answer one line without spaces around it, the only cleaning before a verbatim comparison."""
     return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def type_of_normalized(answer: str) -> str:
+    """Return the type of a normalised true answer: "yes" and "no"; digits, also with a decimal point; the rest."""
+    if answer in ("yes", "no"):
+        return YES_NO
+    return NUMBER if _NUMBER.fullmatch(answer) else OTHER
 
 
 def _normalize_punctuation(text: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.eval.vqa_normalize import CONTRACTIONS, NUMBER_WORDS, normalize_answer, strip_answer
+from llava.data.vqa_normalize import CONTRACTIONS, NUMBER_WORDS, normalize_answer, strip_answer
 
 
 @pytest.mark.parametrize(
