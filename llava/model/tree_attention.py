@@ -13,10 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-TRUNK = 0
-"""Branch number of a group's shared prefix; branches are numbered from 1."""
-NO_GROUP = -1
-"""Group number of padding, which sees itself alone so that no row of the mask is empty."""
+from llava.constants import NO_GROUP, TRUNK
 
 
 def tree_mask(groups: Tensor, branches: Tensor) -> Tensor:
