@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.configuration import LlavaConfig
-from llava.model.pack import forward_pack
+from llava.model.pack import forward_pack, only_packs_compiled
 from llava.model.projector import build_projector
 from llava.model.splice import SplicedInputs, splice_image_features
 from llava.model.vision_tower import CLIPVisionTower
@@ -23,7 +23,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     `input_ids` hold `IMAGE_TOKEN_INDEX` where an image belongs; `images` are consumed in reading order. A row of text
     alone may bring an image too, which is then ignored: the original's collators do so. `attends_in_blocks` says
-    whether packs go through FlexAttention; `llava.model.pack.attend_in_blocks` sets it.
+    whether packs go through FlexAttention, `compiles_packs` whether through compiled layers; `llava.model.pack` sets
+    them.
     """
 
     config_class = LlavaConfig
@@ -31,6 +32,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
         self.attends_in_blocks = False
+        self.compiles_packs = False
         if config.mm_vision_config is not None:
             tower = CLIPVisionTower(
                 config.mm_vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
@@ -99,17 +101,18 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             attention_mask, labels, position_ids = spliced.attention_mask, spliced.labels, spliced.position_ids
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
             assign_images([int((input_ids == IMAGE_TOKEN_INDEX).sum())], [])
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        with only_packs_compiled(self.compiles_packs):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
 
     @torch.no_grad()
     def generate(

@@ -8,6 +8,7 @@ Letters: `R` rows, `S` positions of a row, `K` supervised tokens, `M` positions 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -89,3 +90,22 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     name = "flex_attention" if isinstance(attention_mask, BlockMask) else "sdpa"
     return AttentionInterface()[name](module, query, key, value, attention_mask, **kwargs)
+
+
+def compile_layers(model: LlavaLlamaForCausalLM, **options: Any) -> None:
+    """Compile the LLM's layers for packs; other input keeps running uncompiled.
+
+    The layers share what is compiled; each length of rows takes another compilation.
+
+    Args:
+        model: with adapters in place.
+        options: further ones of `torch.compile`.
+    """
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, **options)
+    model.compiles_packs = True
+
+
+def only_packs_compiled(is_compiled: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which compiled layers run uncompiled: validation has rows of every length."""
+    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()

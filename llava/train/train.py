@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
+from llava.data.dataset import ImageSettings
 from llava.data.records import DataError, EncodedRecord, describe_problems, encode_records, read_records
 from llava.model.checkpoint import Checkpoint
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.packs import choose_feed, features_per_image, prepare_model
 from llava.train.recipe import describe_memory, describe_run
 from llava.train.saving import Saver
 from llava.train.starting_point import (
@@ -69,7 +70,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     config = checkpoint.config
     config.tokenizer_model_max_length = training_args.model_max_length
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
-    patches = (config.mm_vision_config["image_size"] // config.mm_vision_config["patch_size"]) ** 2
+    patches = features_per_image(config)
     records = load_data(data_args, checkpoint, training_args.model_max_length, patches)
     base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)
@@ -84,19 +85,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
     model = load_model(checkpoint, kind, model_args, training_args)
     beside = surroundings(checkpoint, base, model_args, data_args, training_args)
-    dataset = SupervisedDataset(
-        records,
-        checkpoint.image_processor,
-        ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints),
-        patches,
-    )
+    compiled = prepare_model(model, training_args)
+    settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
     padding = checkpoint.tokenizer.pad_token_id or 0
+    feed = choose_feed(records, checkpoint.image_processor, settings, patches, padding, training_args, compiled)
     trainer = LlavaTrainer(
         model,
         training_args,
         saver=Saver(model, beside, kind, training_args.weight_dtype),
-        train_dataset=dataset,
-        data_collator=SupervisedCollator(padding, checkpoint.image_processor.crop_size["height"]),
+        train_dataset=feed.dataset,
+        train_sampler=feed.sampler,
+        data_collator=feed.collator,
         callbacks=[FileLog()],
     )
     if _is_first():

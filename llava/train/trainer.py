@@ -27,6 +27,7 @@ class LlavaTrainer(Trainer):
         args: flags.
         saver: writes and restores what learns.
         train_dataset: has `lengths` and `has_image`.
+        train_sampler: order of the training rows; None = as `group_by_modality_length` says.
         kwargs: further ones of `transformers.Trainer`.
     """
 
@@ -37,6 +38,7 @@ class LlavaTrainer(Trainer):
         *,
         saver: Saver,
         train_dataset: Dataset,
+        train_sampler: Sampler | None = None,
         **kwargs: Any,
     ) -> None:
         optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -52,6 +54,7 @@ class LlavaTrainer(Trainer):
             **kwargs,
         )
         self.saver = saver
+        self.train_sampler = train_sampler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a complete directory; every process takes part, the first one writes."""
@@ -62,6 +65,8 @@ class LlavaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.train_sampler is not None and dataset is self.train_dataset:
+            return self.train_sampler
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(dataset)
         together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps

@@ -1,0 +1,132 @@
+"""Training on packs: which rows share what, in which order they come, and how the LLM's layers run over them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.data import Sampler
+
+from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
+from llava.data.packed_dataset import PackCollator, PackedDataset
+from llava.data.packing import BLOCK
+from llava.data.records import EncodedRecord
+from llava.data.sharing import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
+from llava.image_processing import CLIPPixels
+from llava.model.configuration import LlavaConfig
+from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.pack import attend_in_blocks, compile_layers
+from llava.train.arguments import TrainingArguments, zero_stage
+
+logger = logging.getLogger(__name__)
+
+MOST_LENGTHS = 6
+"""Padded lengths of a run's packs: `torch.compile` keeps eight versions of a function, and each takes a while."""
+
+
+class Feed(NamedTuple):
+    """What a trainer reads: rows, how they become batches, their order (None = the trainer's own)."""
+
+    dataset: SupervisedDataset
+    collator: Callable[[Sequence[Any]], dict[str, Any]]
+    sampler: Sampler | None
+
+
+def features_per_image(config: LlavaConfig) -> int:
+    """Return the number of positions that a picture takes in the LLM."""
+    vision = config.mm_vision_config
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    return patches + (config.mm_vision_select_feature == "cls_patch")
+
+
+def prepare_model(model: nn.Module, training_args: TrainingArguments) -> bool:
+    """Choose how the LLM's layers run over packs; return whether they are compiled.
+
+    Args:
+        model: a `LlavaLlamaForCausalLM`, or one with adapters.
+        training_args: flags.
+    """
+    if not training_args.share_image_prefix:
+        return False
+    llava = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+    on_cuda = training_args.device.type == "cuda"
+    if on_cuda:
+        attend_in_blocks(llava)
+    works = on_cuda and training_args.bits == 16 and zero_stage(training_args.deepspeed) != 3
+    compiles = training_args.compile_layers == "on" or (training_args.compile_layers == "auto" and works)
+    if compiles:
+        compile_layers(llava)
+        logger.info("the LLM's layers are compiled; the first steps take longer")
+    return compiles
+
+
+def choose_feed(
+    records: Sequence[EncodedRecord],
+    image_processor: CLIPPixels,
+    image_settings: ImageSettings,
+    patches: int,
+    pad_token_id: int,
+    training_args: TrainingArguments,
+    is_compiled: bool,
+) -> Feed:
+    """Return packs in an order that keeps rows of one image together, or padded rows if prefixes are not shared.
+
+    Args:
+        records: of the training data.
+        image_processor: of the model.
+        image_settings: how a picture is brought to a square.
+        patches: positions of a picture.
+        pad_token_id: of padded rows.
+        training_args: flags.
+        is_compiled: packs are padded to few lengths.
+    """
+    size = image_processor.crop_size["height"]
+    parts = (records, image_processor, image_settings, patches)
+    if not training_args.share_image_prefix:
+        return Feed(SupervisedDataset(*parts), SupervisedCollator(pad_token_id, size), None)
+    dataset = PackedDataset(*parts)
+    sharing = find_sharing(records, dataset.lengths)
+    batch_size, processes = training_args.train_batch_size, training_args.world_size
+    sampler = SharedPrefixSampler(sharing, batch_size, processes, training_args.seed) if sharing.saves else None
+    costs = sampler.costs() if sampler else batch_costs(range(len(records)), batch_size, sharing)
+    logger.info(describe_sharing(sharing, dataset.lengths, costs, processes))
+    in_blocks = training_args.device.type == "cuda"
+    collator = PackCollator(
+        patches,
+        size,
+        budget=None if in_blocks else training_args.model_max_length,
+        multiple=few_lengths(costs) if is_compiled else BLOCK if in_blocks else 1,
+    )
+    return Feed(dataset, collator, sampler)
+
+
+def few_lengths(costs: Sequence[int]) -> int:
+    """Return the smallest step for padding packs of these positions with which at most `MOST_LENGTHS` lengths occur."""
+    multiple = BLOCK
+    while len({-(-cost // multiple) for cost in costs}) > MOST_LENGTHS:
+        multiple *= 2
+    return multiple
+
+
+def describe_sharing(sharing: Sharing, lengths: Sequence[int], costs: Sequence[int], processes: int) -> str:
+    """Return what sharing saves, in words.
+
+    Args:
+        sharing: of the data.
+        lengths: positions of each row.
+        costs: positions of each batch of the first epoch.
+        processes: that share the batches.
+    """
+    if not sharing.saves:
+        return f"image prefix: no two of {len(lengths):,} rows share one; {sum(lengths):,} positions an epoch"
+    behind = sum(len(rows) for rows, shared in zip(sharing.groups, sharing.prefixes, strict=True) if shared)
+    prefixes = sum(shared > 0 for shared in sharing.prefixes)
+    text = (
+        f"image prefix: {behind:,} of {len(lengths):,} rows share {prefixes:,} prefixes; {sum(costs):,} positions an "
+        f"epoch instead of {sum(lengths):,}, {sum(lengths) / sum(costs):.2f} times fewer"
+    )
+    if processes > 1:
+        text += f"; {100 * waiting_share(costs, processes):.1f} % of the processes' time spent waiting for the largest"
+    return text
