@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.configuration import LlavaConfig
+from llava.model.fused_layers import FusedLayers
 from llava.model.pack import forward_pack, only_packs_compiled
 from llava.model.projector import build_projector
 from llava.model.splice import SplicedInputs, splice_image_features
@@ -23,8 +24,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     `input_ids` hold `IMAGE_TOKEN_INDEX` where an image belongs; `images` are consumed in reading order. A row of text
     alone may bring an image too, which is then ignored: the original's collators do so. `attends_in_blocks` says
-    whether packs go through FlexAttention, `compiles_packs` whether through compiled layers; `llava.model.pack` sets
-    them.
+    whether packs go through FlexAttention, `compiles_packs` whether through compiled layers, and
+    `fused_layers` replaces the layers for packs; `llava.train.packs` sets them.
     """
 
     config_class = LlavaConfig
@@ -33,6 +34,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.attends_in_blocks = False
         self.compiles_packs = False
+        self.fused_layers: FusedLayers | None = None
         if config.mm_vision_config is not None:
             tower = CLIPVisionTower(
                 config.mm_vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature

@@ -55,9 +55,13 @@ def forward_pack(
         input_ids, layout["image_positions"], features[layout["patches"]], model.get_input_embeddings()
     )
     mask = (block_tree_mask if model.attends_in_blocks else tree_mask)(layout["groups"], layout["branches"])
-    hidden = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    if model.fused_layers is not None:
+        hidden = model.fused_layers(embeds, mask, position_ids)  # (R, S, D)
+    else:
+        output = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        hidden = output.last_hidden_state
     supervised = layout["supervised"]
-    logits = model.lm_head(hidden.last_hidden_state.flatten(0, 1)[supervised])  # (K, W)
+    logits = model.lm_head(hidden.flatten(0, 1)[supervised])  # (K, W)
     loss = mean_loss(logits, labels.flatten()[supervised + 1], num_items_in_batch)
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 

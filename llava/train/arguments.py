@@ -93,6 +93,7 @@ class TrainingArguments(transformers.TrainingArguments):
     compile_layers: str = _flag(
         "auto", "on: torch.compile for the LLM's layers; auto: on CUDA, where it works; or off."
     )
+    fuse_lora: str = _flag("auto", "on: adapters of one input as one product; auto: where layers are compiled; or off.")
     bits: int = _flag(16, "16, or 8 or 4 to hold the LLM quantised (bitsandbytes) under LoRA.")
     double_quant: bool = _flag(True, "With --bits 4: quantise the scales too; False is refused.")
     quant_type: str = _flag("nf4", "With --bits 4: nf4, the only one.")
@@ -198,6 +199,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         and zero_stage(training.deepspeed) == 3,
         f"--compile_layers {training.compile_layers}: choose auto, on or off": training.compile_layers
         not in ("auto", "on", "off"),
+        f"--fuse_lora {training.fuse_lora}: choose auto, on or off": training.fuse_lora not in ("auto", "on", "off"),
         "--compile_layers on needs rows of few lengths; leave --share_image_prefix False out": (
             training.compile_layers == "on" and not training.share_image_prefix
         ),

@@ -16,6 +16,7 @@ from llava.data.records import EncodedRecord
 from llava.data.sharing import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
 from llava.image_processing import CLIPPixels
 from llava.model.configuration import LlavaConfig
+from llava.model.fused_layers import FusedLayers, why_not_fused
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.pack import attend_in_blocks, compile_layers
 from llava.train.arguments import TrainingArguments, zero_stage
@@ -47,19 +48,45 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> bool:
     Args:
         model: a `LlavaLlamaForCausalLM`, or one with adapters.
         training_args: flags.
+
+    Raises:
+        ValueError: if `--fuse_lora on` can't be done with this model.
     """
     if not training_args.share_image_prefix:
         return False
-    llava = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+    llava = _llava(model)
     on_cuda = training_args.device.type == "cuda"
     if on_cuda:
         attend_in_blocks(llava)
     works = on_cuda and training_args.bits == 16 and zero_stage(training_args.deepspeed) != 3
     compiles = training_args.compile_layers == "on" or (training_args.compile_layers == "auto" and works)
-    if compiles:
+    if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and compiles):
+        reason = fuse_model(llava, compiled=compiles)
+        if reason and training_args.fuse_lora == "on":
+            raise ValueError(f"--fuse_lora on: {reason}; leave it out")
+    if compiles and llava.fused_layers is None:
         compile_layers(llava)
+    if compiles:
         logger.info("the LLM's layers are compiled; the first steps take longer")
     return compiles
+
+
+def fuse_model(model: nn.Module, *, compiled: bool) -> str | None:
+    """Let packs run through `FusedLayers` if the model's layers can; return why not, None if they do.
+
+    Args:
+        model: a `LlavaLlamaForCausalLM`, or one with adapters.
+        compiled: compile them.
+    """
+    llava = _llava(model)
+    reason = why_not_fused(llava)
+    if reason is None:
+        llava.fused_layers = FusedLayers(llava, compiled=compiled)
+    return reason
+
+
+def _llava(model: nn.Module) -> LlavaLlamaForCausalLM:
+    return next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
 
 
 def choose_feed(

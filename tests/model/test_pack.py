@@ -17,6 +17,7 @@ from llava.data.records import EncodedRecord
 from llava.model.pack import attend_in_blocks, mean_loss
 from llava.model.splice import splice_image_features
 from llava.train.lora import add_lora, choose_trainable
+from llava.train.packs import fuse_model
 
 PATCHES, SIZE = 4, 28
 SYSTEM = [1, 11, 12]
@@ -87,13 +88,15 @@ def build(tiny_model, kind, dtype):
     model = tiny_model(max_position_embeddings=128).to(dtype)
     if dtype == torch.float64:
         model = precise_norms(model)
-    if kind == "lora":
+    if kind != "full":
         model = add_lora(model, rank=3, alpha=6, dropout=0.0, bias="none", base_name="tiny")
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    choose_trainable(model, lora=kind == "lora", projector=True, backbone=kind == "full", dtype=dtype)
+    choose_trainable(model, lora=kind != "full", projector=True, backbone=kind == "full", dtype=dtype)
+    if kind == "fused":
+        assert fuse_model(model, compiled=False) is None
     return model.train()
 
 
@@ -101,7 +104,7 @@ def build(tiny_model, kind, dtype):
 def models(tiny_model):
     return {
         (kind, dtype): build(tiny_model, kind, dtype)
-        for kind in ("lora", "full")
+        for kind in ("lora", "fused", "full")
         for dtype in (torch.float64, torch.float32)
     }
 
@@ -122,7 +125,7 @@ def compare(model, records, *, rtol, atol, **options):
             assert difference <= max(rtol * gradient.abs().max().item(), atol * largest), name
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "fused", "full"])
 @given(data=dialogues, budget=st.sampled_from([None, 30, 60]), multiple=st.sampled_from([1, 8]))
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_loss_and_gradients_in_fp64(models, kind, data, budget, multiple):
@@ -130,7 +133,7 @@ def test_loss_and_gradients_in_fp64(models, kind, data, budget, multiple):
     compare(models[kind, torch.float64], records, rtol=1e-10, atol=1e-12, budget=budget, multiple=multiple)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "fused", "full"])
 @given(data=dialogues, budget=st.sampled_from([None, 40]))
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_loss_and_gradients_in_fp32(models, kind, data, budget):
