@@ -12,7 +12,9 @@ import peft
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from vqa_workload import LLAMA_MORE, SYSTEM_TOKENS, fill, model_config
+from vqa_workload import LLAMA_MORE, SYSTEM_TOKENS, counted_flops, fill, model_config
+
+from llava.model.memory import ModelSizes
 
 QUESTION, ANSWER = 14 + LLAMA_MORE, 3
 """Tokens of a row behind its image, about the table's mean."""
@@ -43,9 +45,13 @@ def measure_peer(batch: int, checkpointing: bool, options: argparse.Namespace) -
             torch.cuda.synchronize()
         if step >= options.warm_up:
             seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    sizes = ModelSizes.of(model_config(tiny=options.tiny))
+    flops = counted_flops(sizes, 4 if options.tiny else 128, rows["input_ids"].numel(), batch)
     return {
         "variant": {"batch": batch, "checkpointing": checkpointing},
-        "samples_per_s": round(batch / statistics.median(seconds), 1),
+        "samples_per_s": round(batch / median, 1),
+        "tflops": round(flops / median / 1e12, 1),
         "step_s": [round(value, 4) for value in seconds],
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_cuda else None,
     }

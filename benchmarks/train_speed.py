@@ -42,11 +42,9 @@ from llava.train.trainer import LlavaTrainer
 sys.path.insert(0, str(Path(__file__).parent))
 from train_agreement import measure_agreement
 from train_peer import measure_peer
-from vqa_workload import make_records, model_config, random_model, table_questions, write_images
+from vqa_workload import counted_flops, make_records, model_config, random_model, table_questions, write_images
 
 RANK, ALPHA = 128, 256
-TOWER_FLOPS, PROJECTOR_FLOPS = 0.37e12, 0.024e12
-"""Of a picture forward, at true sizes."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -75,17 +73,19 @@ class Variant:
 
 VARIANTS = {
     "shared_fused": Variant(24),
+    "shared_fused_large": Variant(48),
+    "one_question_fused": Variant(8, alone=True),
     "shared_fused_dropout": Variant(24, dropout=0.05),
     "shared_compiled": Variant(24, fuse="off"),
     "shared_compiled_dropout": Variant(24, dropout=0.05, fuse="off"),
-    "shared_eager_dropout": Variant(20, dropout=0.05, compile="off", fuse="off"),
     "shared_fused_checkpointing": Variant(48, checkpointing=True),
-    "shared_fused_32": Variant(32),
-    "one_question_fused": Variant(6, alone=True),
+    "shared_eager_dropout": Variant(20, dropout=0.05, compile="off", fuse="off"),
     "unshared_eager_dropout": Variant(5, dropout=0.05, share=False, compile="off", fuse="off"),
 }
-PEERS = {"peer_batch_4": (4, False), "peer_batch_6": (6, False), "peer_batch_16_checkpointing": (16, True)}
+PEERS = {"peer_batch_6": (6, False), "peer_batch_16_checkpointing": (16, True), "peer_batch_4": (4, False)}
 AGREEMENT = "agreement"
+ORDER = ["shared_fused", AGREEMENT, *list(VARIANTS)[1:4], *list(PEERS)[:2], *list(VARIANTS)[4:], *list(PEERS)[2:]]
+"""What tells most comes first, for runs with `--limit`."""
 
 
 class Clock(TrainerCallback):
@@ -129,11 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
         return subprocess.run([*launch, __file__, *words], check=False).returncode
     is_first = int(os.environ.get("RANK", "0")) == 0
-    names = options.only or [*VARIANTS, *PEERS, AGREEMENT]
+    names = options.only or ORDER
+    begun = time.perf_counter()
     report: dict[str, Any] = {"machine": machine(), "gpus": options.gpus, "tiny": options.tiny, "rows": {}}
     report["ceiling_tflops"] = matmul_ceiling(options)
     for name in names:
         started = time.perf_counter()
+        if started - begun > options.limit:
+            break
         if is_first:
             print(f"{name}", flush=True)
         try:
@@ -163,7 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="questions a step and device, instead of each run's own")
     add("--gpus", type=int, default=1, help="processes, one for each GPU (default: %(default)s)")
     add("--workers", type=int, default=6, help="processes that read images, for each GPU (default: %(default)s)")
-    add("--profile", type=Path, metavar="FILE", help="write the last step's kernels of each of our runs there")
+    add("--profile", type=Path, metavar="FILE", help="write the kernels of one more step of our first run there")
+    add("--limit", type=float, default=float("inf"), help="seconds after which no further run starts (default: none)")
     add("--output", type=Path, metavar="FILE", help="JSON file to write")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "llava_train_speed", help="for the images")
     add("--tiny", action="store_true", help="a small model, to try this program on a CPU")
@@ -178,10 +182,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name in PEERS:
         batch, checkpointing = PEERS[name]
         return measure_peer(options.batch or batch, checkpointing, options)
-    return measure_ours(name, VARIANTS[name], options)
+    return measure_ours(VARIANTS[name], options)
 
 
-def measure_ours(name: str, variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     """Train for a few steps and return samples a second, counted TFLOP/s and peak memory of one device."""
     config = model_config(tiny=options.tiny)
     batch = options.batch or variant.batch
@@ -198,8 +202,8 @@ def measure_ours(name: str, variant: Variant, options: argparse.Namespace) -> di
     processor = CLIPPixels(config.mm_vision_config["image_size"])
     patches = features_per_image(config)
     feed = choose_feed(records, processor, ImageSettings("pad"), patches, 0, args, compiled)
-    profile = options.profile and options.profile.with_name(f"{options.profile.stem}_{name}{options.profile.suffix}")
-    clock = Clock(args.device.type == "cuda", profile, options.warm_up + options.steps)
+    clock = Clock(args.device.type == "cuda", options.profile, options.warm_up + options.steps)
+    options.profile = None
     trainer = LlavaTrainer(
         model,
         args,
@@ -215,8 +219,6 @@ def measure_ours(name: str, variant: Variant, options: argparse.Namespace) -> di
     seconds = clock.steps[options.warm_up : options.warm_up + options.steps]
     positions, images = work_per_step(feed, records, batch, args.world_size, options)
     sizes = ModelSizes.of(config)
-    flops = positions * (4 * sizes.block_weights + 6 * sizes.lora_parameters(rank))
-    flops += images * (TOWER_FLOPS + 3 * PROJECTOR_FLOPS)
     median = statistics.median(seconds)
     return {
         "variant": dataclasses.asdict(variant) | {"batch": batch},
@@ -225,9 +227,9 @@ def measure_ours(name: str, variant: Variant, options: argparse.Namespace) -> di
         "step_s": [round(value, 4) for value in clock.steps],
         "positions_per_step": round(positions),
         "images_per_step": round(images, 2),
-        "tflops": round(flops / median / 1e12, 1),
+        "tflops": round(counted_flops(sizes, rank, positions, images) / median / 1e12, 1),
         "peak_gb": peak_memory(),
-        "last_loss": trainer.state.log_history[-1].get("train_loss"),
+        "mean_loss": trainer.state.log_history[-1].get("train_loss"),
     }
 
 

@@ -23,7 +23,7 @@ from llava.train.arguments import TrainingArguments, zero_stage
 
 logger = logging.getLogger(__name__)
 
-MOST_LENGTHS = 6
+MOST_LENGTHS = 4
 """Padded lengths of a run's packs: `torch.compile` keeps eight versions of a function, and each takes a while."""
 
 
