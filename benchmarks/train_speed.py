@@ -113,7 +113,8 @@ class Clock(TrainerCallback):
             by = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
             self.profile.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
             self.profiler = None
-        print(f"  step {state.global_step}: {self.times[-1] - self.times[-2]:.3f} s", flush=True)
+        if state.is_world_process_zero:
+            print(f"  step {state.global_step}: {self.times[-1] - self.times[-2]:.3f} s", flush=True)
 
     @property
     def steps(self) -> list[float]:
@@ -129,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
         return subprocess.run([*launch, __file__, *words], check=False).returncode
     is_first = int(os.environ.get("RANK", "0")) == 0
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     names = options.only or ORDER
     begun = time.perf_counter()
     report: dict[str, Any] = {"machine": machine(), "gpus": options.gpus, "tiny": options.tiny, "rows": {}}

@@ -7,6 +7,7 @@ weights are random, images are noise.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,7 +65,9 @@ def write_images(directory: Path, count: int, size: tuple[int, int] = PICTURE) -
         if not path.exists():
             generator = numpy.random.default_rng(int(path.stem))
             noise = generator.integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=numpy.uint8)
-            Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+            hidden = path.with_name(f".{os.getpid()}_{path.name}")  # several processes may write the same
+            Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(hidden, quality=90)
+            hidden.replace(path)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, paths))
