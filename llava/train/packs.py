@@ -52,16 +52,17 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> bool:
     Raises:
         ValueError: if `--fuse_lora on` can't be done with this model.
     """
-    if not training_args.share_image_prefix:
+    if not shares_prefix(training_args):
         return False
     llava = _llava(model)
     on_cuda = training_args.device.type == "cuda"
     if on_cuda:
         attend_in_blocks(llava)
-    works = on_cuda and training_args.bits == 16 and zero_stage(training_args.deepspeed) != 3
+    is_whole = zero_stage(training_args.deepspeed) != 3 and not training_args.fsdp  # each process has all weights
+    works = on_cuda and training_args.bits == 16 and is_whole
     compiles = training_args.compile_layers == "on" or (training_args.compile_layers == "auto" and works)
     if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and compiles):
-        reason = fuse_model(llava, compiled=compiles)
+        reason = fuse_model(llava, compiled=compiles) if is_whole else "the weights are partitioned"
         if reason and training_args.fuse_lora == "on":
             raise ValueError(f"--fuse_lora on: {reason}; leave it out")
     if compiles and llava.fused_layers is None:
@@ -69,6 +70,16 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> bool:
     if compiles:
         logger.info("the LLM's layers are compiled; the first steps take longer")
     return compiles
+
+
+def shares_prefix(training_args: TrainingArguments) -> bool:
+    """Tell whether rows become packs: as the flag says, but not where one process deals rows out to several GPUs."""
+    if training_args.share_image_prefix and training_args.n_gpu > 1:
+        logger.warning(
+            "one process with %d GPUs can't share the image prefix; start one for each GPU, as scripts/v1_5 do",
+            training_args.n_gpu,
+        )
+    return training_args.share_image_prefix and training_args.n_gpu <= 1
 
 
 def fuse_model(model: nn.Module, *, compiled: bool) -> str | None:
@@ -111,7 +122,7 @@ def choose_feed(
     """
     size = image_processor.crop_size["height"]
     parts = (records, image_processor, image_settings, patches)
-    if not training_args.share_image_prefix:
+    if not shares_prefix(training_args):
         return Feed(SupervisedDataset(*parts), SupervisedCollator(pad_token_id, size), None)
     dataset = PackedDataset(*parts)
     sharing = find_sharing(records, dataset.lengths)

@@ -16,6 +16,7 @@ from llava.data.sharing import SharedPrefixSampler, find_sharing
 from llava.image_processing import CLIPPixels
 from llava.model.pack import compile_layers
 from llava.model.weights import open_tensor_file
+from llava.train.lora import add_lora, choose_trainable
 from llava.train.packs import choose_feed, describe_sharing, features_per_image, few_lengths, prepare_model
 from llava.train.train import main
 
@@ -63,6 +64,8 @@ KINDS = {
     "full": [],
     "projector": ["--tune_mm_mlp_adapter", "True"],
     "checkpointing": [*LORA_FLAGS, "--gradient_checkpointing", "True"],
+    "fused": [*LORA_FLAGS, "--fuse_lora", "on", "--compile_layers", "off"],
+    "fused checkpointing": [*LORA_FLAGS, "--fuse_lora", "on", "--gradient_checkpointing", "True"],
     "accumulation": [*LORA_FLAGS, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"],
 }
 
@@ -115,7 +118,15 @@ def test_savings_in_words():
 
 def arguments(**changes):
     flags = {"share_image_prefix": True, "compile_layers": "auto", "bits": 16, "deepspeed": None, "seed": 0}
-    flags |= {"device": torch.device("cpu"), "train_batch_size": 2, "world_size": 1, "model_max_length": 64}
+    flags |= {
+        "fuse_lora": "auto",
+        "fsdp": [],
+        "n_gpu": 1,
+        "device": torch.device("cpu"),
+        "train_batch_size": 2,
+        "world_size": 1,
+        "model_max_length": 64,
+    }
     return SimpleNamespace(**(flags | changes))
 
 
@@ -151,6 +162,7 @@ def test_few_lengths():
         ({"device": torch.device("cuda"), "bits": 4}, False),
         ({"device": torch.device("cuda"), "compile_layers": "off"}, False),
         ({"device": torch.device("cuda"), "deepspeed": {"zero_optimization": {"stage": 3}}}, False),
+        ({"device": torch.device("cuda"), "fsdp": ["full_shard"]}, False),
         ({"device": torch.device("cuda"), "share_image_prefix": False}, False),
     ],
 )
@@ -160,6 +172,47 @@ def test_when_layers_are_compiled(tiny_model, changes, compiles):
     assert model.compiles_packs is compiles
     changes = {**arguments(**changes).__dict__}
     assert model.attends_in_blocks is (changes["device"].type == "cuda" and changes["share_image_prefix"])
+
+
+def test_one_process_with_several_gpus_shares_nothing(tiny_model, caplog):
+    model = tiny_model()
+    assert prepare_model(model, arguments(n_gpu=2, device=torch.device("cuda"))) is False
+    assert not model.attends_in_blocks
+    assert "one process with 2 GPUs can't share the image prefix" in caplog.text
+    assert isinstance(feed([question("a", 5), question("a", 6)], n_gpu=2).collator, SupervisedCollator)
+
+
+def with_adapters(model, **changes):
+    options = {"rank": 3, "alpha": 6, "dropout": 0.0, "bias": "none", "base_name": "tiny"}
+    wrapped = add_lora(model, **(options | changes))
+    choose_trainable(wrapped, lora=True, projector=True, backbone=False)
+    return wrapped
+
+
+def test_when_adapters_are_fused(tiny_model):
+    model = tiny_model()
+    prepare_model(with_adapters(model), arguments(compile_layers="on"))
+    assert model.fused_layers is not None
+    for changes in ({}, {"compile_layers": "on", "fuse_lora": "off"}):
+        model = tiny_model()
+        prepare_model(with_adapters(model), arguments(**changes))
+        assert model.fused_layers is None
+    model = tiny_model()
+    prepare_model(model, arguments(compile_layers="on"))  # no adapters, so compiled as they are
+    assert model.fused_layers is None
+    assert model.compiles_packs
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "there are no adapters"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "the weights are partitioned"),
+    ],
+)
+def test_fusing_that_was_asked_for_and_cannot_be_done(tiny_model, changes, reason):
+    with pytest.raises(ValueError, match=f"--fuse_lora on: {reason}; leave it out"):
+        prepare_model(tiny_model(), arguments(fuse_lora="on", **changes))
 
 
 def test_layers_are_compiled_once_for_packs_alone(tiny_model):
