@@ -143,7 +143,7 @@ def test_all_layers_share_one_compilation(tiny_model):
     fused = FusedLayers(model, compiled=False)
     torch._dynamo.reset()
     fused.run = torch.compile(run_layer, dynamic=False, backend=count, fullgraph=True)
-    embeds, mask = torch.randn(1, 5, 16), torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    embeds, mask = torch.randn(1, 5, 16, requires_grad=True), torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     fused(embeds, mask, torch.arange(5)[None])
     fused(embeds * 2, mask, torch.arange(5)[None] + 3)
     assert len(graphs) == 1
