@@ -197,14 +197,14 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     rank = 4 if options.tiny else RANK
     model = add_lora(model, rank=rank, alpha=2 * rank, dropout=variant.dropout, bias="none", base_name="random")
     choose_trainable(model, lora=True, projector=True, backbone=False, dtype=torch.float32)
-    compiled = prepare_model(model, args)
+    layers_run = prepare_model(model, args)
     questions = table_questions()
     if variant.alone:
         questions = [[question] for image in questions for question in image][: len(questions)]
     records = make_records(questions, write_images(options.work, len(questions)), config.vocab_size)
     processor = CLIPPixels(config.mm_vision_config["image_size"])
     patches = features_per_image(config)
-    feed = choose_feed(records, processor, ImageSettings("pad"), patches, 0, args, compiled)
+    feed = choose_feed(records, processor, ImageSettings("pad"), patches, 0, args, layers_run)
     clock = Clock(args.device.type == "cuda", options.profile, options.warm_up + options.steps)
     options.profile = None
     trainer = LlavaTrainer(

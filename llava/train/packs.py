@@ -28,11 +28,19 @@ MOST_LENGTHS = 4
 
 
 class Feed(NamedTuple):
-    """What a trainer reads: rows, how they become batches, their order (None = the trainer's own)."""
+    """What a trainer reads.
+
+    Attributes:
+        dataset: the rows.
+        collator: makes batches of them.
+        sampler: their order; None = the trainer's own.
+        positions: of the largest batch, padding included.
+    """
 
     dataset: SupervisedDataset
     collator: Callable[[Sequence[Any]], dict[str, Any]]
     sampler: Sampler | None
+    positions: int
 
 
 def features_per_image(config: LlavaConfig) -> int:
@@ -42,8 +50,15 @@ def features_per_image(config: LlavaConfig) -> int:
     return patches + (config.mm_vision_select_feature == "cls_patch")
 
 
-def prepare_model(model: nn.Module, training_args: TrainingArguments) -> bool:
-    """Choose how the LLM's layers run over packs; return whether they are compiled.
+class LayersRun(NamedTuple):
+    """How the LLM's layers run over packs: attention by FlexAttention or with a dense mask, compiled or not."""
+
+    in_blocks: bool
+    compiled: bool
+
+
+def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayersRun:
+    """Choose how the LLM's layers run over packs.
 
     Args:
         model: a `LlavaLlamaForCausalLM`, or one with adapters.
@@ -53,13 +68,15 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> bool:
         ValueError: if `--fuse_lora on` can't be done with this model.
     """
     if not shares_prefix(training_args):
-        return False
+        return LayersRun(in_blocks=False, compiled=False)
     llava = _llava(model)
     on_cuda = training_args.device.type == "cuda"
-    if on_cuda:
+    width = llava.config.head_dim
+    in_blocks = on_cuda and width >= 16 and width.bit_count() == 1  # others FlexAttention's kernels don't take
+    if in_blocks:
         attend_in_blocks(llava)
     is_whole = zero_stage(training_args.deepspeed) != 3 and not training_args.fsdp  # each process has all weights
-    works = on_cuda and training_args.bits == 16 and is_whole
+    works = in_blocks and training_args.bits == 16 and is_whole
     compiles = training_args.compile_layers == "on" or (training_args.compile_layers == "auto" and works)
     if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and compiles):
         reason = fuse_model(llava, compiled=compiles) if is_whole else "the weights are partitioned"
@@ -69,7 +86,7 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> bool:
         compile_layers(llava)
     if compiles:
         logger.info("the LLM's layers are compiled; the first steps take longer")
-    return compiles
+    return LayersRun(in_blocks, compiles)
 
 
 def shares_prefix(training_args: TrainingArguments) -> bool:
@@ -107,7 +124,7 @@ def choose_feed(
     patches: int,
     pad_token_id: int,
     training_args: TrainingArguments,
-    is_compiled: bool,
+    layers_run: LayersRun,
 ) -> Feed:
     """Return packs in an order that keeps rows of one image together, or padded rows if prefixes are not shared.
 
@@ -118,26 +135,24 @@ def choose_feed(
         patches: positions of a picture.
         pad_token_id: of padded rows.
         training_args: flags.
-        is_compiled: packs are padded to few lengths.
+        layers_run: from `prepare_model`; compiled layers want packs of few lengths.
     """
     size = image_processor.crop_size["height"]
     parts = (records, image_processor, image_settings, patches)
     if not shares_prefix(training_args):
-        return Feed(SupervisedDataset(*parts), SupervisedCollator(pad_token_id, size), None)
+        rows = SupervisedDataset(*parts)
+        positions = max(rows.lengths) * training_args.train_batch_size
+        return Feed(rows, SupervisedCollator(pad_token_id, size), None, positions)
     dataset = PackedDataset(*parts)
     sharing = find_sharing(records, dataset.lengths)
     batch_size, processes = training_args.train_batch_size, training_args.world_size
     sampler = SharedPrefixSampler(sharing, batch_size, processes, training_args.seed) if sharing.saves else None
     costs = sampler.costs() if sampler else batch_costs(range(len(records)), batch_size, sharing)
     logger.info(describe_sharing(sharing, dataset.lengths, costs, processes))
-    in_blocks = training_args.device.type == "cuda"
-    collator = PackCollator(
-        patches,
-        size,
-        budget=None if in_blocks else training_args.model_max_length,
-        multiple=few_lengths(costs) if is_compiled else BLOCK if in_blocks else 1,
-    )
-    return Feed(dataset, collator, sampler)
+    multiple = few_lengths(costs) if layers_run.compiled else BLOCK if layers_run.in_blocks else 1
+    budget = None if layers_run.in_blocks else training_args.model_max_length
+    collator = PackCollator(patches, size, budget=budget, multiple=multiple)
+    return Feed(dataset, collator, sampler, -(-max(costs) // multiple) * multiple)
 
 
 def few_lengths(costs: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.train.packs import choose_feed, features_per_image, prepare_model
 from llava.train.recipe import describe_memory, describe_run
+from llava.train.recompute import KeepActivations
 from llava.train.saving import Saver
 from llava.train.starting_point import (
     adapter_rank,
@@ -78,17 +79,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         checkpoint = add_what_was_trained(checkpoint, model_args, training_args)
 
     kind = "lora" if training_args.lora_enable else "projector" if model_args.tune_mm_mlp_adapter else "full"
+    rank = adapter_rank(training_args) if kind == "lora" else 0
     if training_args.device.type == "cuda" and _is_first():
-        rank = adapter_rank(training_args)
         lengths = [len(record.input_ids) + len(record.images) * (patches - 1) for record in records]
         free = free_memory(training_args.device)
         print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
     model = load_model(checkpoint, kind, model_args, training_args)
     beside = surroundings(checkpoint, base, model_args, data_args, training_args)
-    compiled = prepare_model(model, training_args)
+    layers_run = prepare_model(model, training_args)
     settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
     padding = checkpoint.tokenizer.pad_token_id or 0
-    feed = choose_feed(records, checkpoint.image_processor, settings, patches, padding, training_args, compiled)
+    feed = choose_feed(records, checkpoint.image_processor, settings, patches, padding, training_args, layers_run)
     trainer = LlavaTrainer(
         model,
         training_args,
@@ -96,7 +97,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         train_dataset=feed.dataset,
         train_sampler=feed.sampler,
         data_collator=feed.collator,
-        callbacks=[FileLog()],
+        callbacks=[FileLog(), KeepActivations(model, rank=rank, positions=feed.positions)],
     )
     if _is_first():
         print(describe_run(model, records, checkpoint.tokenizer, _facts(checkpoint, kind, training_args)), flush=True)

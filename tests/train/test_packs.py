@@ -17,7 +17,7 @@ from llava.image_processing import CLIPPixels
 from llava.model.pack import compile_layers
 from llava.model.weights import open_tensor_file
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import choose_feed, describe_sharing, features_per_image, few_lengths, prepare_model
+from llava.train.packs import LayersRun, choose_feed, describe_sharing, features_per_image, few_lengths, prepare_model
 from llava.train.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -130,8 +130,8 @@ def arguments(**changes):
     return SimpleNamespace(**(flags | changes))
 
 
-def feed(records, **changes):
-    return choose_feed(records, CLIPPixels(2), ImageSettings("pad"), 4, 0, arguments(**changes), False)
+def feed(records, layers_run=LayersRun(False, False), **changes):
+    return choose_feed(records, CLIPPixels(2), ImageSettings("pad"), 4, 0, arguments(**changes), layers_run)
 
 
 def test_what_is_read_and_in_which_order(tmp_path):
@@ -143,8 +143,11 @@ def test_what_is_read_and_in_which_order(tmp_path):
     assert isinstance(feed(together, share_image_prefix=False).collator, SupervisedCollator)
     collator = feed(together).collator
     assert (collator.budget, collator.multiple) == (64, 1)
-    collator = feed(together, device=torch.device("cuda")).collator
+    assert feed(together).positions == 8
+    collator = feed(together, LayersRun(in_blocks=True, compiled=False)).collator
     assert (collator.budget, collator.multiple) == (None, 128)
+    assert feed(together, LayersRun(in_blocks=True, compiled=True)).positions == 128
+    assert feed(together, share_image_prefix=False).positions == 14
 
 
 def test_few_lengths():
@@ -167,16 +170,22 @@ def test_few_lengths():
     ],
 )
 def test_when_layers_are_compiled(tiny_model, changes, compiles):
-    model = tiny_model()
-    assert prepare_model(model, arguments(**changes)) is compiles
+    model = tiny_model(num_attention_heads=1, num_key_value_heads=1)  # 16 wide, as FlexAttention needs at least
+    assert prepare_model(model, arguments(**changes)).compiled is compiles
     assert model.compiles_packs is compiles
     changes = {**arguments(**changes).__dict__}
     assert model.attends_in_blocks is (changes["device"].type == "cuda" and changes["share_image_prefix"])
 
 
+def test_heads_that_flex_attention_does_not_take_have_a_dense_mask(tiny_model):
+    model = tiny_model()  # 8 wide
+    assert prepare_model(model, arguments(device=torch.device("cuda"))) == LayersRun(in_blocks=False, compiled=False)
+    assert not model.attends_in_blocks
+
+
 def test_one_process_with_several_gpus_shares_nothing(tiny_model, caplog):
     model = tiny_model()
-    assert prepare_model(model, arguments(n_gpu=2, device=torch.device("cuda"))) is False
+    assert prepare_model(model, arguments(n_gpu=2, device=torch.device("cuda"))) == (False, False)
     assert not model.attends_in_blocks
     assert "one process with 2 GPUs can't share the image prefix" in caplog.text
     assert isinstance(feed([question("a", 5), question("a", 6)], n_gpu=2).collator, SupervisedCollator)
