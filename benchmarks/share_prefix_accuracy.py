@@ -23,14 +23,15 @@ from pathlib import Path
 
 import torch
 
+from llava.eval import model_vqa_loader
+from llava.train import train
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "tiny")]
 
-import make_world
+import make_world  # noqa: E402 (scripts, found by the path above)
 
-import task_data_preprocessing
-from llava.eval import model_vqa_loader
-from llava.train import train
+import task_data_preprocessing  # noqa: E402
 
 BASE = ROOT / "playground" / "llava-tiny"
 FLAGS = ["--version", "v1", "--image_aspect_ratio", "pad", "--num_train_epochs", "1", "--model_max_length", "2048"]

@@ -89,11 +89,11 @@ ORDER = ["shared_fused", AGREEMENT, *list(VARIANTS)[1:4], *list(PEERS)[:2], *lis
 
 
 class Clock(TrainerCallback):
-    """Notes the time at the end of each step, once the GPU has done it."""
+    """Notes when the device is done with each step, without making the program wait for it."""
 
     def __init__(self, on_cuda: bool, profile: Path | None, profiled_step: int) -> None:
         self.on_cuda, self.profile, self.profiled_step = on_cuda, profile, profiled_step
-        self.times = [time.perf_counter()]
+        self.marks: list[float | torch.cuda.Event] = []
         self.profiler: torch.profiler.profile | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -104,22 +104,37 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the time."""
-        if self.on_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.mark()
         if self.profiler:
+            if self.on_cuda:
+                torch.cuda.synchronize()
             self.profiler.stop()
             averages = self.profiler.key_averages()
             by = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
             self.profile.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
             self.profiler = None
         if state.is_world_process_zero:
-            print(f"  step {state.global_step}: {self.times[-1] - self.times[-2]:.3f} s", flush=True)
+            print(f"  step {state.global_step}", flush=True)
 
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of each step, what it waits for included."""
-        return [end - start for start, end in zip(self.times, self.times[1:], strict=False)]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.mark()
+
+    def mark(self) -> None:
+        """Note the time at which the device has done all that was asked of it so far."""
+        if self.on_cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the time of each step, what it waits for included."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if not self.on_cuda:
+            return [end - start for start, end in pairs]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,7 +234,8 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    seconds = clock.steps[options.warm_up : options.warm_up + options.steps]
+    steps = clock.seconds()
+    seconds = steps[options.warm_up : options.warm_up + options.steps]
     positions, images = work_per_step(feed, records, batch, args.world_size, options)
     sizes = ModelSizes.of(config)
     median = statistics.median(seconds)
@@ -227,7 +243,7 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
         "variant": dataclasses.asdict(variant) | {"batch": batch},
         "samples_per_s": round(batch * args.world_size / median, 1),
         "samples_per_s_mean": round(batch * args.world_size * len(seconds) / sum(seconds), 1),
-        "step_s": [round(value, 4) for value in clock.steps],
+        "step_s": [round(value, 4) for value in steps],
         "positions_per_step": round(positions),
         "images_per_step": round(images, 2),
         "tflops": round(counted_flops(sizes, rank, positions, images) / median / 1e12, 1),
@@ -245,6 +261,7 @@ def training_arguments(variant: Variant, batch: int, options: argparse.Namespace
         learning_rate=2e-4,
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it waits for the device after each step
         report_to=[],
         disable_tqdm=True,
         dataloader_num_workers=options.workers,

@@ -52,6 +52,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """Return the image encoder."""
         return self.model.vision_tower
 
+    def train(self, mode: bool = True) -> LlavaLlamaForCausalLM:
+        """Switch the mode; nothing is done where training is on already, as trainers ask for it in every step."""
+        return self if mode and self.training else super().train(mode)
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return the features of pictures as the LLM sees them, (N, 3, H, W) -> (N, P, D)."""
         features = self.model.vision_tower(pixel_values)  # (N, P, V)

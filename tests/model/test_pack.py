@@ -196,3 +196,10 @@ def test_flex_attention_sees_the_same(tiny_model):
         torch.testing.assert_close(model(**pack).loss, dense, rtol=1e-7, atol=0)
     assert kinds == {BlockMask}
     torch.testing.assert_close(model(input_ids=ids, images=PICTURES["a"][None]).logits, logits)
+
+
+def test_the_mode_is_switched_throughout(tiny_model):
+    wrapped = add_lora(tiny_model(), rank=3, alpha=6, dropout=0.5, bias="none", base_name="tiny")
+    for mode in (True, False, True):
+        wrapped.train(mode)
+        assert {module.training for module in wrapped.modules()} == {mode}

@@ -98,6 +98,9 @@ def test_the_log_says_what_is_saved(train, tmp_path, caplog):
     assert "times fewer" in caplog.text
 
 
+DENSE = LayersRun(in_blocks=False, compiled=False)
+
+
 def question(image, *words):
     return EncodedRecord([1, IMAGE, *words, 2], [__] * (2 + len(words)) + [2], [image])
 
@@ -130,7 +133,7 @@ def arguments(**changes):
     return SimpleNamespace(**(flags | changes))
 
 
-def feed(records, layers_run=LayersRun(False, False), **changes):
+def feed(records, layers_run=DENSE, **changes):
     return choose_feed(records, CLIPPixels(2), ImageSettings("pad"), 4, 0, arguments(**changes), layers_run)
 
 
