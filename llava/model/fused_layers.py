@@ -1,10 +1,11 @@
 """Llama's layers under LoRA, written so that there is less to compute than layer by layer and adapter by adapter.
 
 Layers with the same input (q, k, v; gate, up) are one product with their frozen weights joined, and one with the `A` of
-their adapters joined; masters in fp32 are cast once, inputs not at all. Without dropout the results are peft's. With
-dropout, layers of one input drop the same of it; in peft each draws its own.
+their adapters joined; masters in fp32 are cast once, inputs not at all. The last layer's output is computed where it is
+wanted: other positions are no more than keys and values to it. Without dropout the results are peft's. With dropout,
+layers of one input drop the same of it; in peft each draws its own.
 
-Letters: `R` rows, `S` positions, `D` width, `r` rank of an adapter.
+Letters: `R` rows, `S` positions, `D` width, `K` positions whose output is wanted, `r` rank of an adapter.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ class Joined(NamedTuple):
     widths: tuple[int, ...]
     adapters: tuple[Adapter | None, ...]
 
+    def divide(self) -> tuple[Joined, Joined]:
+        """Return the first layer and the others."""
+        first = self.widths[0]
+        return (
+            Joined(self.weight[:first], self.widths[:1], self.adapters[:1]),
+            Joined(self.weight[first:], self.widths[1:], self.adapters[1:]),
+        )
+
 
 class LayerWeights(NamedTuple):
     """Of one layer, in the order of their use."""
@@ -59,7 +68,7 @@ class Shape(NamedTuple):
 
 
 class FusedLayers:
-    """Stands in for a Llama body; takes embeddings and returns the normed output, (R, S, D) -> (R, S, D).
+    """Stands in for a Llama body over packs.
 
     Args:
         model: with frozen weights and adapters in place; see `why_not_fused`. Its weights move into joined storage.
@@ -73,17 +82,36 @@ class FusedLayers:
         self.weights = [_layer_weights(layer) for layer in self.body.layers]
         self.run: Callable[..., Tensor] = torch.compile(run_layer, dynamic=False) if compiled else run_layer
 
-    def __call__(self, inputs_embeds: Tensor, mask: Tensor | BlockMask, position_ids: Tensor) -> Tensor:
-        """Run all layers and the last norm; layers whose activations are checkpointed are computed again."""
+    def __call__(
+        self,
+        inputs_embeds: Tensor,
+        mask: Tensor | BlockMask,
+        position_ids: Tensor,
+        wanted: Tensor,
+        wanted_mask: Tensor,
+    ) -> Tensor:
+        """Run all layers and the last norm; layers whose activations are checkpointed are computed again.
+
+        Args:
+            inputs_embeds: (R, S, D).
+            mask: of all positions.
+            position_ids: (R, S) int64.
+            wanted: (K,) int64, flat indices of the positions whose output is returned.
+            wanted_mask: (1, 1, K, R x S) bool, their mask over all rows.
+
+        Returns:
+            the normed output, (K, D).
+        """
         rotary = self.body.rotary_emb(inputs_embeds, position_ids)  # cos and sin, (R, S, width of a head)
         hidden = inputs_embeds
         training = self.body.training
-        for layer, weights in zip(self.body.layers, self.weights, strict=True):
+        for layer, weights in zip(self.body.layers[:-1], self.weights[:-1], strict=True):
             arguments = (hidden, rotary, mask, weights, self.shape, training)
             if layer.gradient_checkpointing and training:
                 hidden = checkpoint(self.run, *arguments, use_reentrant=False)
             else:
                 hidden = self.run(*arguments)
+        hidden = run_last_layer(hidden, rotary, wanted, wanted_mask, self.weights[-1], self.shape, training)
         return self.body.norm(hidden)
 
 
@@ -101,6 +129,33 @@ def run_layer(
     query = rotate(split_heads(query, shape.heads), rotary)  # (R, heads, S, width)
     key = rotate(split_heads(key, shape.key_value_heads), rotary)
     attended = attend(query, key, split_heads(value, shape.key_value_heads), mask)
+    return finish_layer(hidden, attended, weights, shape, training)
+
+
+def run_last_layer(
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    wanted: Tensor,
+    wanted_mask: Tensor,
+    weights: LayerWeights,
+    shape: Shape,
+    training: bool,
+) -> Tensor:
+    """Run the last layer for the positions that are wanted, (R, S, D) -> (K, D); all are keys and values."""
+    rotary = tuple(table.flatten(0, 1)[None] for table in rotary)
+    hidden = hidden.flatten(0, 1)[None]  # (1, R x S, D)
+    normed = norm(hidden, weights.attention_norm, shape.epsilon)
+    queries, keys_values = weights.qkv.divide()
+    (query,) = linear(normed[:, wanted], queries, training)
+    query = rotate(split_heads(query, shape.heads), tuple(table[:, wanted] for table in rotary))  # (1, heads, K, width)
+    key, value = linear(normed, keys_values, training)
+    key = rotate(split_heads(key, shape.key_value_heads), rotary)
+    attended = attend(query, key, split_heads(value, shape.key_value_heads), wanted_mask)
+    return finish_layer(hidden[:, wanted], attended, weights, shape, training)[0]
+
+
+def finish_layer(hidden: Tensor, attended: Tensor, weights: LayerWeights, shape: Shape, training: bool) -> Tensor:
+    """Return a layer's output from its input (R, S, D) and what its heads saw (R, heads, S, width)."""
     (out,) = linear(attended.transpose(1, 2).flatten(2), weights.out, training)
     hidden = hidden + out
     gate, up = linear(norm(hidden, weights.mlp_norm, shape.epsilon), weights.gate_up, training)

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.model.tree_attention import block_tree_mask, tree_mask
+from llava.model.tree_attention import block_tree_mask, tree_mask, tree_mask_rows
 
 if TYPE_CHECKING:
     from llava.model.llava_llama import LlavaLlamaForCausalLM
@@ -55,13 +55,14 @@ def forward_pack(
         input_ids, layout["image_positions"], features[layout["patches"]], model.get_input_embeddings()
     )
     mask = (block_tree_mask if model.attends_in_blocks else tree_mask)(layout["groups"], layout["branches"])
+    supervised = layout["supervised"]
     if model.fused_layers is not None:
-        hidden = model.fused_layers(embeds, mask, position_ids)  # (R, S, D)
+        supervised_mask = tree_mask_rows(layout["groups"], layout["branches"], supervised)
+        hidden = model.fused_layers(embeds, mask, position_ids, supervised, supervised_mask)  # (K, D)
     else:
         output = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False)
-        hidden = output.last_hidden_state
-    supervised = layout["supervised"]
-    logits = model.lm_head(hidden.flatten(0, 1)[supervised])  # (K, W)
+        hidden = output.last_hidden_state.flatten(0, 1)[supervised]  # (K, D)
+    logits = model.lm_head(hidden)  # (K, W)
     loss = mean_loss(logits, labels.flatten()[supervised + 1], num_items_in_batch)
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 

@@ -10,6 +10,7 @@ Letters: `B` rows, `S` positions of a row.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -30,6 +31,22 @@ def tree_mask(groups: Tensor, branches: Tensor) -> Tensor:
     causal = groups.new_ones(length, length, dtype=bool).tril()
     itself = groups.new_ones(length, dtype=bool).diag()
     return (same_group & on_the_way & is_real & causal | itself)[:, None]
+
+
+def tree_mask_rows(groups: Tensor, branches: Tensor, queries: Tensor) -> Tensor:
+    """Return the mask of some positions alone, over the keys of all rows one after the other, (1, 1, K, B x S) bool.
+
+    Args:
+        groups: as in `tree_mask`.
+        branches: as in `tree_mask`.
+        queries: (K,) int64, flat indices of positions that are no padding.
+    """
+    rows = torch.arange(len(groups), device=groups.device)[:, None].expand_as(groups)
+    row, group, branch = rows.flatten(), groups.flatten(), branches.flatten()
+    before = torch.arange(len(group), device=groups.device) <= queries[:, None]  # (K, B x S)
+    same_group = (row == row[queries, None]) & (group == group[queries, None])
+    on_the_way = (branch == TRUNK) | (branch == branch[queries, None])
+    return (before & same_group & on_the_way)[None, None]
 
 
 def block_tree_mask(groups: Tensor, branches: Tensor) -> BlockMask:

@@ -72,7 +72,8 @@ def output(model, wrapped=None):
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     positions = torch.arange(5)[None]
     plain = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
-    return plain, FusedLayers(model, compiled=False)(embeds, mask, positions)
+    wanted = torch.tensor([1, 4])
+    return plain[0, wanted], FusedLayers(model, compiled=False)(embeds, mask, positions, wanted, mask[:, :, wanted])
 
 
 @torch.no_grad()
@@ -144,6 +145,7 @@ def test_all_layers_share_one_compilation(tiny_model):
     torch._dynamo.reset()
     fused.run = torch.compile(run_layer, dynamic=False, backend=count, fullgraph=True)
     embeds, mask = torch.randn(1, 5, 16, requires_grad=True), torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    fused(embeds, mask, torch.arange(5)[None])
-    fused(embeds * 2, mask, torch.arange(5)[None] + 3)
+    wanted = torch.tensor([2])
+    fused(embeds, mask, torch.arange(5)[None], wanted, mask[:, :, wanted])
+    fused(embeds * 2, mask, torch.arange(5)[None] + 3, wanted, mask[:, :, wanted])
     assert len(graphs) == 1

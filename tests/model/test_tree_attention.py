@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from llava.model.tree_attention import NO_GROUP, TRUNK, block_tree_mask, tree_mask
+from llava.model.tree_attention import NO_GROUP, TRUNK, block_tree_mask, tree_mask, tree_mask_rows
 
 
 def test_the_mask_written_out():
@@ -32,6 +32,17 @@ def test_equals_the_definition(positions):
         for key, (other_group, other_branch) in enumerate(positions):
             in_sight = key < query and group == other_group != NO_GROUP and other_branch in (TRUNK, branch)
             assert mask[query, key] == (key == query or in_sight)
+
+
+@given(st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 3)), min_size=6, max_size=6), st.data())
+def test_rows_of_the_mask_over_the_keys_of_all_rows(positions, data):
+    groups, branches = (torch.tensor(column).view(2, 3) for column in zip(*positions, strict=True))
+    queries = data.draw(st.lists(st.sampled_from(range(6)), max_size=4))
+    queries = torch.tensor([query for query in queries if groups.flatten()[query] != NO_GROUP], dtype=torch.int64)
+    rows = tree_mask_rows(groups, branches, queries)
+    assert rows.shape == (1, 1, len(queries), 6)
+    whole = torch.block_diag(*tree_mask(groups, branches)[:, 0])
+    assert torch.equal(rows[0, 0], whole[queries])
 
 
 def test_flex_attention_gives_what_the_dense_mask_gives():

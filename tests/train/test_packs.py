@@ -146,7 +146,7 @@ def test_what_is_read_and_in_which_order(tmp_path):
     assert isinstance(feed(together, share_image_prefix=False).collator, SupervisedCollator)
     collator = feed(together).collator
     assert (collator.budget, collator.multiple) == (64, 1)
-    assert feed(together).positions == 8
+    assert feed(together).positions == 9
     collator = feed(together, LayersRun(in_blocks=True, compiled=False)).collator
     assert (collator.budget, collator.multiple) == (None, 128)
     assert feed(together, LayersRun(in_blocks=True, compiled=True)).positions == 128
