@@ -72,19 +72,20 @@ class Variant:
 
 
 VARIANTS = {
-    "shared_fused": Variant(24),
     "shared_fused_large": Variant(48),
+    "shared_fused": Variant(24),
     "one_question_fused": Variant(8, alone=True),
     "shared_fused_dropout": Variant(24, dropout=0.05),
     "shared_compiled": Variant(24, fuse="off"),
     "shared_compiled_dropout": Variant(24, dropout=0.05, fuse="off"),
+    "shared_fused_small": Variant(16),
     "shared_fused_checkpointing": Variant(48, checkpointing=True),
     "shared_eager_dropout": Variant(20, dropout=0.05, compile="off", fuse="off"),
     "unshared_eager_dropout": Variant(5, dropout=0.05, share=False, compile="off", fuse="off"),
 }
 PEERS = {"peer_batch_6": (6, False), "peer_batch_16_checkpointing": (16, True), "peer_batch_4": (4, False)}
 AGREEMENT = "agreement"
-ORDER = ["shared_fused", AGREEMENT, *list(VARIANTS)[1:4], *list(PEERS)[:2], *list(VARIANTS)[4:], *list(PEERS)[2:]]
+ORDER = [*list(VARIANTS)[:3], *list(PEERS)[:2], AGREEMENT, *list(VARIANTS)[3:], *list(PEERS)[2:]]
 """What tells most comes first, for runs with `--limit`."""
 
 

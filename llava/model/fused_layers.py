@@ -163,20 +163,28 @@ def finish_layer(hidden: Tensor, attended: Tensor, weights: LayerWeights, shape:
     return hidden + down
 
 
-def linear(inputs: Tensor, joined: Joined, training: bool) -> list[Tensor]:
-    """Return the outputs of layers with one input, adapters added."""
-    outputs = list(nn.functional.linear(inputs, joined.weight).split(joined.widths, dim=-1))
-    places = [place for place, adapter in enumerate(joined.adapters) if adapter is not None]
-    adapters = [joined.adapters[place] for place in places]
+def linear(inputs: Tensor, joined: Joined, training: bool) -> tuple[Tensor, ...]:
+    """Return the outputs of layers with one input, adapters added.
+
+    They are added to all layers' output at once, so that in the backward pass its gradient is one matrix, of which the
+    adapters read parts; gradients of parts would have to be put together first.
+    """
+    base = nn.functional.linear(inputs, joined.weight)
+    adapters = [adapter for adapter in joined.adapters if adapter is not None]
     if not adapters:
-        return outputs
+        return base.split(joined.widths, dim=-1)
     dropped = nn.functional.dropout(inputs, adapters[0].dropout, training) if adapters[0].dropout else inputs
     downs = torch.cat([adapter.down.to(inputs.dtype) for adapter in adapters])
     inner = nn.functional.linear(dropped, downs).split([len(adapter.down) for adapter in adapters], dim=-1)
-    for place, adapter, low in zip(places, adapters, inner, strict=True):
-        up = (adapter.up * adapter.scale).to(inputs.dtype)
-        outputs[place] = outputs[place] + nn.functional.linear(low, up)
-    return outputs
+    products = iter(
+        nn.functional.linear(low, (adapter.up * adapter.scale).to(inputs.dtype))
+        for adapter, low in zip(adapters, inner, strict=True)
+    )
+    added = [
+        base.new_zeros(*base.shape[:-1], width) if adapter is None else next(products)
+        for adapter, width in zip(joined.adapters, joined.widths, strict=True)
+    ]
+    return (base + torch.cat(added, dim=-1)).split(joined.widths, dim=-1)
 
 
 def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:

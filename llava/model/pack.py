@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.model.tree_attention import block_tree_mask, tree_mask, tree_mask_rows
+from llava.model.tree_attention import block_pack_mask, tree_mask, tree_mask_rows
 
 if TYPE_CHECKING:
     from llava.model.llava_llama import LlavaLlamaForCausalLM
@@ -54,7 +54,7 @@ def forward_pack(
     embeds = place_features(
         input_ids, layout["image_positions"], features[layout["patches"]], model.get_input_embeddings()
     )
-    mask = (block_tree_mask if model.attends_in_blocks else tree_mask)(layout["groups"], layout["branches"])
+    mask = (block_pack_mask if model.attends_in_blocks else tree_mask)(layout["groups"], layout["branches"])
     supervised = layout["supervised"]
     if model.fused_layers is not None:
         supervised_mask = tree_mask_rows(layout["groups"], layout["branches"], supervised)

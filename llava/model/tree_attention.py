@@ -61,3 +61,37 @@ def block_tree_mask(groups: Tensor, branches: Tensor) -> BlockMask:
 
     rows, length = groups.shape
     return create_block_mask(sees, rows, None, length, length, device=groups.device)
+
+
+def block_pack_mask(groups: Tensor, branches: Tensor) -> BlockMask:
+    """Return `block_tree_mask` of rows in which groups, trunks and branches are each in one piece, trunks first.
+
+    What a query sees are then two stretches of keys, known from the query alone: less to look up in each block.
+
+    Args:
+        groups: as in `tree_mask`, padding behind everything else.
+        branches: as in `tree_mask`.
+    """
+    trunk_start, trunk_stop, branch_start = (bound.to(torch.int32) for bound in _stretches(groups, branches))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_trunk = (key >= trunk_start[batch, query]) & (key < trunk_stop[batch, query])
+        return (in_trunk | (key >= branch_start[batch, query])) & (query >= key)
+
+    rows, length = groups.shape
+    return create_block_mask(sees, rows, None, length, length, device=groups.device)
+
+
+def _stretches(groups: Tensor, branches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where each position's trunk starts and stops, and where its branch starts, (B, S) each."""
+    positions = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
+    new_group = torch.ones_like(groups, dtype=torch.bool)
+    new_group[:, 1:] = (groups[:, 1:] != groups[:, :-1]) | (groups[:, 1:] == NO_GROUP)
+    new_branch = new_group.clone()
+    new_branch[:, 1:] |= branches[:, 1:] != branches[:, :-1]
+    group_start = (positions * new_group).cummax(dim=1).values
+    branch_start = (positions * new_branch).cummax(dim=1).values
+    is_trunk = (branches == TRUNK).long()
+    trunk_seen = is_trunk.cumsum(dim=1)
+    before_group = (trunk_seen - is_trunk).gather(1, group_start)
+    return group_start, group_start + trunk_seen - before_group, branch_start

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from llava.model.tree_attention import NO_GROUP, TRUNK, block_tree_mask, tree_mask, tree_mask_rows
+from llava.model.tree_attention import NO_GROUP, TRUNK, block_pack_mask, block_tree_mask, tree_mask, tree_mask_rows
 
 
 def test_the_mask_written_out():
@@ -43,6 +43,28 @@ def test_rows_of_the_mask_over_the_keys_of_all_rows(positions, data):
     assert rows.shape == (1, 1, len(queries), 6)
     whole = torch.block_diag(*tree_mask(groups, branches)[:, 0])
     assert torch.equal(rows[0, 0], whole[queries])
+
+
+pack_groups = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3))
+"""Length of the trunk, lengths of the branches."""
+
+
+@given(st.lists(st.tuples(st.lists(pack_groups, max_size=3), st.integers(0, 3)), min_size=1, max_size=3))
+def test_the_mask_of_packs_is_that_of_trees(rows):
+    columns = []
+    for laid_out, padding in rows:
+        positions = []
+        for number, (trunk, lengths) in enumerate(laid_out):
+            positions += [(number, TRUNK)] * trunk
+            for branch, length in enumerate(lengths, start=1):
+                positions += [(number, branch)] * length
+        columns.append(positions + [(NO_GROUP, TRUNK)] * padding)
+    length = max(1, *map(len, columns))
+    columns = [row + [(NO_GROUP, TRUNK)] * (length - len(row)) for row in columns]
+    groups, branches = torch.tensor(columns).permute(2, 0, 1)
+    mask = block_pack_mask(groups, branches)
+    seen = create_mask(mask.mask_mod, len(rows), 1, length, length, device="cpu")
+    assert torch.equal(seen, tree_mask(groups, branches))
 
 
 def test_flex_attention_gives_what_the_dense_mask_gives():
