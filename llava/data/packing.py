@@ -3,7 +3,8 @@
 Records with the same images whose ids agree up to the last image form a `Group`: a trunk, which they have in common,
 and one branch each. The trunk holds all the images and nothing that is supervised, and ends before the token that
 predicts a record's first supervised one. Records without images, or with supervised text before their last image, are
-groups of their own: a trunk without branches. A pack lays groups out one after the other in rows;
+groups of their own: a trunk without branches. A pack lays groups out one after the other in rows. What all groups of a
+row begin with, the system prompt as a rule, stands before them once, as the row's stem.
 `llava.model.tree_attention` says who sees whom.
 
 Letters: `R` rows of a pack, `S` positions of a row, `M` positions of all images.
@@ -19,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, NO_GROUP, TRUNK
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, NO_GROUP, STEM, TRUNK
 from llava.data.records import EncodedRecord
 
 BLOCK = 128
@@ -45,7 +46,7 @@ class Pack(NamedTuple):
         input_ids: (R, S) int64, 0 in the place of patches and padding.
         labels: (R, S) int64; the label of a group's first position is `IGNORE_INDEX`, as nothing predicts it.
         position_ids: (R, S) int64, of each branch counting on from its trunk's end.
-        groups: (R, S) int64, from 0 in each row, `NO_GROUP` for padding.
+        groups: (R, S) int64, from 0 in each row, `STEM` for its stem, `NO_GROUP` for padding.
         branches: (R, S) int64, `TRUNK` or the number of the branch within its group.
         supervised: (K,) int64, flat indices of the positions that predict a supervised token, which stands behind them.
         image_positions: (M,) int64, flat indices of the positions that images take.
@@ -79,8 +80,20 @@ def last_shareable(record: EncodedRecord) -> int:
 def common_prefix(records: Sequence[EncodedRecord]) -> int:
     """Return the length of the longest trunk of records with the same `sharing_key`, in tokens."""
     limit = min(map(last_shareable, records))
-    first, last = (extreme(record.input_ids[:limit] for record in records) for extreme in (min, max))
-    return next((index for index, (a, b) in enumerate(zip(first, last, strict=True)) if a != b), len(first))
+    return agreement([record.input_ids[:limit] for record in records])
+
+
+def common_stem(records: Sequence[EncodedRecord]) -> int:
+    """Return how many tokens all records begin with, before any image or supervised token's predictor."""
+    return agreement([record.input_ids[: min(_start_of_images(record), last_shareable(record))] for record in records])
+
+
+def agreement(sequences: Sequence[Sequence[int]]) -> int:
+    """Return how many elements all sequences begin with."""
+    first, last = min(sequences), max(sequences)  # what these two agree in, all that lie between them do
+    return next(
+        (index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+    )
 
 
 def group_records(records: Sequence[EncodedRecord], lengths: Sequence[int], budget: int | None = None) -> list[Group]:
@@ -172,10 +185,7 @@ def pack_records(
     ]
     groups = group_records(records, lengths, budget)
     rows = fill_rows([group_length(group, records, lengths) for group in groups], budget)
-    columns = [
-        _concatenate([_lay_out(groups[index], number, records, features) for number, index in enumerate(row)])
-        for row in rows
-    ]
+    columns = [_lay_out_row([groups[index] for index in row], records, features) for row in rows]
     length = -(-max(len(row[0]) for row in columns) // multiple) * multiple
     padding = (0, IGNORE_INDEX, 0, NO_GROUP, TRUNK, -1)
     input_ids, labels, position_ids, numbers, branches, patches = (
@@ -208,20 +218,31 @@ def _concatenate(pieces: Sequence[_Columns]) -> _Columns:
     return [numpy.concatenate(column) for column in zip(*pieces, strict=True)]
 
 
-def _lay_out(
-    group: Group, number: int, records: Sequence[EncodedRecord], features: Sequence[Sequence[range]]
+def _lay_out_row(
+    groups: Sequence[Group], records: Sequence[EncodedRecord], features: Sequence[Sequence[range]]
 ) -> _Columns:
-    """Return the positions of a group, the `number`th of its row."""
+    """Return the positions of a row."""
+    firsts = [records[group.members[0]] for group in groups]
+    stem = common_stem(firsts) if len(groups) > 1 else 0
+    pieces = [_segment(firsts[0], slice(0, stem), (), 0, STEM, TRUNK)]
+    for number, group in enumerate(groups):
+        pieces += _lay_out(group, number, stem, records, features)
+    return _concatenate(pieces)
+
+
+def _lay_out(
+    group: Group, number: int, stem: int, records: Sequence[EncodedRecord], features: Sequence[Sequence[range]]
+) -> list[_Columns]:
+    """Return the positions of a group, the `number`th of its row, behind the row's stem."""
     first = records[group.members[0]]
-    trunk = slice(0, group.trunk)
-    pieces = [_segment(first, trunk, features[group.members[0]], 0, number, TRUNK)]
+    pieces = [_segment(first, slice(stem, group.trunk), features[group.members[0]], stem, number, TRUNK)]
     pieces[0][1][:1] = IGNORE_INDEX
-    start = len(pieces[0][0])
+    start = stem + len(pieces[0][0])
     if len(group.members) > 1:
         rest = slice(group.trunk, None)
         for branch, index in enumerate(group.members, start=1):
             pieces.append(_segment(records[index], rest, (), start, number, branch))
-    return _concatenate(pieces)
+    return pieces
 
 
 def _segment(
@@ -245,6 +266,11 @@ def _segment(
         numpy.full_like(ids, branch),
         patches,
     ]
+
+
+def _start_of_images(record: EncodedRecord) -> int:
+    ids = record.input_ids
+    return ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else len(ids)
 
 
 def _end_of_images(record: EncodedRecord) -> int:

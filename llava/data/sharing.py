@@ -1,6 +1,7 @@
 """The order of training rows where rows share prefixes: those of one prefix in one batch, batches of similar cost.
 
-A cost is a number of positions: a prefix counts once for all of its rows in a batch.
+A cost is a number of positions: a prefix counts once for all of its rows in a batch, what all rows begin with once for
+the batch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from llava.data.packing import common_prefix, sharing_key
+from llava.data.packing import common_prefix, common_stem, sharing_key
 from llava.data.records import EncodedRecord
 
 STRETCH = 50
@@ -27,11 +28,13 @@ class Sharing(NamedTuple):
         groups: indices of the rows behind each prefix; a row that shares nothing is alone.
         prefixes: positions of each group's prefix, 0 for rows that are alone.
         rests: positions of each row behind its prefix.
+        stem: positions that all rows begin with, a part of every prefix.
     """
 
     groups: list[list[int]]
     prefixes: list[int]
     rests: list[int]
+    stem: int = 0
 
     @property
     def saves(self) -> bool:
@@ -65,7 +68,7 @@ def find_sharing(records: Sequence[EncodedRecord], lengths: Sequence[int]) -> Sh
             for index in members:
                 rests[index] -= shared
         prefixes.append(shared)
-    return Sharing(list(sets.values()), prefixes, rests)
+    return Sharing(list(sets.values()), prefixes, rests, common_stem(records))
 
 
 def batch_costs(order: Sequence[int], batch_size: int, sharing: Sharing) -> list[int]:
@@ -75,7 +78,8 @@ def batch_costs(order: Sequence[int], batch_size: int, sharing: Sharing) -> list
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         groups = {group_of[row] for row in rows}
-        costs.append(sum(sharing.rests[row] for row in rows) + sum(sharing.prefixes[group] for group in groups))
+        whole = sum(sharing.rests[row] for row in rows) + sum(sharing.prefixes[group] for group in groups)
+        costs.append(whole - sharing.stem * (len(groups) - 1))
     return costs
 
 
@@ -160,7 +164,7 @@ def _distribute(stretch: Sequence[_Piece], batch_size: int, sharing: Sharing) ->
     """
 
     def cost(piece: _Piece) -> int:
-        return sharing.prefixes[piece.group] + sum(sharing.rests[row] for row in piece.rows)
+        return sharing.prefixes[piece.group] + sum(sharing.rests[row] for row in piece.rows) - sharing.stem
 
     total = sum(len(piece.rows) for piece in stretch)
     count = -(-total // batch_size)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.constants import NO_GROUP
-from llava.data.packing import Group, common_prefix, fill_rows, group_records, pack_records, sharing_key
+from llava.constants import NO_GROUP, STEM
+from llava.data.packing import Group, common_prefix, common_stem, fill_rows, group_records, pack_records, sharing_key
 from llava.data.records import EncodedRecord, spliced_length
 
 __, IMAGE = -100, -200
@@ -33,23 +33,23 @@ TEXT = record([1, 4, 3], [__, __, 3])
 def test_a_pack_written_out():
     a, b = range(2), range(2, 4)
     pack = pack_records([RED, TEXT, BLUE, OTHER], [[a], [], [a], [b]], multiple=8)
-    #                             trunk         red        blue       text     other             padding
-    assert pack.input_ids.tolist() == [[1, 0, 0, 5, 6, 7, 2, 8, 9, 2, 1, 4, 3, 1, 0, 0, 4, 3, 2, *[0] * 5]]
-    supervised = [__, __, __, __, __, 7, 2, __, 9, 2, __, __, 3, __, __, __, __, 3, 2]
-    assert pack.labels.tolist() == [[*supervised, *[__] * 5]]
-    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 0, 1, 2, 0, 1, 2, 3, 4, 5, *[0] * 5]]
-    assert pack.groups.tolist() == [[*[0] * 10, *[1] * 3, *[2] * 6, *[NO_GROUP] * 5]]
+    #                            stem  trunk     red     blue     text   other          padding
+    assert pack.input_ids.tolist() == [[1, 0, 0, 5, 6, 7, 2, 8, 9, 2, 4, 3, 0, 0, 4, 3, 2, *[0] * 7]]
+    supervised = [__, __, __, __, __, 7, 2, __, 9, 2, __, 3, __, __, __, 3, 2]
+    assert pack.labels.tolist() == [[*supervised, *[__] * 7]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 1, 2, 1, 2, 3, 4, 5, *[0] * 7]]
+    assert pack.groups.tolist() == [[STEM, *[0] * 9, *[1] * 2, *[2] * 5, *[NO_GROUP] * 7]]
     assert pack.branches.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, *[0] * 14]]
-    assert pack.supervised.tolist() == [4, 5, 7, 8, 11, 16, 17]
-    assert pack.image_positions.tolist() == [1, 2, 14, 15]
+    assert pack.supervised.tolist() == [4, 5, 7, 8, 10, 14, 15]
+    assert pack.image_positions.tolist() == [1, 2, 12, 13]
     assert pack.patches.tolist() == [0, 1, 2, 3]
 
 
 def test_rows_within_a_budget():
     pack = pack_records([RED, TEXT, BLUE, OTHER], [[range(2)], [], [range(2)], [range(2, 4)]], budget=10)
-    assert pack.input_ids.tolist() == [[1, 0, 0, 5, 6, 7, 2, 8, 9, 2], [1, 4, 3, 1, 0, 0, 4, 3, 2, 0]]
-    assert pack.groups.tolist() == [[0] * 10, [0, 0, 0, 1, 1, 1, 1, 1, 1, NO_GROUP]]
-    assert pack.image_positions.tolist() == [1, 2, 14, 15]
+    assert pack.input_ids.tolist() == [[1, 0, 0, 5, 6, 7, 2, 8, 9, 2], [1, 4, 3, 0, 0, 4, 3, 2, 0, 0]]
+    assert pack.groups.tolist() == [[0] * 10, [STEM, 0, 0, 1, 1, 1, 1, 1, NO_GROUP, NO_GROUP]]
+    assert pack.image_positions.tolist() == [1, 2, 13, 14]
 
 
 def test_a_group_above_the_budget_is_divided_and_its_image_encoded_once():
@@ -101,6 +101,19 @@ def test_the_first_position_of_a_group_is_no_target():
     assert pack.supervised.tolist() == [1, 3]
 
 
+def test_the_stem_ends_before_images_and_predictors():
+    assert common_stem([RED, OTHER]) == 1
+    assert common_stem([TEXT, TEXT]) == 1  # 4 predicts 3
+    assert (
+        common_stem([record([1, 8, 8, IMAGE, 5, 2], [__] * 5 + [2]), record([1, 8, 8, 7, 4, 2], [__] * 5 + [2])]) == 3
+    )
+    assert common_stem([record([5, 6], [5, 6]), record([5, 6], [5, 6])]) == 0
+
+
+def test_a_row_of_one_group_has_no_stem():
+    assert STEM not in pack_records([RED, BLUE], [[range(2)], [range(2)]]).groups
+
+
 def test_rows_are_filled_longest_first():
     assert fill_rows([3, 5, 2, 4], 7) == [[1, 2], [0, 3]]
     assert fill_rows([3, 9], 7) == [[1], [0]]
@@ -120,7 +133,8 @@ def test_no_row_exceeds_its_budget_and_nothing_is_lost(asked, budget):
     groups = group_records(records, lengths(records), budget)
     assert sorted(index for group in groups for index in group.members) == list(range(len(records)))
     used = int((pack.groups != NO_GROUP).sum())
-    assert used == sum(
+    saved = sum(max(len(set(row.tolist()) - {NO_GROUP, STEM}) - 1, 0) for row in pack.groups)  # one token each
+    assert used + saved == sum(
         group.trunk + PATCHES - 1 + sum(len(records[index].input_ids) - group.trunk for index in group.members)
         for group in groups
     )
