@@ -36,7 +36,7 @@ from llava.image_processing import CLIPPixels
 from llava.model.memory import ModelSizes
 from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import Feed, choose_feed, features_per_image, prepare_model
+from llava.train.packs import Feed, choose_feed, choose_order, features_per_image, prepare_model
 from llava.train.trainer import LlavaTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -219,8 +219,8 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
         questions = [[question] for image in questions for question in image][: len(questions)]
     records = make_records(questions, write_images(options.work, len(questions)), config.vocab_size)
     processor = CLIPPixels(config.mm_vision_config["image_size"])
-    patches = features_per_image(config)
-    feed = choose_feed(records, processor, ImageSettings("pad"), patches, 0, args, layers_run)
+    order = choose_order(records, features_per_image(config), args)
+    feed = choose_feed(order, processor, ImageSettings("pad"), 0, args, layers_run)
     clock = Clock(args.device.type == "cuda", options.profile, options.warm_up + options.steps)
     options.profile = None
     trainer = LlavaTrainer(

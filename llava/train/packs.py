@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.packed_dataset import PackCollator, PackedDataset
 from llava.data.packing import BLOCK
-from llava.data.records import EncodedRecord
+from llava.data.records import EncodedRecord, spliced_length
 from llava.data.sharing import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
 from llava.image_processing import CLIPPixels
 from llava.model.configuration import LlavaConfig
@@ -48,6 +48,28 @@ def features_per_image(config: LlavaConfig) -> int:
     vision = config.mm_vision_config
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     return patches + (config.mm_vision_select_feature == "cls_patch")
+
+
+class Order(NamedTuple):
+    """Rows, and which of them come together.
+
+    Attributes:
+        records: of the training data.
+        patches: positions of a picture.
+        sampler: order of the rows; None = the trainer's own.
+        costs: positions of each batch of the first epoch, at most; empty if rows don't become packs.
+    """
+
+    records: Sequence[EncodedRecord]
+    patches: int
+    sampler: Sampler | None
+    costs: list[int]
+
+    def planned_lengths(self, batch_size: int) -> list[int]:
+        """Return positions of rows for a plan of memory: each row's own, or the largest pack's share for one row."""
+        if self.costs:
+            return [-(-max(self.costs) // batch_size)]
+        return [spliced_length(record.input_ids, self.patches) for record in self.records]
 
 
 class LayersRun(NamedTuple):
@@ -117,42 +139,53 @@ def _llava(model: nn.Module) -> LlavaLlamaForCausalLM:
     return next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
 
 
+def choose_order(records: Sequence[EncodedRecord], patches: int, training_args: TrainingArguments) -> Order:
+    """Find what rows share, log what it saves, and choose the order that keeps rows of one image together.
+
+    Args:
+        records: of the training data.
+        patches: positions of a picture.
+        training_args: flags.
+    """
+    if not shares_prefix(training_args):
+        return Order(records, patches, None, [])
+    lengths = [spliced_length(record.input_ids, patches) for record in records]
+    sharing = find_sharing(records, lengths)
+    batch_size, processes = training_args.train_batch_size, training_args.world_size
+    sampler = SharedPrefixSampler(sharing, batch_size, processes, training_args.seed) if sharing.saves else None
+    costs = sampler.costs() if sampler else batch_costs(range(len(records)), batch_size, sharing)
+    logger.info(describe_sharing(sharing, lengths, costs, processes))
+    return Order(records, patches, sampler, costs)
+
+
 def choose_feed(
-    records: Sequence[EncodedRecord],
+    order: Order,
     image_processor: CLIPPixels,
     image_settings: ImageSettings,
-    patches: int,
     pad_token_id: int,
     training_args: TrainingArguments,
     layers_run: LayersRun,
 ) -> Feed:
-    """Return packs in an order that keeps rows of one image together, or padded rows if prefixes are not shared.
+    """Return packs, or padded rows if prefixes are not shared.
 
     Args:
-        records: of the training data.
+        order: from `choose_order`.
         image_processor: of the model.
         image_settings: how a picture is brought to a square.
-        patches: positions of a picture.
         pad_token_id: of padded rows.
         training_args: flags.
         layers_run: from `prepare_model`; compiled layers want packs of few lengths.
     """
     size = image_processor.crop_size["height"]
-    parts = (records, image_processor, image_settings, patches)
-    if not shares_prefix(training_args):
+    parts = (order.records, image_processor, image_settings, order.patches)
+    if not order.costs:
         rows = SupervisedDataset(*parts)
         positions = max(rows.lengths) * training_args.train_batch_size
         return Feed(rows, SupervisedCollator(pad_token_id, size), None, positions)
-    dataset = PackedDataset(*parts)
-    sharing = find_sharing(records, dataset.lengths)
-    batch_size, processes = training_args.train_batch_size, training_args.world_size
-    sampler = SharedPrefixSampler(sharing, batch_size, processes, training_args.seed) if sharing.saves else None
-    costs = sampler.costs() if sampler else batch_costs(range(len(records)), batch_size, sharing)
-    logger.info(describe_sharing(sharing, dataset.lengths, costs, processes))
-    multiple = few_lengths(costs) if layers_run.compiled else BLOCK if layers_run.in_blocks else 1
+    multiple = few_lengths(order.costs) if layers_run.compiled else BLOCK if layers_run.in_blocks else 1
     budget = None if layers_run.in_blocks else training_args.model_max_length
-    collator = PackCollator(patches, size, budget=budget, multiple=multiple)
-    return Feed(dataset, collator, sampler, -(-max(costs) // multiple) * multiple)
+    collator = PackCollator(order.patches, size, budget=budget, multiple=multiple)
+    return Feed(PackedDataset(*parts), collator, order.sampler, -(-max(order.costs) // multiple) * multiple)
 
 
 def few_lengths(costs: Sequence[int]) -> int:

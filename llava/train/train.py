@@ -19,7 +19,7 @@ from llava.data.records import DataError, EncodedRecord, describe_problems, enco
 from llava.model.checkpoint import Checkpoint
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from llava.train.packs import choose_feed, features_per_image, prepare_model
+from llava.train.packs import choose_feed, choose_order, features_per_image, prepare_model
 from llava.train.recipe import describe_memory, describe_run
 from llava.train.recompute import KeepActivations
 from llava.train.saving import Saver
@@ -80,8 +80,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     kind = "lora" if training_args.lora_enable else "projector" if model_args.tune_mm_mlp_adapter else "full"
     rank = adapter_rank(training_args) if kind == "lora" else 0
+    order = choose_order(records, patches, training_args)
     if training_args.device.type == "cuda" and _is_first():
-        lengths = [len(record.input_ids) + len(record.images) * (patches - 1) for record in records]
+        lengths = order.planned_lengths(training_args.train_batch_size)
         free = free_memory(training_args.device)
         print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
     model = load_model(checkpoint, kind, model_args, training_args)
@@ -89,7 +90,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     layers_run = prepare_model(model, training_args)
     settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
     padding = checkpoint.tokenizer.pad_token_id or 0
-    feed = choose_feed(records, checkpoint.image_processor, settings, patches, padding, training_args, layers_run)
+    feed = choose_feed(order, checkpoint.image_processor, settings, padding, training_args, layers_run)
     trainer = LlavaTrainer(
         model,
         training_args,

@@ -17,7 +17,15 @@ from llava.image_processing import CLIPPixels
 from llava.model.pack import compile_layers
 from llava.model.weights import open_tensor_file
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import LayersRun, choose_feed, describe_sharing, features_per_image, few_lengths, prepare_model
+from llava.train.packs import (
+    LayersRun,
+    choose_feed,
+    choose_order,
+    describe_sharing,
+    features_per_image,
+    few_lengths,
+    prepare_model,
+)
 from llava.train.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -134,7 +142,15 @@ def arguments(**changes):
 
 
 def feed(records, layers_run=DENSE, **changes):
-    return choose_feed(records, CLIPPixels(2), ImageSettings("pad"), 4, 0, arguments(**changes), layers_run)
+    order = choose_order(records, 4, arguments(**changes))
+    return choose_feed(order, CLIPPixels(2), ImageSettings("pad"), 0, arguments(**changes), layers_run)
+
+
+def test_the_plan_of_memory_counts_a_rows_share_of_the_largest_pack():
+    records = [question("a", 5), question("a", 6), question("b", 5)]
+    flags = {"train_batch_size": 3}
+    assert choose_order(records, 4, arguments(**flags)).planned_lengths(3) == [5]  # stem 1, 4 + 2 + 2, 4 + 2
+    assert choose_order(records, 4, arguments(**flags, share_image_prefix=False)).planned_lengths(3) == [7, 7, 7]
 
 
 def test_what_is_read_and_in_which_order(tmp_path):
