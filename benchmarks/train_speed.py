@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava.data.dataset import ImageSettings
 from llava.data.records import EncodedRecord
@@ -60,6 +61,7 @@ class Variant:
         fuse: `--fuse_lora`.
         checkpointing: `--gradient_checkpointing`.
         alone: one question per image.
+        tower: compile the image encoder's layers too.
     """
 
     batch: int
@@ -69,12 +71,14 @@ class Variant:
     fuse: str = "on"
     checkpointing: bool = False
     alone: bool = False
+    tower: bool = False
 
 
 VARIANTS = {
     "shared_fused_large": Variant(48),
     "shared_fused": Variant(24),
     "one_question_fused": Variant(8, alone=True),
+    "shared_fused_large_tower": Variant(48, tower=True),
     "shared_fused_dropout": Variant(24, dropout=0.05),
     "shared_compiled": Variant(24, fuse="off"),
     "shared_compiled_dropout": Variant(24, dropout=0.05, fuse="off"),
@@ -214,6 +218,8 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     model = add_lora(model, rank=rank, alpha=2 * rank, dropout=variant.dropout, bias="none", base_name="random")
     choose_trainable(model, lora=True, projector=True, backbone=False, dtype=torch.float32)
     layers_run = prepare_model(model, args)
+    if variant.tower:
+        compile_tower(model)
     questions = table_questions()
     if variant.alone:
         questions = [[question] for image in questions for question in image][: len(questions)]
@@ -251,6 +257,14 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
         "peak_gb": peak_memory(),
         "mean_loss": trainer.state.log_history[-1].get("train_loss"),
     }
+
+
+def compile_tower(model: nn.Module) -> None:
+    """Compile the image encoder's layers, for any number of images."""
+    tower = model.base_model.model.get_vision_tower()
+    for layer in tower.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
 
 
 def training_arguments(variant: Variant, batch: int, options: argparse.Namespace) -> TrainingArguments:
