@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
-import importlib.metadata
 import json
 import os
 import statistics
@@ -43,10 +41,10 @@ from llava.train.trainer import LlavaTrainer
 sys.path.insert(0, str(Path(__file__).parent))
 from train_agreement import measure_agreement
 from train_peer import measure_peer
+from train_report import as_table, machine, matmul_ceiling, peak_memory, release
 from vqa_workload import counted_flops, make_records, model_config, random_model, table_questions, write_images
 
 RANK, ALPHA = 128, 256
-LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.only or ORDER
     begun = time.perf_counter()
     report: dict[str, Any] = {"machine": machine(), "gpus": options.gpus, "tiny": options.tiny, "rows": {}}
-    report["ceiling_tflops"] = matmul_ceiling(options)
+    report["ceiling_tflops"] = matmul_ceiling()
     for name in names:
         started = time.perf_counter()
         if started - begun > options.limit:
@@ -302,61 +300,6 @@ def work_per_step(
         len({records[row].images[0] for row in order[step * batch : (step + 1) * batch]}) for step in range(first, last)
     ]
     return statistics.mean(costs[first:last]), statistics.mean(images)
-
-
-def matmul_ceiling(options: argparse.Namespace) -> float | None:
-    """Return the TFLOP/s of a bf16 product of 8192 x 8192 matrices, the median of 20."""
-    if not torch.cuda.is_available():
-        return None
-    one, two = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    times = []
-    for _ in range(25):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        torch.mm(one, two)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return round(2 * 8192**3 / statistics.median(times[5:]) / 1e12, 1)
-
-
-def peak_memory() -> float | None:
-    """Return the most memory that was in use, in GB."""
-    return round(torch.cuda.max_memory_allocated() / 1e9, 1) if torch.cuda.is_available() else None
-
-
-def release() -> None:
-    """Give the last run's memory and compiled code back."""
-    gc.collect()
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def machine() -> str:
-    """Return the GPU's name and the libraries' versions."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{name}; " + ", ".join(f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES)
-
-
-def as_table(report: dict[str, Any]) -> str:
-    """Return the figures as a table in Markdown."""
-    ceiling = report["ceiling_tflops"]
-    lines = [report["machine"], f"8192^3 product in bf16: {ceiling} TFLOP/s", ""]
-    lines += [
-        "| run | batch | samples/s | TFLOP/s | of the product's | peak GB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in report["rows"].items():
-        if "samples_per_s" in row:
-            share = f"{100 * row['tflops'] / ceiling:.0f} %" if ceiling and row.get("tflops") else "-"
-            figures = (row["variant"]["batch"], row["samples_per_s"], row.get("tflops"), share, row["peak_gb"])
-            lines.append(f"| {name} | " + " | ".join(map(str, figures)) + " |")
-        else:
-            lines.append(f"| {name} | {json.dumps(row)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
