@@ -19,3 +19,10 @@ DEFAULT_TEMPLATE = "vicuna_v1"
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
 WORKER_HEART_BEAT_INTERVAL = 15
 LOGDIR = "."
+
+TRUNK = 0
+"""Branch number of a group's shared prefix in a pack; branches are numbered from 1."""
+NO_GROUP = -1
+"""Group number of a pack's padding, which sees itself alone so that no row of the mask is empty."""
+STEM = -2
+"""Group number of what all groups of a pack's row begin with, computed once for them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,10 +50,12 @@ class SupervisedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | list[Tensor]]:
         record = self.records[index]
-        pixels = [
-            process_images([open_image(path)], self.image_processor, self.image_settings)[0] for path in record.images
-        ]
+        pixels = [self.read_image(path) for path in record.images]
         return {"input_ids": torch.tensor(record.input_ids), "labels": torch.tensor(record.labels), "images": pixels}
+
+    def read_image(self, path: Path) -> Tensor:
+        """Return the pixels of an image as the model takes them, (3, H, W) or (tiles, 3, H, W)."""
+        return process_images([open_image(path)], self.image_processor, self.image_settings)[0]
 
     @property
     def lengths(self) -> list[int]:
@@ -68,9 +71,6 @@ class SupervisedDataset(Dataset):
 class SupervisedCollator:
     """Makes a batch of rows, padded on the right.
 
-    A batch without any image carries one blank picture, which the model encodes and adds as nothing: processes with
-    text alone stay in step with the others.
-
     Args:
         pad_token_id: fills `input_ids`.
         image_size: side of the blank picture, in pixels.
@@ -84,14 +84,27 @@ class SupervisedCollator:
         """Return input_ids, labels (B, T) int64, attention_mask (B, T) bool, images (N, 3, H, W) or a list of tiles."""
         pad = torch.nn.utils.rnn.pad_sequence
         images = [image for row in rows for image in row["images"]]
-        if not images:
-            images = [torch.zeros(3, self.image_size, self.image_size)]
-        same = len({image.shape for image in images}) == 1
         return {
             "input_ids": pad([row["input_ids"] for row in rows], batch_first=True, padding_value=self.pad_token_id),
             "labels": pad([row["labels"] for row in rows], batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad(
                 [torch.ones(len(row["input_ids"]), dtype=torch.bool) for row in rows], batch_first=True
             ),
-            "images": torch.stack(images) if same else images,
+            "images": batch_images(images, self.image_size),
         }
+
+
+def batch_images(images: Sequence[Tensor], image_size: int) -> Tensor | list[Tensor]:
+    """Return pictures (N, 3, H, W), or a list where they have different numbers of tiles; a blank one if there is none.
+
+    A batch without any image carries the blank picture, which the model encodes and adds as nothing: processes with
+    text alone stay in step with the others.
+
+    Args:
+        images: (3, H, W) or (tiles, 3, H, W) each.
+        image_size: side of the blank picture, in pixels.
+    """
+    if not images:
+        return torch.zeros(1, 3, image_size, image_size)
+    same = len({image.shape for image in images}) == 1
+    return torch.stack(list(images)) if same else list(images)

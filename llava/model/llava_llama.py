@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.configuration import LlavaConfig
+from llava.model.fused_layers import FusedLayers
+from llava.model.pack import forward_pack, only_packs_compiled
 from llava.model.projector import build_projector
 from llava.model.splice import SplicedInputs, splice_image_features
 from llava.model.vision_tower import CLIPVisionTower
@@ -21,13 +23,18 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     """Answers questions about images.
 
     `input_ids` hold `IMAGE_TOKEN_INDEX` where an image belongs; `images` are consumed in reading order. A row of text
-    alone may bring an image too, which is then ignored: the original's collators do so.
+    alone may bring an image too, which is then ignored: the original's collators do so. `attends_in_blocks` says
+    whether packs go through FlexAttention, `compiles_packs` whether through compiled layers, and
+    `fused_layers` replaces the layers for packs; `llava.train.packs` sets them.
     """
 
     config_class = LlavaConfig
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
+        self.attends_in_blocks = False
+        self.compiles_packs = False
+        self.fused_layers: FusedLayers | None = None
         if config.mm_vision_config is not None:
             tower = CLIPVisionTower(
                 config.mm_vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
@@ -44,6 +51,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     def get_vision_tower(self) -> CLIPVisionTower:
         """Return the image encoder."""
         return self.model.vision_tower
+
+    def train(self, mode: bool = True) -> LlavaLlamaForCausalLM:
+        """Switch the mode; nothing is done where training is on already, as trainers ask for it in every step."""
+        return self if mode and self.training else super().train(mode)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Return the features of pictures as the LLM sees them, (N, 3, H, W) -> (N, P, D)."""
@@ -63,6 +74,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         images: Tensor | Sequence[Tensor] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         logits_to_keep: int | Tensor = 0,
+        layout: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the LLM over prompts with their images.
@@ -75,32 +87,38 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 (tiles, 3, H, W).
             image_sizes: accepted as in the original; nothing depends on it.
             logits_to_keep: compute the last so many positions' logits alone; 0 = all. `generate` asks for one.
+            layout: of a pack, whose input_ids, labels and position_ids are spliced already; see `forward_pack`.
             position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in transformers' Llama.
 
         Returns:
             logits (B, S, W) over the spliced sequence, the mean loss over supervised tokens if there are labels, the
-            cache.
+            cache. Of a pack the logits of supervised tokens alone.
 
         Raises:
             ValueError: if images and placeholders don't match.
         """
+        if layout is not None:
+            features = torch.cat(self._encode_each(images))
+            items = kwargs.get("num_items_in_batch")
+            return forward_pack(self, input_ids, labels, position_ids, layout, features, num_items_in_batch=items)
         if images is not None and inputs_embeds is None:
             spliced = self.splice(input_ids, images, attention_mask=attention_mask, labels=labels)
             input_ids, inputs_embeds = None, spliced.inputs_embeds
             attention_mask, labels, position_ids = spliced.attention_mask, spliced.labels, spliced.position_ids
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
             assign_images([int((input_ids == IMAGE_TOKEN_INDEX).sum())], [])
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        with only_packs_compiled(self.compiles_packs):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
 
     @torch.no_grad()
     def generate(

@@ -99,6 +99,18 @@ class TrainingArguments(transformers.TrainingArguments):
     freeze_mm_mlp_adapter: bool = _flag(False, "Keep the projector as it is.")
     mm_projector_lr: float | None = _flag(None, "Learning rate of the projector; default: --learning_rate.")
     group_by_modality_length: bool = _flag(False, "Batches of one modality and similar length.")
+    share_image_prefix: bool = _flag(
+        True, "Compute what rows of one image have in common once a batch, for all of them."
+    )
+    compile_layers: str = _flag(
+        "auto", "on: torch.compile for the LLM's layers; auto: on CUDA, where it works; or off."
+    )
+    fuse_lora: str = _flag("auto", "on: adapters of one input as one product; auto: where layers are compiled; or off.")
+    checkpoint_layers: str = _flag(
+        "auto",
+        "With --gradient_checkpointing: how many of the LLM's layers are computed again: auto (on CUDA as few as "
+        "memory allows), all, or a number.",
+    )
     bits: int = _flag(16, "16, or 8 or 4 to hold the LLM quantised (bitsandbytes) under LoRA.")
     double_quant: bool = _flag(True, "With --bits 4: quantise the scales too; False is refused.")
     quant_type: str = _flag("nf4", "With --bits 4: nf4, the only one.")
@@ -219,6 +231,21 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         and bool(training.fsdp),
         f"--bits {training.bits} can't be partitioned by ZeRO-3; use scripts/zero2.json": training.bits != 16
         and zero_stage(training.deepspeed) == 3,
+        f"--compile_layers {training.compile_layers}: choose auto, on or off": training.compile_layers
+        not in ("auto", "on", "off"),
+        f"--fuse_lora {training.fuse_lora}: choose auto, on or off": training.fuse_lora not in ("auto", "on", "off"),
+        f"--checkpoint_layers {training.checkpoint_layers}: choose auto, all or a number": (
+            training.checkpoint_layers not in ("auto", "all") and not training.checkpoint_layers.isdecimal()
+        ),
+        "--fuse_lora on runs compiled on CUDA; leave --compile_layers off out": (
+            training.fuse_lora == "on" and training.compile_layers == "off" and training.device.type == "cuda"
+        ),
+        "--compile_layers on needs rows of few lengths; leave --share_image_prefix False out": (
+            training.compile_layers == "on" and not training.share_image_prefix
+        ),
+        "--compile_layers on can't trace layers that ZeRO-3 partitions; use scripts/zero2.json": (
+            training.compile_layers == "on" and zero_stage(training.deepspeed) == 3
+        ),
         "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,
         "--tune_mm_mlp_adapter trains the projector alone; leave --lora_enable out": model.tune_mm_mlp_adapter
         and training.lora_enable,

@@ -15,13 +15,15 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
+from llava.data.dataset import ImageSettings
 from llava.model.checkpoint import Checkpoint
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation
 from llava.train.data_check import load_both
+from llava.train.packs import choose_feed, choose_order, features_per_image, prepare_model
 from llava.train.recipe import describe_memory, describe_run
+from llava.train.recompute import KeepActivations
 from llava.train.resume import find_resume_point
 from llava.train.run_record import add_to_record, run_facts
 from llava.train.saving import Saver
@@ -80,7 +82,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     config = checkpoint.config
     config.tokenizer_model_max_length = training_args.model_max_length
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
-    patches = (config.mm_vision_config["image_size"] // config.mm_vision_config["patch_size"]) ** 2
+    patches = features_per_image(config)
     records, validation = load_both(data_args, training_args, checkpoint, patches, is_first=_is_first())
     base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)
@@ -88,31 +90,30 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         checkpoint = add_what_was_trained(checkpoint, model_args, training_args)
 
     kind = "lora" if training_args.lora_enable else "projector" if model_args.tune_mm_mlp_adapter else "full"
+    rank = adapter_rank(training_args) if kind == "lora" else 0
+    order = choose_order(records, patches, training_args)
     if training_args.device.type == "cuda" and _is_first():
-        rank = adapter_rank(training_args)
-        lengths = [len(record.input_ids) + len(record.images) * (patches - 1) for record in records]
+        lengths = order.planned_lengths(training_args.train_batch_size)
         free = free_memory(training_args.device)
         print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
     model = load_model(checkpoint, kind, model_args, training_args)
     beside = surroundings(checkpoint, base, model_args, data_args, training_args)
     facts = run_facts(records, kind=kind, base_fingerprint=base["base_model_fingerprint"], training_args=training_args)
     beside = dataclasses.replace(beside, training=add_to_record(beside.training, facts))
-    dataset = SupervisedDataset(
-        records,
-        checkpoint.image_processor,
-        ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints),
-        patches,
-    )
+    layers_run = prepare_model(model, training_args)
+    settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
     padding = checkpoint.tokenizer.pad_token_id or 0
+    feed = choose_feed(order, checkpoint.image_processor, settings, padding, training_args, layers_run)
     validator = build_validator(validation, checkpoint, model, data_args, training_args) if validation else None
     trainer = LlavaTrainer(
         model,
         training_args,
         saver=Saver(model, beside, kind, training_args.weight_dtype),
-        train_dataset=dataset,
-        data_collator=SupervisedCollator(padding, checkpoint.image_processor.crop_size["height"]),
+        train_dataset=feed.dataset,
+        train_sampler=feed.sampler,
+        data_collator=feed.collator,
         validator=validator,
-        callbacks=_callbacks(training_args),
+        callbacks=[*_callbacks(training_args), KeepActivations(model, rank=rank, positions=feed.positions)],
     )
     if _is_first():
         facts = _facts(checkpoint, kind, training_args)

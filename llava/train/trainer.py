@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ class LlavaTrainer(DurableTrainer):
         saver: writes and restores what learns.
         train_dataset: has `lengths` and `has_image`.
         validator: measures while training; None = no validation.
+        train_sampler: order of the training rows; None = as `group_by_modality_length` says.
         kwargs: further ones of `transformers.Trainer`.
     """
 
@@ -45,6 +47,7 @@ class LlavaTrainer(DurableTrainer):
         saver: Saver,
         train_dataset: Dataset,
         validator: Validator | None = None,
+        train_sampler: Sampler | None = None,
         **kwargs: Any,
     ) -> None:
         optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -65,6 +68,7 @@ class LlavaTrainer(DurableTrainer):
             **kwargs,
         )
         self.saver = saver
+        self.train_sampler = train_sampler
         self.validator = validator
 
     def evaluate(
@@ -120,8 +124,18 @@ class LlavaTrainer(DurableTrainer):
             with filled_at_the_end(output_dir or self.args.output_dir) as directory:
                 self.saver.save(state, directory, is_result=not _internal_call)
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return transformers' estimate for a batch, without counting the model's parameters anew each time."""
+        return 6 * inputs["input_ids"].numel() * self._parameters_counted
+
+    @functools.cached_property
+    def _parameters_counted(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.train_sampler is not None and dataset is self.train_dataset:
+            return self.train_sampler
         if not self.args.group_by_modality_length:
             return super()._get_train_sampler(dataset)
         together = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps

@@ -5,33 +5,78 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from llava.model.tree_attention import NO_GROUP, TRUNK, block_tree_mask, tree_mask
+from llava.model.tree_attention import (
+    NO_GROUP,
+    STEM,
+    TRUNK,
+    block_pack_mask,
+    block_tree_mask,
+    tree_mask,
+    tree_mask_rows,
+)
 
 
 def test_the_mask_written_out():
-    groups = torch.tensor([[0, 0, 0, 0, 1, NO_GROUP]])
-    branches = torch.tensor([[TRUNK, 1, 1, 2, TRUNK, TRUNK]])
+    groups = torch.tensor([[STEM, 0, 0, 0, 0, 1, NO_GROUP]])
+    branches = torch.tensor([[TRUNK, TRUNK, 1, 1, 2, TRUNK, TRUNK]])
     expected = [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
     ]
     assert tree_mask(groups, branches)[0, 0].int().tolist() == expected
 
 
-@given(st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 3)), min_size=1, max_size=12))
+@given(st.lists(st.tuples(st.integers(STEM, 2), st.integers(0, 3)), min_size=1, max_size=12))
 def test_equals_the_definition(positions):
     groups, branches = (torch.tensor([column]) for column in zip(*positions, strict=True))
     mask = tree_mask(groups, branches)[0, 0]
     for query, (group, branch) in enumerate(positions):
         for key, (other_group, other_branch) in enumerate(positions):
-            in_sight = key < query and group == other_group != NO_GROUP and other_branch in (TRUNK, branch)
+            in_group = other_group in (group, STEM) and group != NO_GROUP
+            in_sight = key < query and in_group and other_branch in (TRUNK, branch)
             assert mask[query, key] == (key == query or in_sight)
+
+
+@given(st.lists(st.tuples(st.integers(STEM, 2), st.integers(0, 3)), min_size=6, max_size=6), st.data())
+def test_rows_of_the_mask_over_the_keys_of_all_rows(positions, data):
+    groups, branches = (torch.tensor(column).view(2, 3) for column in zip(*positions, strict=True))
+    queries = data.draw(st.lists(st.sampled_from(range(6)), max_size=4))
+    queries = torch.tensor([query for query in queries if groups.flatten()[query] != NO_GROUP], dtype=torch.int64)
+    rows = tree_mask_rows(groups, branches, queries)
+    assert rows.shape == (1, 1, len(queries), 6)
+    whole = torch.block_diag(*tree_mask(groups, branches)[:, 0])
+    assert torch.equal(rows[0, 0], whole[queries])
+
+
+pack_groups = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3))
+"""Length of the trunk, lengths of the branches."""
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.lists(pack_groups, max_size=3), st.integers(0, 3)), min_size=1, max_size=3)
+)
+def test_the_mask_of_packs_is_that_of_trees(rows):
+    columns = []
+    for stem, laid_out, padding in rows:
+        positions = [(STEM, TRUNK)] * stem
+        for number, (trunk, lengths) in enumerate(laid_out):
+            positions += [(number, TRUNK)] * trunk
+            for branch, length in enumerate(lengths, start=1):
+                positions += [(number, branch)] * length
+        columns.append(positions + [(NO_GROUP, TRUNK)] * padding)
+    length = max(1, *map(len, columns))
+    columns = [row + [(NO_GROUP, TRUNK)] * (length - len(row)) for row in columns]
+    groups, branches = torch.tensor(columns).permute(2, 0, 1)
+    mask = block_pack_mask(groups, branches)
+    seen = create_mask(mask.mask_mod, len(rows), 1, length, length, device="cpu")
+    assert torch.equal(seen, tree_mask(groups, branches))
 
 
 def test_flex_attention_gives_what_the_dense_mask_gives():

@@ -160,6 +160,17 @@ def write_zero(tmp_path, stage):
         (["--image_aspect_ratio", "padd"], "--image_aspect_ratio padd: choose pad, square or anyres"),
         (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha can't be computed on rows with images; leave it out"),
         (["--on_bad_row", "ignore"], "--on_bad_row ignore: choose error or skip"),
+        (["--compile_layers", "yes"], "--compile_layers yes: choose auto, on or off"),
+        (
+            ["--compile_layers", "on", "--share_image_prefix", "False"],
+            "--compile_layers on needs rows of few lengths; leave --share_image_prefix False out",
+        ),
+        (
+            ["--compile_layers", "on", "--deepspeed", "scripts/zero3.json"],
+            "--compile_layers on can't trace layers that ZeRO-3 partitions; use scripts/zero2.json",
+        ),
+        (["--fuse_lora", "yes"], "--fuse_lora yes: choose auto, on or off"),
+        (["--checkpoint_layers", "-1"], "--checkpoint_layers -1: choose auto, all or a number"),
         (["--bits", "3"], "--bits 3: choose 4, 8 or 16"),
         (["--lora_bias", "some"], "--lora_bias some: choose none, lora_only or all"),
         (["--double_quant", "False"], "--double_quant False and --quant_type other than nf4 are not supported"),

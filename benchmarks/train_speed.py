@@ -1,0 +1,306 @@
+#!/usr/bin/env python3
+"""Measure LoRA training at LLaVA-1.5-7B's true sizes on one GPU or several, with and without the shared image prefix.
+
+Our runs are the project's own trainer, data set, collator and model over JPEG files; the peer is transformers' LLaVA
+with the same adapters. Weights are random, questions per image and lengths those of `vqa_lengths.json`.
+
+Example: python benchmarks/train_speed.py --output train_speed.json
+         python benchmarks/train_speed.py --only shared_fused --gpus 2
+         python benchmarks/train_speed.py --tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llava.data.dataset import ImageSettings
+from llava.data.records import EncodedRecord
+from llava.image_processing import CLIPPixels
+from llava.model.memory import ModelSizes
+from llava.train.arguments import TrainingArguments
+from llava.train.lora import add_lora, choose_trainable
+from llava.train.packs import Feed, choose_feed, choose_order, features_per_image, prepare_model
+from llava.train.trainer import LlavaTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from train_agreement import measure_agreement
+from train_peer import measure_peer
+from train_report import as_table, machine, matmul_ceiling, peak_memory, release
+from vqa_workload import counted_flops, make_records, model_config, random_model, table_questions, write_images
+
+RANK, ALPHA = 128, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A run of ours.
+
+    Attributes:
+        batch: questions a step and device.
+        dropout: of the adapters.
+        share: `--share_image_prefix`.
+        compile: `--compile_layers`.
+        fuse: `--fuse_lora`.
+        checkpointing: `--gradient_checkpointing`.
+        alone: one question per image.
+        tower: compile the image encoder's layers too.
+    """
+
+    batch: int
+    dropout: float = 0.0
+    share: bool = True
+    compile: str = "on"
+    fuse: str = "on"
+    checkpointing: bool = False
+    alone: bool = False
+    tower: bool = False
+
+
+VARIANTS = {
+    "shared_fused_large": Variant(48),
+    "shared_fused": Variant(24),
+    "one_question_fused": Variant(8, alone=True),
+    "shared_fused_large_tower": Variant(48, tower=True),
+    "shared_fused_dropout": Variant(24, dropout=0.05),
+    "shared_compiled": Variant(24, fuse="off"),
+    "shared_compiled_dropout": Variant(24, dropout=0.05, fuse="off"),
+    "shared_fused_small": Variant(16),
+    "shared_fused_checkpointing": Variant(48, checkpointing=True),
+    "shared_eager_dropout": Variant(20, dropout=0.05, compile="off", fuse="off"),
+    "unshared_eager_dropout": Variant(5, dropout=0.05, share=False, compile="off", fuse="off"),
+}
+PEERS = {"peer_batch_6": (6, False), "peer_batch_16_checkpointing": (16, True), "peer_batch_4": (4, False)}
+AGREEMENT = "agreement"
+ORDER = [*list(VARIANTS)[:3], *list(PEERS)[:2], AGREEMENT, *list(VARIANTS)[3:], *list(PEERS)[2:]]
+"""What tells most comes first, for runs with `--limit`."""
+
+
+class Clock(TrainerCallback):
+    """Notes when the device is done with each step, without making the program wait for it."""
+
+    def __init__(self, on_cuda: bool, profile: Path | None, profiled_step: int) -> None:
+        self.on_cuda, self.profile, self.profiled_step = on_cuda, profile, profiled_step
+        self.marks: list[float | torch.cuda.Event] = []
+        self.profiler: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the profiler before the step that is profiled."""
+        if self.profile and state.global_step == self.profiled_step:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.mark()
+        if self.profiler:
+            if self.on_cuda:
+                torch.cuda.synchronize()
+            self.profiler.stop()
+            averages = self.profiler.key_averages()
+            by = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
+            self.profile.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
+            self.profiler = None
+        if state.is_world_process_zero:
+            print(f"  step {state.global_step}", flush=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.mark()
+
+    def mark(self) -> None:
+        """Note the time at which the device has done all that was asked of it so far."""
+        if self.on_cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the time of each step, what it waits for included."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if not self.on_cuda:
+            return [end - start for start, end in pairs]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for and print the table; return the exit code."""
+    options = build_parser().parse_args(argv)
+    if options.gpus > 1 and "RANK" not in os.environ:
+        words = sys.argv[1:] if argv is None else list(argv)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
+        return subprocess.run([*launch, __file__, *words], check=False).returncode
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    names = options.only or ORDER
+    begun = time.perf_counter()
+    report: dict[str, Any] = {"machine": machine(), "gpus": options.gpus, "tiny": options.tiny, "rows": {}}
+    report["ceiling_tflops"] = matmul_ceiling()
+    for name in names:
+        started = time.perf_counter()
+        if started - begun > options.limit:
+            break
+        if is_first:
+            print(f"{name}", flush=True)
+        try:
+            report["rows"][name] = measure(name, options)
+        except torch.OutOfMemoryError as error:
+            report["rows"][name] = {"error": str(error).split(". ")[0]}
+        release()
+        report["rows"][name]["wall_s"] = round(time.perf_counter() - started, 1)
+        if is_first:
+            print(f"  {json.dumps(report['rows'][name])}", flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if is_first:
+        print(as_table(report), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=[*VARIANTS, *PEERS, AGREEMENT], help="of the runs (default: all)")
+    add("--steps", type=int, default=10, help="measured steps of a run (default: %(default)s)")
+    add("--warm-up", type=int, default=3, help="steps before them, compilation included (default: %(default)s)")
+    add("--batch", type=int, help="questions a step and device, instead of each run's own")
+    add("--gpus", type=int, default=1, help="processes, one for each GPU (default: %(default)s)")
+    add("--workers", type=int, default=6, help="processes that read images, for each GPU (default: %(default)s)")
+    add("--profile", type=Path, metavar="FILE", help="write the kernels of one more step of our first run there")
+    add("--limit", type=float, default=float("inf"), help="seconds after which no further run starts (default: none)")
+    add("--output", type=Path, metavar="FILE", help="JSON file to write")
+    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "llava_train_speed", help="for the images")
+    add("--tiny", action="store_true", help="a small model, to try this program on a CPU")
+    return parser
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one run."""
+    torch.manual_seed(0)
+    if name == AGREEMENT:
+        return measure_agreement(options.tiny)
+    if name in PEERS:
+        batch, checkpointing = PEERS[name]
+        return measure_peer(options.batch or batch, checkpointing, options)
+    return measure_ours(VARIANTS[name], options)
+
+
+def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+    """Train for a few steps and return samples a second, counted TFLOP/s and peak memory of one device."""
+    config = model_config(tiny=options.tiny)
+    batch = options.batch or variant.batch
+    args = training_arguments(variant, batch, options)
+    model: nn.Module = random_model(config, args.device, args.weight_dtype)
+    rank = 4 if options.tiny else RANK
+    model = add_lora(model, rank=rank, alpha=2 * rank, dropout=variant.dropout, bias="none", base_name="random")
+    choose_trainable(model, lora=True, projector=True, backbone=False, dtype=torch.float32)
+    layers_run = prepare_model(model, args)
+    if variant.tower:
+        compile_tower(model)
+    questions = table_questions()
+    if variant.alone:
+        questions = [[question] for image in questions for question in image][: len(questions)]
+    records = make_records(questions, write_images(options.work, len(questions)), config.vocab_size)
+    processor = CLIPPixels(config.mm_vision_config["image_size"])
+    order = choose_order(records, features_per_image(config), args)
+    feed = choose_feed(order, processor, ImageSettings("pad"), 0, args, layers_run)
+    clock = Clock(args.device.type == "cuda", options.profile, options.warm_up + options.steps)
+    options.profile = None
+    trainer = LlavaTrainer(
+        model,
+        args,
+        saver=None,
+        train_dataset=feed.dataset,
+        train_sampler=feed.sampler,
+        data_collator=feed.collator,
+        callbacks=[clock],
+    )
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    steps = clock.seconds()
+    seconds = steps[options.warm_up : options.warm_up + options.steps]
+    positions, images = work_per_step(feed, records, batch, args.world_size, options)
+    sizes = ModelSizes.of(config)
+    median = statistics.median(seconds)
+    return {
+        "variant": dataclasses.asdict(variant) | {"batch": batch},
+        "samples_per_s": round(batch * args.world_size / median, 1),
+        "samples_per_s_mean": round(batch * args.world_size * len(seconds) / sum(seconds), 1),
+        "step_s": [round(value, 4) for value in steps],
+        "positions_per_step": round(positions),
+        "images_per_step": round(images, 2),
+        "tflops": round(counted_flops(sizes, rank, positions, images) / median / 1e12, 1),
+        "peak_gb": peak_memory(),
+        "mean_loss": trainer.state.log_history[-1].get("train_loss"),
+    }
+
+
+def compile_tower(model: nn.Module) -> None:
+    """Compile the image encoder's layers, for any number of images."""
+    tower = model.base_model.model.get_vision_tower()
+    for layer in tower.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
+
+
+def training_arguments(variant: Variant, batch: int, options: argparse.Namespace) -> TrainingArguments:
+    """Return the flags of a run."""
+    return TrainingArguments(
+        output_dir=str(options.work / "out"),
+        per_device_train_batch_size=batch,
+        max_steps=options.warm_up + options.steps + bool(options.profile),
+        learning_rate=2e-4,
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it waits for the device after each step
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=options.workers,
+        gradient_checkpointing=variant.checkpointing,
+        ddp_find_unused_parameters=False,
+        lora_enable=True,
+        share_image_prefix=variant.share,
+        compile_layers=variant.compile,
+        fuse_lora=variant.fuse,
+    )
+
+
+def work_per_step(
+    feed: Feed, records: Sequence[EncodedRecord], batch: int, processes: int, options: argparse.Namespace
+) -> tuple[float, float]:
+    """Return positions (without padding) and images of a measured step on one device, on average."""
+    lengths = feed.dataset.lengths
+    if feed.sampler is None:
+        return batch * sum(lengths) / len(lengths), batch
+    order, costs = feed.sampler.order(), feed.sampler.costs()
+    first, last = options.warm_up * processes, (options.warm_up + options.steps) * processes
+    images = [
+        len({records[row].images[0] for row in order[step * batch : (step + 1) * batch]}) for step in range(first, last)
+    ]
+    return statistics.mean(costs[first:last]), statistics.mean(images)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

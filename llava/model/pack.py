@@ -1,0 +1,116 @@
+"""The LLM over packs: rows in which several questions stand behind one prefix, computed once.
+
+What a pack's arrays mean is in `llava.data.packing.Pack`, who sees whom in `llava.model.tree_attention`. The loss and
+every gradient are those of the same records in rows of their own.
+
+Letters: `R` rows, `S` positions of a row, `K` supervised tokens, `M` positions of all images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.model.tree_attention import block_pack_mask, tree_mask, tree_mask_rows
+
+if TYPE_CHECKING:
+    from llava.model.llava_llama import LlavaLlamaForCausalLM
+
+TREE_ATTENTION = "llava_tree"
+"""Name under which transformers knows attention that takes FlexAttention's masks and dense ones."""
+
+
+def forward_pack(
+    model: LlavaLlamaForCausalLM,
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor,
+    layout: Mapping[str, Tensor],
+    features: Tensor,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+) -> CausalLMOutputWithPast:
+    """Compute the loss of a pack.
+
+    Args:
+        model: whose LLM runs.
+        input_ids: (R, S) int64.
+        labels: (R, S) int64.
+        position_ids: (R, S) int64.
+        layout: `groups` and `branches` (R, S), `supervised` (K,), `image_positions` and `patches` (M,), all int64.
+        features: of all images, one after the other, (patches of all, D).
+        num_items_in_batch: supervised tokens that the loss is divided by; default: those of the pack.
+
+    Returns:
+        the loss, and logits (K, W) of the supervised tokens alone.
+    """
+    embeds = place_features(
+        input_ids, layout["image_positions"], features[layout["patches"]], model.get_input_embeddings()
+    )
+    mask = (block_pack_mask if model.attends_in_blocks else tree_mask)(layout["groups"], layout["branches"])
+    supervised = layout["supervised"]
+    if model.fused_layers is not None:
+        supervised_mask = tree_mask_rows(layout["groups"], layout["branches"], supervised)
+        hidden = model.fused_layers(embeds, mask, position_ids, supervised, supervised_mask)  # (K, D)
+    else:
+        output = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)[supervised]  # (K, D)
+    logits = model.lm_head(hidden)  # (K, W)
+    loss = mean_loss(logits, labels.flatten()[supervised + 1], num_items_in_batch)
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def place_features(
+    input_ids: Tensor, image_positions: Tensor, features: Tensor, embed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return embeddings (R, S, D) of tokens, with (M, D) features at the flat indices `image_positions`."""
+    embeds = embed(input_ids)  # (R, S, D)
+    return embeds.flatten(0, 1).index_copy(0, image_positions, features.to(embeds)).view_as(embeds)
+
+
+def mean_loss(logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Return the cross entropy of (K, W) logits, at least in fp32, summed and divided by `num_items_in_batch` or K."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(precise, targets, reduction="sum")
+    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def attend_in_blocks(model: LlavaLlamaForCausalLM) -> None:
+    """Let packs go through FlexAttention, which has a backward pass on CUDA alone; other input keeps PyTorch's SDPA."""
+    AttentionInterface.register(TREE_ATTENTION, _attention)
+    AttentionMaskInterface.register(TREE_ATTENTION, AttentionMaskInterface()["sdpa"])
+    model.set_attn_implementation(TREE_ATTENTION)
+    model.attends_in_blocks = True
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    name = "flex_attention" if isinstance(attention_mask, BlockMask) else "sdpa"
+    return AttentionInterface()[name](module, query, key, value, attention_mask, **kwargs)
+
+
+def compile_layers(model: LlavaLlamaForCausalLM, **options: Any) -> None:
+    """Compile the LLM's layers for packs; other input keeps running uncompiled.
+
+    The layers share what is compiled; each length of rows takes another compilation.
+
+    Args:
+        model: with adapters in place.
+        options: further ones of `torch.compile`.
+    """
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, **options)
+    model.compiles_packs = True
+
+
+def only_packs_compiled(is_compiled: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which compiled layers run uncompiled: validation has rows of every length."""
+    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()

@@ -1,0 +1,270 @@
+"""Training on packs equals training on the same rows apart; what is compiled, padded, logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava.data.dataset import ImageSettings, SupervisedCollator
+from llava.data.packed_dataset import PackCollator
+from llava.data.records import EncodedRecord
+from llava.data.sharing import SharedPrefixSampler, find_sharing
+from llava.image_processing import CLIPPixels
+from llava.model.pack import compile_layers
+from llava.model.weights import open_tensor_file
+from llava.train.lora import add_lora, choose_trainable
+from llava.train.packs import (
+    LayersRun,
+    choose_feed,
+    choose_order,
+    describe_sharing,
+    features_per_image,
+    few_lengths,
+    prepare_model,
+)
+from llava.train.train import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LORA_FLAGS = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0"]
+__, IMAGE = -100, -200
+
+
+def row(index, image, *further):
+    turns = [{"from": "human", "value": f"<image>\nWhat number is {index}?" if image else f"Say {index}."}]
+    turns += [{"from": "gpt", "value": str(index)}]
+    for question in further:
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
+    return {"id": index, "conversations": turns, **({"image": image} if image else {})}
+
+
+ROWS = [row(index, "portrait.png") for index in range(4)]
+ROWS += [row(4, "square.png"), row(5, "square.png", "Is it more than 3?"), row(6, "gray.jpg"), row(7, None)]
+
+
+@pytest.fixture(scope="module")
+def train(goldens, tmp_path_factory):
+    """Return the function (output directory, *flags) -> exit code of a run on the golden model."""
+    data = tmp_path_factory.mktemp("data") / "data.json"
+    data.write_text(json.dumps(ROWS))
+
+    def run(output, *flags):
+        words = ["--model_name_or_path", goldens / "llava-v1.5-golden", "--data_path", data, "--output_dir", output]
+        words += ["--image_folder", goldens / "images", "--use_cpu", "True", "--report_to", "none"]
+        words += ["--disable_tqdm", "True", "--logging_steps", "1", "--learning_rate", "1e-3", "--save_strategy", "no"]
+        words += ["--model_max_length", "256", "--per_device_train_batch_size", "8", *flags]
+        return main([str(word) for word in words])
+
+    return run
+
+
+def losses(output):
+    lines = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+KINDS = {
+    "lora": LORA_FLAGS,
+    "full": [],
+    "projector": ["--tune_mm_mlp_adapter", "True"],
+    "checkpointing": [*LORA_FLAGS, "--gradient_checkpointing", "True"],
+    "fused": [*LORA_FLAGS, "--fuse_lora", "on", "--compile_layers", "off"],
+    "fused checkpointing": [*LORA_FLAGS, "--fuse_lora", "on", "--gradient_checkpointing", "True"],
+    "accumulation": [*LORA_FLAGS, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"],
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_shared_and_unshared_runs_have_the_same_losses(train, tmp_path, kind):
+    """All rows are in each step, so that the order within it makes no difference."""
+    flags = [*KINDS[kind], "--num_train_epochs", "4"]
+    assert train(tmp_path / "shared", *flags) == 0
+    assert train(tmp_path / "apart", *flags, "--share_image_prefix", "False") == 0
+    assert len(losses(tmp_path / "apart")) == 4
+    assert losses(tmp_path / "shared") == pytest.approx(losses(tmp_path / "apart"), rel=1e-6, abs=0)
+
+
+def test_a_run_over_packs_that_is_resumed_equals_one_that_was_not_stopped(train, tmp_path):
+    flags = [*LORA_FLAGS, "--lora_dropout", "0.1", "--num_train_epochs", "2", "--per_device_train_batch_size", "3"]
+    flags += ["--save_strategy", "steps", "--save_steps", "2", "--dataloader_num_workers", "1"]
+    assert train(tmp_path / "whole", *flags) == 0
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")  # in the middle of an epoch of 3
+    assert train(tmp_path / "again", *flags) == 0
+    one, two = (open_tensor_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_log_says_what_is_saved(train, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert train(tmp_path / "out", *LORA_FLAGS, "--max_steps", "1") == 0
+    assert "image prefix: 6 of 8 rows share 2 prefixes; " in caplog.text
+    assert "times fewer" in caplog.text
+
+
+DENSE = LayersRun(in_blocks=False, compiled=False)
+
+
+def question(image, *words):
+    return EncodedRecord([1, IMAGE, *words, 2], [__] * (2 + len(words)) + [2], [image])
+
+
+def test_savings_in_words():
+    records = [question("a", 5, 6), question("a", 7, 6), question("b", 8, 6)]
+    sharing = find_sharing(records, [100, 100, 100])
+    assert describe_sharing(sharing, [100, 100, 100], [100, 105], 2) == (
+        "image prefix: 2 of 3 rows share 1 prefixes; 205 positions an epoch instead of 300, 1.46 times fewer; "
+        "2.4 % of the processes' time spent waiting for the largest"
+    )
+    assert "waiting" not in describe_sharing(sharing, [100, 100, 100], [205], 1)
+    apart = find_sharing(records[1:], [100, 100])
+    assert describe_sharing(apart, [100, 100], [200], 1) == (
+        "image prefix: no two of 2 rows share one; 200 positions an epoch"
+    )
+
+
+def arguments(**changes):
+    flags = {"share_image_prefix": True, "compile_layers": "auto", "bits": 16, "deepspeed": None, "seed": 0}
+    flags |= {
+        "fuse_lora": "auto",
+        "fsdp": [],
+        "n_gpu": 1,
+        "device": torch.device("cpu"),
+        "train_batch_size": 2,
+        "world_size": 1,
+        "model_max_length": 64,
+    }
+    return SimpleNamespace(**(flags | changes))
+
+
+def feed(records, layers_run=DENSE, **changes):
+    order = choose_order(records, 4, arguments(**changes))
+    return choose_feed(order, CLIPPixels(2), ImageSettings("pad"), 0, arguments(**changes), layers_run)
+
+
+def test_the_plan_of_memory_counts_a_rows_share_of_the_largest_pack():
+    records = [question("a", 5), question("a", 6), question("b", 5)]
+    flags = {"train_batch_size": 3}
+    assert choose_order(records, 4, arguments(**flags)).planned_lengths(3) == [5]  # stem 1, 4 + 2 + 2, 4 + 2
+    assert choose_order(records, 4, arguments(**flags, share_image_prefix=False)).planned_lengths(3) == [7, 7, 7]
+
+
+def test_what_is_read_and_in_which_order(tmp_path):
+    together, apart = [question("a", 5), question("a", 6)], [question("a", 5), question("b", 6)]
+    assert isinstance(feed(together).sampler, SharedPrefixSampler)
+    assert isinstance(feed(together).collator, PackCollator)
+    assert feed(apart).sampler is None  # the trainer's own order
+    assert isinstance(feed(apart).collator, PackCollator)
+    assert isinstance(feed(together, share_image_prefix=False).collator, SupervisedCollator)
+    collator = feed(together).collator
+    assert (collator.budget, collator.multiple) == (64, 1)
+    assert feed(together).positions == 9
+    collator = feed(together, LayersRun(in_blocks=True, compiled=False)).collator
+    assert (collator.budget, collator.multiple) == (None, 128)
+    assert feed(together, LayersRun(in_blocks=True, compiled=True)).positions == 128
+    assert feed(together, share_image_prefix=False).positions == 14
+
+
+def test_few_lengths():
+    assert few_lengths([100, 200, 300]) == 128
+    assert few_lengths(range(100, 2000, 50)) == 512
+    assert few_lengths([5000]) == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "compiles"),
+    [
+        ({"compile_layers": "on"}, True),
+        ({}, False),
+        ({"device": torch.device("cuda")}, True),
+        ({"device": torch.device("cuda"), "bits": 4}, False),
+        ({"device": torch.device("cuda"), "compile_layers": "off"}, False),
+        ({"device": torch.device("cuda"), "deepspeed": {"zero_optimization": {"stage": 3}}}, False),
+        ({"device": torch.device("cuda"), "fsdp": ["full_shard"]}, False),
+        ({"device": torch.device("cuda"), "share_image_prefix": False}, False),
+    ],
+)
+def test_when_layers_are_compiled(tiny_model, changes, compiles):
+    model = tiny_model(num_attention_heads=1, num_key_value_heads=1)  # 16 wide, as FlexAttention needs at least
+    assert prepare_model(model, arguments(**changes)).compiled is compiles
+    assert model.compiles_packs is compiles
+    changes = {**arguments(**changes).__dict__}
+    assert model.attends_in_blocks is (changes["device"].type == "cuda" and changes["share_image_prefix"])
+
+
+def test_heads_that_flex_attention_does_not_take_have_a_dense_mask(tiny_model):
+    model = tiny_model()  # 8 wide
+    assert prepare_model(model, arguments(device=torch.device("cuda"))) == LayersRun(in_blocks=False, compiled=False)
+    assert not model.attends_in_blocks
+
+
+def test_one_process_with_several_gpus_shares_nothing(tiny_model, caplog):
+    model = tiny_model()
+    assert prepare_model(model, arguments(n_gpu=2, device=torch.device("cuda"))) == (False, False)
+    assert not model.attends_in_blocks
+    assert "one process with 2 GPUs can't share the image prefix" in caplog.text
+    assert isinstance(feed([question("a", 5), question("a", 6)], n_gpu=2).collator, SupervisedCollator)
+
+
+def with_adapters(model, **changes):
+    options = {"rank": 3, "alpha": 6, "dropout": 0.0, "bias": "none", "base_name": "tiny"}
+    wrapped = add_lora(model, **(options | changes))
+    choose_trainable(wrapped, lora=True, projector=True, backbone=False)
+    return wrapped
+
+
+def test_when_adapters_are_fused(tiny_model):
+    model = tiny_model()
+    prepare_model(with_adapters(model), arguments(compile_layers="on"))
+    assert model.fused_layers is not None
+    for changes in ({}, {"compile_layers": "on", "fuse_lora": "off"}):
+        model = tiny_model()
+        prepare_model(with_adapters(model), arguments(**changes))
+        assert model.fused_layers is None
+    model = tiny_model()
+    prepare_model(model, arguments(compile_layers="on"))  # no adapters, so compiled as they are
+    assert model.fused_layers is None
+    assert model.compiles_packs
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "there are no adapters"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "the weights are partitioned"),
+    ],
+)
+def test_fusing_that_was_asked_for_and_cannot_be_done(tiny_model, changes, reason):
+    with pytest.raises(ValueError, match=f"--fuse_lora on: {reason}; leave it out"):
+        prepare_model(tiny_model(), arguments(fuse_lora="on", **changes))
+
+
+def test_layers_are_compiled_once_for_packs_alone(tiny_model):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model(num_hidden_layers=4).train()
+    collator = PackCollator(4, 28, budget=None, multiple=8)
+    rows = [SimpleNamespace(record=question("a", 5, 6), images=[torch.zeros(3, 28, 28)])] * 2
+    expected = model(**collator(rows)).loss
+    compile_layers(model, backend=count)
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(**collator(rows)).loss, expected)
+    assert len(graphs) == 1  # for four layers
+    model(input_ids=torch.tensor([[1, 5, 6]]))
+    model(input_ids=torch.tensor([[1, 5, 6, 7]]))
+    assert len(graphs) == 1
+
+
+def test_positions_of_an_image(tiny_model):
+    config = tiny_model().config
+    assert features_per_image(config) == 4
+    config.mm_vision_select_feature = "cls_patch"
+    assert features_per_image(config) == 5
