@@ -10,6 +10,7 @@ Letters: `B` rows, `S` positions of a row.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -47,3 +48,16 @@ def block_tree_mask(groups: Tensor, branches: Tensor) -> BlockMask:
 
     rows, length = groups.shape
     return create_block_mask(sees, rows, None, length, length, device=groups.device)
+
+
+def later_mask(branches: Tensor, columns: int) -> Tensor:
+    """Return which keys the next token of each branch of each row sees, (B, 1, columns, S) bool, True = sees.
+
+    Args:
+        branches: (B, S), of the keys of rows with one group each: `TRUNK`, the number of the branch, or a negative
+            number where there is no key.
+        columns: queries of a row; the first is for branch 1.
+    """
+    numbers = torch.arange(1, columns + 1, device=branches.device, dtype=branches.dtype)
+    keys = branches[:, None, None, :]
+    return (keys == TRUNK) | (keys == numbers[None, None, :, None])
