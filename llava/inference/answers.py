@@ -30,12 +30,14 @@ class Answer:
         text: the clean answer; "" where there is none.
         error: code of what was wrong with the row; None if it was answered.
         message: says so in words.
+        scores: how sure the model is, for the record's metadata; None unless asked for.
     """
 
     question: Question
     text: str
     error: str | None = None
     message: str | None = None
+    scores: Mapping[str, Any] | None = None
 
     def to_record(self, model_id: str) -> dict[str, Any]:
         """Return the line of the answers file, the same each time the same question is asked of the same model."""
@@ -46,7 +48,7 @@ class Answer:
             "text": self.text,
             "answer_id": hashlib.sha256(key.encode()).hexdigest()[:22],
             "model_id": model_id,
-            "metadata": {},
+            "metadata": dict(self.scores or {}),
         }
         if self.error is None:
             return record

@@ -79,6 +79,11 @@ class Engine:
         self._finished: list[Branch] = []
         self.spare = FIRST_SPARE
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether shapes should be few."""
+        return self._llama.compiled
+
     def run(self, backlog: Backlog) -> Iterator[Branch | Failed]:
         """Yield every branch of the backlog once, as soon as it is finished or has failed.
 

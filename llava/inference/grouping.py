@@ -27,12 +27,14 @@ class Ask(NamedTuple):
         ids: prompt with `IMAGE_TOKEN_INDEX` per image; where a given answer is scored, followed by that answer.
         images: file names, in the order of the placeholders.
         targets: ids that are scored: what the last `len(targets)` of `ids` should be followed by. Empty = generate.
+        choice: number of the given answer.
     """
 
     key: int
     ids: Sequence[int]
     images: tuple[str, ...] = ()
     targets: tuple[int, ...] = ()
+    choice: int = 0
 
     @property
     def n_kept(self) -> int:

@@ -130,6 +130,11 @@ def is_flat(model: nn.Module) -> bool:
     return len(places) < 2 and model.config.rope_parameters["rope_type"] not in CHANGING_ROPE
 
 
+def has_plain_weights(model: LlavaLlamaForCausalLM) -> bool:
+    """Return whether the LLM's linear layers are just that: neither quantised nor with an adapter."""
+    return all(type(layer.self_attn.q_proj) is nn.Linear for layer in model.get_model().layers)
+
+
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = heads.chunk(2, dim=-1)
     return heads * cosine + torch.cat((-second, first), dim=-1) * sine
