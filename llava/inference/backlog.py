@@ -159,4 +159,3 @@ class Backlog:
             except PromptError as error:
                 row.group.branches.remove(branch)
                 self.failed.append(Failed(branch, error.code, str(error)))
-

@@ -145,9 +145,7 @@ def _answer_plainly(
         yield from answer_questions(session, [question], image_folder, alone, batch_size=1)
 
 
-def _prepare(
-    session: Session, questions: Sequence[Question], choices: Sequence[str]
-) -> tuple[list[Ask], list[Answer]]:
+def _prepare(session: Session, questions: Sequence[Question], choices: Sequence[str]) -> tuple[list[Ask], list[Answer]]:
     """Return the prompts, and the error records of questions that are no prompts."""
     asks: list[Ask] = []
     bad: list[Answer] = []

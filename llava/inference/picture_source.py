@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from llava.image_processing import CLIPPixels, ImageError, open_image, resolve_image
 from llava.mm_utils import process_images
 
-AHEAD = 4
+AHEAD = 2
 """Groups of pictures that each worker may be ahead."""
 FEW = 64
 """So many groups are not worth the start of processes."""

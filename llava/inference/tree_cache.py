@@ -210,7 +210,8 @@ class TreeCache:
 
         embeds = self._llama.embed(torch.tensor(stem_ids, device=device))
         last = torch.tensor([length - 1], device=device)
-        self._llama.keys_and_logits(embeds, torch.arange(length, device=device), attend, last)
+        positions = torch.arange(length, device=device)
+        self._llama.keys_and_logits(embeds, positions, attend, last, is_once=True)
 
     def _embed(self, rows: Sequence[Row], layout: _Layout, trunk: int) -> Tensor:
         """Return the embeddings of all trunks and behind them of all branches, (r T + r Q, D)."""

@@ -59,12 +59,16 @@ class FlatLlama:
         self._cosine, self._sine = cosine[0, :, None], sine[0, :, None]  # (positions, 1, d)
         self._project, self._finish = project_heads, finish_layer
         if compiled:
-            self._project, self._finish = torch.compile(project_heads), torch.compile(finish_layer)
+            # Only the number of tokens changes from call to call; one graph serves all layers and numbers.
+            self._project = torch.compile(project_heads, dynamic=True)
+            self._finish = torch.compile(finish_layer, dynamic=True)
             for module in body.modules():
                 if isinstance(module, CLIPEncoderLayer):
                     module.compile(dynamic=False)
 
-    def keys_and_logits(self, embeds: Tensor, positions: Tensor, attend: Attend, kept: Tensor) -> Tensor:
+    def keys_and_logits(
+        self, embeds: Tensor, positions: Tensor, attend: Attend, kept: Tensor, *, is_once: bool = False
+    ) -> Tensor:
         """Run all layers and return the logits of some tokens, (N, D) -> (M, W).
 
         Args:
@@ -72,14 +76,16 @@ class FlatLlama:
             positions: (N,) int64, position ids.
             attend: attention; in the last layer its result is wanted for the kept tokens alone, (M, H d).
             kept: (M,) int64, tokens whose logits are wanted. In the last layer only keys and values of the others count.
+            is_once: not worth compiling.
         """
+        project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
         cosine, sine = self._cosine[positions], self._sine[positions]
         hidden = embeds
         for number, layer in enumerate(self._layers):
-            attended = attend(number, *self._project(layer, hidden, cosine, sine))
+            attended = attend(number, *project(layer, hidden, cosine, sine))
             if number == self.n_layers - 1:
                 hidden = hidden[kept]  # (M, D)
-            hidden = self._finish(layer, hidden, attended)
+            hidden = finish(layer, hidden, attended)
         return self._head(self._norm(hidden))  # (M, W)
 
 
