@@ -184,6 +184,7 @@ class Bench:
                     if answer.error:
                         raise RuntimeError(f"{answer.error}: {answer.message}")
                     answers.write(answer, "random")
+            answers.finish()
         return time.perf_counter() - start
 
 

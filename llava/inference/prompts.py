@@ -71,7 +71,7 @@ def answered_ids(
     *,
     use_im_start_end: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """Return what scores a given answer: ids to compute, and ids that the last of their positions should be followed by.
+    """Return what scores a given answer: ids to compute, and ids that should follow the last of them.
 
     Args:
         question: as in `first_turn_ids`.

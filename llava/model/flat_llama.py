@@ -75,7 +75,7 @@ class FlatLlama:
             embeds: (N, D).
             positions: (N,) int64, position ids.
             attend: attention; in the last layer its result is wanted for the kept tokens alone, (M, H d).
-            kept: (M,) int64, tokens whose logits are wanted; in the last layer only keys and values of the others count.
+            kept: (M,) int64, tokens whose logits are wanted; of the others the last layer gives keys and values alone.
             is_once: not worth compiling.
         """
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
