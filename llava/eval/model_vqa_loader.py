@@ -38,8 +38,8 @@ _EXAMPLE = """example:
 
 Each line of the question file is {"question_id": ..., "image": name, list of names or null, "text": question}; further
 keys are allowed. The answers come in the same order. They are kept in FILE.journal until they are complete: an
-interrupted run goes on where it stopped when the same command is run again. A row that can't be answered gets an empty text and its reason under "error" and "metadata". With a
-temperature above 0, chance is the same in every run.
+interrupted run goes on where it stopped when the same command is run again. A row that can't be answered gets an empty
+text and its reason under "error" and "metadata". With a temperature above 0, chance is the same in every run.
 
 Several GPUs share the work: torchrun --nproc_per_node 4 -m llava.eval.model_vqa_loader ... (or accelerate launch). All
 processes have to see the answers' directory.
