@@ -1,0 +1,64 @@
+"""Layers over flat tokens compute what the model's own forward computes."""
+
+import types
+
+import pytest
+import torch
+
+from llava.model.flat_llama import FlatLlama, additive, attend_dense, has_plain_weights, is_flat
+
+KINDS = [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}]
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_equals_the_models_forward(tiny_model, changes):
+    model = tiny_model(**changes)
+    rows = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+    llama = FlatLlama(model)
+    kept = torch.tensor([2, 6, 9, 20])
+
+    def attend(layer, query, key, value):
+        query, key, value = (part.unflatten(0, (3, 7)) for part in (query, key, value))
+        attended = attend_dense(query, key, value, None)
+        return attended[kept] if layer == llama.n_layers - 1 else attended
+
+    with torch.no_grad():
+        positions = torch.arange(7).repeat(3)
+        logits = llama.keys_and_logits(llama.embed(rows.flatten()), positions, attend, kept)
+        expected = model(rows).logits.flatten(0, 1)[kept]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 6])
+def test_without_a_bias_the_queries_are_the_last_of_the_keys(queries):
+    query, key, value = (torch.randn(2, 6, 2, 8, dtype=torch.float64) for _ in range(3))
+    whole = attend_dense(query, key, value, None).unflatten(0, (2, 6))
+    part = attend_dense(query[:, -queries:], key, value, None).unflatten(0, (2, queries))
+    torch.testing.assert_close(part, whole[:, -queries:], rtol=0, atol=1e-12)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None, -queries:]
+    dense = attend_dense(query[:, -queries:], key, value, additive(mask, torch.float64)).unflatten(0, (2, queries))
+    torch.testing.assert_close(dense, whole[:, -queries:], rtol=0, atol=1e-12)
+
+
+def test_an_additive_mask_written_out():
+    mask = torch.tensor([[True, False]])
+    assert additive(mask, torch.bfloat16).tolist() == [[0.0, float("-inf")]]
+
+
+def test_which_models_are_flat(tiny_model):
+    assert is_flat(tiny_model())
+    for kind, is_fixed in (("linear", True), ("dynamic", False)):
+        rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+        assert is_flat(tiny_model(rope_parameters=rope)) == is_fixed
+    for devices, is_one in (({"": "cuda:0"}, True), ({"model.layers.0": 0, "model.layers.1": "cpu"}, False)):
+        spread = types.SimpleNamespace(hf_device_map=devices, config=tiny_model().config)
+        assert is_flat(spread) == is_one
+
+
+def test_which_weights_are_plain(tiny_model):
+    import peft
+
+    model = tiny_model()
+    assert has_plain_weights(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert not has_plain_weights(adapted)
