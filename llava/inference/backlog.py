@@ -72,6 +72,11 @@ class Backlog:
     def __len__(self) -> int:
         return self._n_coming + len(self._again) + len(self._ready)
 
+    def prepare(self) -> None:
+        """Have the next pictures encoded, if none are."""
+        if not self._ready and (self._again or self._n_coming):
+            self._load()
+
     def peek(self) -> Row | None:
         """Return the next group, or None if there is none."""
         while not self._ready and (self._again or self._n_coming):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,29 @@ _TOO_WIDE = 1.5
 """A cache whose rows are so many times longer than needed is made anew as soon as it is empty."""
 
 
+class Selected:
+    """Tokens or scores that are on their way from the device.
+
+    Args:
+        branches: whose they are.
+        tensors: on the device, one value per branch or target each.
+    """
+
+    def __init__(self, branches: list[tuple[Row, Branch]], tensors: Sequence[Tensor]) -> None:
+        self.branches = branches
+        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._event = None
+        if tensors[0].device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[list[Any]]:
+        """Return the values, as soon as they are there: what the device was given later is not waited for."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.tolist() for tensor in self._tensors]
+
+
 class Engine:
     """Computes the groups of a plan.
 
@@ -49,6 +73,7 @@ class Engine:
         with_scores: note the probability of each token and of the first one's runner-up.
         max_questions: answers that grow at a time; None = what fits.
         compiled: as in `FlatLlama`.
+        graphed: as in `TreeCache`.
 
     Attributes:
         spare: positions of a row of the next cache for answers.
@@ -64,9 +89,10 @@ class Engine:
         with_scores: bool = False,
         max_questions: int | None = None,
         compiled: bool = False,
+        graphed: bool = False,
     ) -> None:
         self._session, self._sampling, self._stem_ids = session, sampling, list(stem_ids)
-        self._chance_of, self._with_scores = chance_of, with_scores
+        self._chance_of, self._with_scores, self._graphed = chance_of, with_scores, graphed
         self._llama = FlatLlama(session.model, compiled=compiled)
         kind = self._llama.device.type
         self._max_rows = MAX_ROWS.get(kind, MAX_ROWS["cpu"])
@@ -75,7 +101,7 @@ class Engine:
         self._stop_ids = frozenset(session.stop_ids)
         self._cache: TreeCache | None = None
         self._rows: list[Row] = []
-        self._selected: list[tuple[list[tuple[Row, Branch]], list[Tensor]]] = []
+        self._selected: list[Selected] = []
         self._finished: list[Branch] = []
         self.spare = FIRST_SPARE
 
@@ -90,25 +116,28 @@ class Engine:
         Raises:
             torch.OutOfMemoryError: if a single question does not fit.
         """
-        while backlog or self._rows:
+        while backlog or self._rows or self._finished:
+            finished, self._finished = self._finished, []
             try:
-                self._advance(backlog)
+                self._launch(backlog)
             except torch.OutOfMemoryError as error:
                 self._retreat(backlog, error)
-            done = [*backlog.failed, *self._finished]
-            backlog.failed.clear()
-            self._finished.clear()
-            yield from done
+            failed, backlog.failed = backlog.failed, []
+            yield from (*failed, *finished)  # what the caller does with them is done while the device computes
+            self._collect()
 
     @torch.no_grad()
-    def _advance(self, backlog: Backlog) -> None:
+    def _launch(self, backlog: Backlog) -> None:
+        """Give the device work: as many prefills as fit, else a step."""
+        n_before = len(self._selected)
         while rows := self._next_rows(backlog):
             self._prefill(rows)
-        self._collect()
+        if len(self._selected) > n_before:
+            return
         self._make_room(backlog)
         if live := [(row, branch) for row in self._rows for branch in row.group.branches]:
             self._select(live, self._cache.step(live))
-            self._collect()
+            backlog.prepare()
 
     def _next_rows(self, backlog: Backlog) -> list[Row]:
         """Take the groups of the next prefill; none if it should wait for more rows to become free."""
@@ -137,10 +166,12 @@ class Engine:
         is_other_size = self._cache is None or not needed <= self._cache.capacity <= _TOO_WIDE * needed
         if not self._rows and is_other_size:
             self._cache = None  # its memory is needed for the next
-            n_rows = min(self._fitting_rows(needed), len(backlog), self._max_rows, self._max_questions)
-            n_rows -= n_rows % at_once if n_rows > at_once else 0
+            n_rows = min(self._fitting_rows(needed), self._max_rows, self._max_questions)
+            if at_once < n_rows < len(backlog):
+                n_rows -= n_rows % at_once
+            n_rows = min(n_rows, len(backlog))
             logger.debug("cache: %d rows of %d positions", n_rows, needed)
-            self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed)
+            self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed, graphed=self._graphed)
         if needed > self._cache.capacity:
             return False
         return not self._rows or self._cache.n_free >= min(at_once, len(backlog), self._cache.n_rows)
@@ -167,7 +198,7 @@ class Engine:
             targets = [token for _, branch in branches for token in branch.ask.targets]
             parts = zip(logits.split(SCORED_AT_ONCE), torch.tensor(targets).split(SCORED_AT_ONCE), strict=True)
             scores = [score_tokens(part, send(tokens, logits.device))[0] for part, tokens in parts]
-            self._selected.append((branches, [torch.cat(scores)]))
+            self._selected.append(Selected(branches, [torch.cat(scores)]))
         else:
             self._select(branches, logits)
 
@@ -178,13 +209,13 @@ class Engine:
             chances = [self._chance_of(branch.ask.key, len(branch.generated)) for _, branch in branches]
         tokens = select_tokens(logits, self._sampling, chances)
         scores = score_tokens(logits, tokens) if self._with_scores else ()
-        self._selected.append((branches, [tokens, *scores]))
+        self._selected.append(Selected(branches, [tokens, *scores]))
 
     def _collect(self) -> None:
         """Take the chosen tokens from the device, and let finished answers go."""
         selected, self._selected = self._selected, []
-        for branches, tensors in selected:
-            columns = [tensor.tolist() for tensor in tensors]
+        for part in selected:
+            branches, columns = part.branches, part.wait()
             if branches[0][1].ask.targets:
                 logprobs = iter(columns[0])
                 for row, branch in branches:

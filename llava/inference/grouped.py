@@ -93,6 +93,7 @@ def answer_batch(
         with_scores=with_scores,
         max_questions=batch_size,
         compiled=_is_compiled(session, groups, patches, compile_mode),
+        graphed=compile_mode != "off" and session.model.device.type == "cuda" and has_plain_weights(session.model),
     )
     pictures = _read_pictures(session, groups, image_folder, workers)
     backlog = Backlog(

@@ -21,7 +21,7 @@ AHEAD = 2
 """Groups of pictures that each worker may be ahead."""
 FEW = 64
 """So many groups are not worth the start of processes."""
-MAX_WORKERS = 12
+MAX_WORKERS = 10
 
 
 class PictureError(NamedTuple):

@@ -9,19 +9,22 @@ Letters: `R` rows, `C` positions of a row, `P` of the stem, `T` of the longest t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llava.inference.grouping import Branch, Group
-from llava.model.flat_llama import FlatLlama, additive, attend_dense
+from llava.inference.step_graphs import StepGraphs, StepShape
+from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense
 from llava.model.tree_attention import NO_GROUP, TRUNK, later_mask, tree_mask
 
 NOBODY = -1
 """Branch number of a position that holds nothing."""
-MULTIPLE = 16
+MULTIPLE = 8
 """Lengths of masks are multiples of it, as fast kernels want; so are numbers of tokens, so that few shapes occur."""
 
 
@@ -77,22 +80,27 @@ class TreeCache:
         stem_ids: of the run; may be empty.
         n_rows: R.
         capacity: C, a multiple of `MULTIPLE`.
+        graphed: record the steps of answers as CUDA graphs.
 
     Raises:
         torch.OutOfMemoryError: if they don't fit.
     """
 
-    def __init__(self, llama: FlatLlama, stem_ids: Sequence[int], n_rows: int, capacity: int) -> None:
+    def __init__(
+        self, llama: FlatLlama, stem_ids: Sequence[int], n_rows: int, capacity: int, *, graphed: bool = False
+    ) -> None:
         self.n_rows, self.capacity = n_rows, capacity
         self._llama = llama
         self._stem = len(stem_ids)
         shape, device = (n_rows, capacity, *llama.key_shape), llama.device
         # Zeros, because what a mask hides is still multiplied by 0.
-        self._keys = [torch.zeros(shape, dtype=llama.dtype, device=device) for _ in range(llama.n_layers)]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
+        self._layers = [
+            tuple(torch.zeros(shape, dtype=llama.dtype, device=device) for _ in range(2)) for _ in range(llama.n_layers)
+        ]
         self._owners = torch.full((n_rows, capacity), NOBODY, dtype=torch.int16, device=device)
         self._owners[:, : self._stem] = TRUNK
         self._free = list(range(n_rows))
+        self._graphs = StepGraphs(self._compute_step) if graphed else None
         if stem_ids:
             self._compute_stem(stem_ids)
 
@@ -112,44 +120,38 @@ class TreeCache:
         Args:
             rows: at most `n_free`; each fits the capacity.
         """
-        stem, device = self._stem, self._llama.device
+        stem, llama, n_rows = self._stem, self._llama, len(rows)
         trunk = max(row.trunk_length for row in rows)
         branches = max(row.group.branch_length for row in rows)
         length = round_up(stem + trunk + branches)  # L
         branches = length - stem - trunk
-        slots = self._take(len(rows))
+        slots = self._take(n_rows)
         for row, slot in zip(rows, slots, strict=True):
             row.slot, row.start, row.fill = slot, stem + row.trunk_length, length
             row.columns = {branch: number for number, branch in enumerate(row.group.branches, start=1)}
-        layout = _Layout(rows, stem, trunk, branches)
-        owners = send(layout.owners, device)  # (r, L) int16
-        groups = torch.where(owners == NOBODY, NO_GROUP, 0)
-        mask = tree_mask(groups, owners)[:, :, stem + trunk :]  # (r, 1, Q, L)
-        bias = additive(mask, self._llama.dtype)
-        place = _as_slice(slots, device)
+        layout = lay_out(rows, stem, trunk, branches)
+        owners = send(layout.owners, llama.device)  # (r, L) int16
+        mask = tree_mask(torch.where(owners == NOBODY, NO_GROUP, 0), owners)[:, :, stem + trunk :]  # (r, 1, Q, L)
+        bias = additive(mask, llama.dtype)
+        place = _as_slice(slots, llama.device)
         self._owners[place] = NOBODY
         self._owners[place, :length] = owners
+        kept_behind = send(layout.kept, llama.device)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self._keys[layer], self._values[layer]
-            parts = []
-            for cache, flat in ((keys, key), (values, value)):
-                cut = flat.split([len(rows) * trunk, len(rows) * branches])
-                cache[place, stem : stem + trunk] = cut[0].unflatten(0, (len(rows), trunk))
-                cache[place, stem + trunk : length] = cut[1].unflatten(0, (len(rows), branches))
-                parts.append(cache[place, :length])
-            of_trunks, of_branches = query.split([len(rows) * trunk, len(rows) * branches])
-            behind = attend_dense(of_branches.unflatten(0, (len(rows), branches)), *parts, bias)
-            if layer == self._llama.n_layers - 1:
+        def attend(layer: int, query: Tensor) -> Tensor:
+            keys, values = (part[place, :length] for part in self._layers[layer])
+            of_trunks, of_branches = query.split([n_rows * trunk, n_rows * branches])
+            behind = attend_dense(of_branches.unflatten(0, (n_rows, branches)), keys, values, bias)
+            if layer == llama.n_layers - 1:
                 return behind[kept_behind]
             if not trunk:
                 return behind
-            seen = [part[:, : stem + trunk] for part in parts]
-            return torch.cat([attend_dense(of_trunks.unflatten(0, (len(rows), trunk)), *seen, None), behind])
+            seen = (part[:, : stem + trunk] for part in (keys, values))
+            return torch.cat([attend_causal(of_trunks.unflatten(0, (n_rows, trunk)), *seen), behind])
 
-        embeds = self._embed(rows, layout, trunk)
-        positions, kept_behind = send(layout.positions, device), send(layout.kept, device)
-        return self._llama.keys_and_logits(embeds, positions, attend, kept_behind + len(rows) * trunk)
+        places = Places(*map(torch.clone, send(layout.places, llama.device)))
+        embeds = self._embed(rows, layout.branch_ids, trunk)
+        return llama.fill_and_read(embeds, places, self._layers, attend, kept_behind + n_rows * trunk)
 
     def step(self, live: Sequence[tuple[Row, Branch]]) -> Tensor:
         """Take the last token of each answer, and return the logits of the next, (M, W).
@@ -157,33 +159,41 @@ class TreeCache:
         Args:
             live: answers that are not finished; their rows have room.
         """
-        device = self._llama.device
-        n_padded = round_up(len(live)) if self._llama.compiled else len(live)
         entries = []
         for row, branch in live:
             position = row.start + len(branch.tokens) - 1
-            entries.append((branch.generated[-1], position, row.slot, row.columns[branch], row.fill))
+            entries.append((branch.generated[-1], position, row.slot, row.fill, row.columns[branch]))
             row.fill += 1
-        entries += entries[:1] * (n_padded - len(live))  # computed again and not looked at
-        tokens, positions, slots, columns, places = send(torch.tensor(entries).T.contiguous(), device)
-        n_rows = 1 + max(row.slot for row, _ in live)
-        n_columns = max(max(row.columns.values()) for row, _ in live)
-        used = min(self.capacity, round_up(max(row.fill for row, _ in live), 4 * MULTIPLE))
+        shape = StepShape(
+            n_answers=len(live),
+            n_rows=1 + max(row.slot for row, _ in live),
+            n_columns=max(max(row.columns.values()) for row, _ in live),
+            used=max(row.fill for row, _ in live),
+        )
+        if self._graphs or self._llama.compiled:
+            shape = shape.rounded(self.n_rows)
+        shape = shape._replace(used=min(self.capacity, round_up(shape.used)))
+        entries += entries[:1] * (shape.n_answers - len(live))  # computed again and not looked at
+        columns = torch.tensor(entries).T.contiguous()  # (5, M)
+        compute = self._graphs or self._compute_step
+        return compute(send(columns, self._llama.device), shape)[: len(live)]
+
+    def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
+        """Return the logits of a step, (5, M) -> (M, W); entries are token, position, row, place and branch."""
+        tokens, positions, slots, places, columns = map(torch.clone, entries)
+        n_rows, n_columns, used = shape.n_rows, shape.n_columns, shape.used
         self._owners[slots, places] = columns.to(self._owners.dtype)
         bias = additive(later_mask(self._owners[:n_rows, :used], n_columns), self._llama.dtype)  # (R, 1, columns, L)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self._keys[layer], self._values[layer]
-            keys[slots, places] = key
-            values[slots, places] = value
+        def attend(layer: int, query: Tensor) -> Tensor:
+            keys, values = (part[:n_rows, :used] for part in self._layers[layer])
             grid = query.new_zeros(n_rows, n_columns, *query.shape[1:])
             grid[slots, columns - 1] = query
-            attended = attend_dense(grid, keys[:n_rows, :used], values[:n_rows, :used], bias)
-            return attended[slots * n_columns + columns - 1]
+            return attend_dense(grid, keys, values, bias)[slots * n_columns + columns - 1]
 
-        everything = torch.arange(n_padded, device=device)
-        logits = self._llama.keys_and_logits(self._llama.embed(tokens), positions, attend, everything)
-        return logits[: len(live)]
+        everything = torch.arange(len(tokens), device=tokens.device)
+        embeds = self._llama.embed(tokens)
+        return self._llama.fill_and_read(embeds, Places(positions, slots, places), self._layers, attend, everything)
 
     def compact(self, rows: Sequence[Row]) -> None:
         """Move the groups into the first rows, so that a step has less to read.
@@ -193,30 +203,30 @@ class TreeCache:
         """
         rows = sorted(rows, key=lambda row: row.slot)
         slots = torch.tensor([row.slot for row in rows], device=self._llama.device)
-        for part in (*self._keys, *self._values, self._owners):
+        for part in (*itertools.chain(*self._layers), self._owners):
             part[: len(rows)] = part[slots]
         for number, row in enumerate(rows):
             row.slot = number
         self._free = list(range(len(rows), self.n_rows))
 
     def _compute_stem(self, stem_ids: Sequence[int]) -> None:
-        length, device = len(stem_ids), self._llama.device
+        llama, length = self._llama, len(stem_ids)
+        positions = torch.arange(length, device=llama.device)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._keys[layer][:, :length] = key
-            self._values[layer][:, :length] = value
-            attended = attend_dense(query[None], key[None], value[None], None)
-            return attended[-1:] if layer == self._llama.n_layers - 1 else attended
+        def attend(layer: int, query: Tensor) -> Tensor:
+            for part in self._layers[layer]:
+                part[1:, :length] = part[:1, :length]
+            keys, values = (part[:1, :length] for part in self._layers[layer])
+            attended = attend_causal(query[None], keys, values)
+            return attended[-1:] if layer == llama.n_layers - 1 else attended
 
-        embeds = self._llama.embed(torch.tensor(stem_ids, device=device))
-        last = torch.tensor([length - 1], device=device)
-        positions = torch.arange(length, device=device)
-        self._llama.keys_and_logits(embeds, positions, attend, last, is_once=True)
+        embeds = llama.embed(torch.tensor(stem_ids, device=llama.device))
+        places = Places(positions, torch.zeros_like(positions), positions)
+        llama.fill_and_read(embeds, places, self._layers, attend, positions[-1:], is_once=True)
 
-    def _embed(self, rows: Sequence[Row], layout: _Layout, trunk: int) -> Tensor:
+    def _embed(self, rows: Sequence[Row], branch_ids: Tensor, trunk: int) -> Tensor:
         """Return the embeddings of all trunks and behind them of all branches, (r T + r Q, D)."""
-        embed = self._llama.embed
-        behind = embed(send(layout.branch_ids, self._llama.device))  # (r Q, D)
+        behind = self._llama.embed(send(branch_ids, self._llama.device))  # (r Q, D)
         fronts = []
         for row in rows:
             fronts.append(row.trunk_embeds)
@@ -241,37 +251,50 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class _Layout:
-    """Where the tokens of groups lie in their rows, on the CPU.
+class Layout(NamedTuple):
+    """Where the tokens of groups lie, on the CPU: all trunks, and behind them all branches.
 
     Attributes:
-        owners: (r, L) int16, branch number of each position.
+        owners: (r, L) int16, branch number of each position of the rows.
         branch_ids: (r Q,) int64, token ids of the branches, 0 where there is none.
-        positions: (r T + r Q,) int64, position ids of all trunks and behind them of all branches.
+        places: (3, r T + r Q) int64, position id, row of the cache, and place in it of each token.
         kept: (M,) int64, indices into the branches of the positions whose logits are wanted.
     """
 
-    def __init__(self, rows: Sequence[Row], stem: int, trunk: int, branches: int) -> None:
-        owners, ids, behind, kept = [], [], [], []
-        for number, row in enumerate(rows):
-            own, row_ids, positions = [], [], []
-            for branch, column in row.columns.items():
-                tokens = branch.tokens
-                own += [column] * len(tokens)
-                row_ids += tokens
-                positions += range(row.start, row.start + len(tokens))
-                end = number * branches + len(row_ids)
-                kept += range(end - branch.ask.n_kept, end)
-            padding = branches - len(row_ids)
-            gap = trunk - row.trunk_length
-            owners.append([TRUNK] * (stem + row.trunk_length) + [NOBODY] * gap + own + [NOBODY] * padding)
-            ids += row_ids + [0] * padding
-            behind += positions + [0] * padding
-        front = torch.arange(stem, stem + trunk).repeat(len(rows))
-        self.owners = torch.tensor(owners, dtype=torch.int16)
-        self.branch_ids = torch.tensor(ids)
-        self.positions = torch.cat([front, torch.tensor(behind)])
-        self.kept = torch.tensor(kept)
+    owners: Tensor
+    branch_ids: Tensor
+    places: Tensor
+    kept: Tensor
+
+
+def lay_out(rows: Sequence[Row], stem: int, trunk: int, branches: int) -> Layout:
+    """Return the layout of groups whose trunks are padded to `trunk` positions and their branches to `branches`."""
+    owners, ids, behind, kept = [], [], [], []
+    for number, row in enumerate(rows):
+        own, row_ids, positions = [], [], []
+        for branch, column in row.columns.items():
+            tokens = branch.tokens
+            own += [column] * len(tokens)
+            row_ids += tokens
+            positions += range(row.start, row.start + len(tokens))
+            end = number * branches + len(row_ids)
+            kept += range(end - branch.ask.n_kept, end)
+        padding = branches - len(row_ids)
+        gap = trunk - row.trunk_length
+        owners.append([TRUNK] * (stem + row.trunk_length) + [NOBODY] * gap + own + [NOBODY] * padding)
+        ids += row_ids + [0] * padding
+        behind += positions + [0] * padding
+    slots = torch.tensor([row.slot for row in rows])
+    front = torch.arange(stem, stem + trunk).repeat(len(rows))
+    back = torch.arange(stem + trunk, stem + trunk + branches).repeat(len(rows))
+    places = torch.stack(
+        [
+            torch.cat([front, torch.tensor(behind)]),
+            torch.cat([slots.repeat_interleave(trunk), slots.repeat_interleave(branches)]),
+            torch.cat([front, back]),
+        ]
+    )
+    return Layout(torch.tensor(owners, dtype=torch.int16), torch.tensor(ids), places, torch.tensor(kept))
 
 
 def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:

@@ -4,12 +4,14 @@ Everything but attention treats each token alone, so tokens of many prompts go t
 without padding. The layers' own modules are called, so that 8 bit, 4 bit and adapters work as they are. Source of the
 steps: transformers' `LlamaDecoderLayer`.
 
-Letters: `N` tokens, `H` heads, `K` key heads, `d` width of a head, `D` LLM width.
+Letters: `N` tokens, `M` of them whose logits are wanted, `H` heads, `K` key heads, `d` width of a head, `D` LLM width,
+`R` rows of a cache, `C` positions of a row.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +25,24 @@ CHANGING_ROPE = ("dynamic", "longrope")
 
 
 class Attend(Protocol):
-    """Attention of one layer: (layer's number, query (N, H, d), key (N, K, d), value (N, K, d)) -> (M, H d)."""
+    """Attention of one layer, whose keys and values are in the cache already."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what the queries attend to."""
+    def __call__(self, layer: int, query: Tensor) -> Tensor:
+        """Return what the queries of a layer attend to, (N, H, d) -> (M, H d)."""
+
+
+class Places(NamedTuple):
+    """Where the tokens of a call go.
+
+    Attributes:
+        positions: (N,) int64, position ids.
+        slots: (N,) int64, rows of the cache.
+        places: (N,) int64, positions in these rows.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    places: Tensor
 
 
 class FlatLlama:
@@ -66,38 +82,57 @@ class FlatLlama:
                 if isinstance(module, CLIPEncoderLayer):
                     module.compile(dynamic=False)
 
-    def keys_and_logits(
-        self, embeds: Tensor, positions: Tensor, attend: Attend, kept: Tensor, *, is_once: bool = False
+    def fill_and_read(
+        self,
+        embeds: Tensor,
+        places: Places,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        attend: Attend,
+        kept: Tensor,
+        *,
+        is_once: bool = False,
     ) -> Tensor:
-        """Run all layers and return the logits of some tokens, (N, D) -> (M, W).
+        """Put keys and values of tokens into a cache, and return the logits of some of them, (N, D) -> (M, W).
 
         Args:
             embeds: (N, D).
-            positions: (N,) int64, position ids.
+            places: of the tokens.
+            cache: keys and values of each layer, (R, C, K, d).
             attend: attention; in the last layer its result is wanted for the kept tokens alone, (M, H d).
             kept: (M,) int64, tokens whose logits are wanted; of the others the last layer gives keys and values alone.
             is_once: not worth compiling.
         """
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
-        cosine, sine = self._cosine[positions], self._sine[positions]
+        turn = self._cosine[places.positions], self._sine[places.positions]
         hidden = embeds
         for number, layer in enumerate(self._layers):
-            attended = attend(number, *project(layer, hidden, cosine, sine))
+            attended = attend(number, project(layer, hidden, *turn, *cache[number], places.slots, places.places))
             if number == self.n_layers - 1:
                 hidden = hidden[kept]  # (M, D)
             hidden = finish(layer, hidden, attended)
         return self._head(self._norm(hidden))  # (M, W)
 
 
-def project_heads(layer: nn.Module, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value of a layer, (N, D) -> (N, H, d), (N, K, d), (N, K, d), turned by their positions."""
+def project_heads(
+    layer: nn.Module,
+    hidden: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    places: Tensor,
+) -> Tensor:
+    """Return the query of a layer, (N, D) -> (N, H, d), and put key and value into the cache, (R, C, K, d)."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     heads = (-1, attention.head_dim)
     query = attention.q_proj(normed).unflatten(-1, heads)
     key = attention.k_proj(normed).unflatten(-1, heads)
     value = attention.v_proj(normed).unflatten(-1, heads)
-    return _rotate(query, cosine, sine), _rotate(key, cosine, sine), value
+    keys[slots, places] = _rotate(key, cosine, sine)
+    values[slots, places] = value
+    return _rotate(query, cosine, sine)
 
 
 def finish_layer(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -106,23 +141,35 @@ def finish_layer(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Return attention of rows of tokens, (B, S, H, d), (B, L, K, d) twice -> (B S, H d).
 
     Args:
         query: of each row.
         key: of each row.
         value: of each row.
-        bias: (B or 1, 1, S, L), added to the scores; None = causal, the queries being the last of the keys.
+        bias: (B or 1, 1, S, L), added to the scores.
     """
+    return _attend(query, key, value, attn_mask=bias).flatten(0, 1)
+
+
+def attend_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return attention of queries that are the last of the keys; shapes as in `attend_dense`."""
+    queries, keys = query.shape[1], key.shape[1]
+    if query.device.type != "cuda":
+        return _attend(query, key, value, attn_mask=causal_lower_right(queries, keys)).flatten(0, 1)
+    # The fastest kernels know squares alone: queries are put in front whose results are thrown away.
+    square = nn.functional.pad(query, (0, 0, 0, 0, keys - queries, 0))
+    return _attend(square, key, value, is_causal=True)[:, keys - queries :].flatten(0, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    """Return (B, S, H d)."""
     if key.shape[2] != query.shape[2]:
         times = query.shape[2] // key.shape[2]
         key, value = key.repeat_interleave(times, dim=2), value.repeat_interleave(times, dim=2)
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    if bias is None:
-        bias = causal_lower_right(query.shape[2], key.shape[2])
-    attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+    return nn.functional.scaled_dot_product_attention(query, key, value, **how).transpose(1, 2).flatten(2)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -107,10 +107,10 @@ def whole(tiny_sessions):
 def test_memory_that_runs_out_changes_no_answer(tiny_sessions, whole, monkeypatch, caplog, method, times):
     real, calls = getattr(TreeCache, method), itertools.count()
 
-    def sometimes(self, *args):
+    def sometimes(self, *args, **options):
         if next(calls) in times:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, *args)
+        return real(self, *args, **options)
 
     monkeypatch.setattr(TreeCache, method, sometimes)
     results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8))

@@ -179,7 +179,7 @@ def test_a_closed_list_of_answers(session, folder):
 
 def test_a_given_answer_scores_as_much_as_the_same_generated(session, folder, swap_words):
     """The generated answer's ids, its end included, are those of the given answer."""
-    [yes] = session.tokenizer.encode_text("yes", at_start=False)[-1:]
+    yes = answered_ids("hello", 0, "yes", session.template, session.tokenizer)[1][0]
     hello = QUESTIONS[1:2]
     first = session.generate_ids([session.prepare("hello")], GREEDY)[0][0]
     saying = swap_words(session, first, yes)

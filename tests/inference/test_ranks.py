@@ -63,7 +63,7 @@ def test_two_processes_write_the_file_of_one(goldens, tmp_path):
         command = [sys.executable, *launcher, *flags, "--answers-file", str(path)]
         return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     shared = run(launcher, tmp_path / "shared.jsonl")
     alone = run((), tmp_path / "alone.jsonl")
     assert alone.returncode == 1, alone.stderr  # a third of the pictures is missing
