@@ -19,6 +19,7 @@ from llava.inference.picture_source import PictureError
 from llava.inference.selection import chance
 from llava.inference.session import Prompt, Sampling
 from llava.inference.tree_cache import TreeCache
+from llava.model.flat_llama import FlatLlama
 
 IMAGE = IMAGE_TOKEN_INDEX
 PATCHES = 4
@@ -104,7 +105,8 @@ def whole(tiny_sessions):
 
 @pytest.mark.parametrize("method", ["prefill", "step", "__init__"])
 @pytest.mark.parametrize("times", [(0,), (1,), (3,), (0, 1, 2), (2, 3, 7)])
-def test_memory_that_runs_out_changes_no_answer(tiny_sessions, whole, monkeypatch, caplog, method, times):
+@pytest.mark.parametrize("pieces", [None, (20, 16, 6, 2)])
+def test_memory_that_runs_out_changes_no_answer(tiny_sessions, whole, monkeypatch, caplog, method, times, pieces):
     real, calls = getattr(TreeCache, method), itertools.count()
 
     def sometimes(self, *args, **options):
@@ -113,11 +115,38 @@ def test_memory_that_runs_out_changes_no_answer(tiny_sessions, whole, monkeypatc
         return real(self, *args, **options)
 
     monkeypatch.setattr(TreeCache, method, sometimes)
-    results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8))
+    results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), pieces=pieces)
     assert {key: branch.generated for key, branch in results.items()} == whole
     n_calls = next(calls) - 1
     assert len(caplog.records) == sum(time < n_calls for time in times)
     assert all("out of memory; going on with" in message for message in caplog.messages)
+
+
+def test_moving_rows_together_changes_nothing(tiny_sessions):
+    session = tiny_sessions[0]
+    plan = plan_groups(some_asks(12), PATCHES)
+    pictures = ([pixels_of(name) for name in group.images] for group in plan.groups)
+    waiting = Backlog(session, len(plan.stem_ids), plan.groups, pictures, room=8, is_padded=False)
+    rows = []
+    while waiting.peek():
+        rows.append(waiting.take())
+    with torch.no_grad():
+        cache = TreeCache(FlatLlama(session.model), plan.stem_ids, len(rows), 96)
+        tokens = iter(cache.prefill(rows).argmax(-1).tolist())
+        for branch in itertools.chain(*(row.group.branches for row in rows)):
+            branch.generated.append(next(tokens))
+        kept = [rows[1], rows[-1], rows[-2]]
+        live = [(row, branch) for row in kept for branch in row.group.branches]
+        before = cache.step(live)
+        for row in rows:
+            if row not in kept:
+                cache.release(row)
+        cache.compact(kept)
+        assert sorted(row.slot for row in kept) == [0, 1, 2]
+        assert cache.n_free == len(rows) - 3
+        for row in kept:
+            row.fill -= len(row.group.branches)  # the same step again
+        assert torch.equal(cache.step(live), before)
 
 
 def test_memory_that_runs_out_while_encoding(tiny_sessions, whole, monkeypatch):
