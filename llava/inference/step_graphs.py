@@ -37,34 +37,41 @@ class StepShape(NamedTuple):
 class StepGraphs:
     """Calls a function, recorded once its shape has occurred a few times.
 
-    Args:
-        compute: (entries (5, M), shape) -> (M, W), without any wait for the device.
+    It keeps no reference to the function: a cache whose step it is would live on until the next garbage collection,
+    and with it the memory that the next cache needs.
     """
 
-    def __init__(self, compute: Callable[[Tensor, StepShape], Tensor]) -> None:
-        self._compute = compute
+    def __init__(self) -> None:
         self._seen: Counter[StepShape] = Counter()
         self._recorded: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, entries: Tensor, shape: StepShape) -> Tensor:
-        """Return the result, which lasts until the next call."""
+    def __call__(self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> Tensor:
+        """Return the result, which lasts until the next call.
+
+        Args:
+            compute: (entries (5, M), shape) -> (M, W), without any wait for the device; the same each time.
+            entries: of the step.
+            shape: of the step.
+        """
         self._seen[shape] += 1
         if self._seen[shape] < RECORDED_FROM:
-            return self._compute(entries, shape)
+            return compute(entries, shape)
         if shape not in self._recorded:
-            self._recorded[shape] = self._record(entries, shape)
+            self._recorded[shape] = self._record(compute, entries, shape)
         graph, taken, result = self._recorded[shape]
         taken.copy_(entries, non_blocking=True)
         graph.replay()
         return result
 
-    def _record(self, entries: Tensor, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _record(
+        self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         taken = entries.clone()
         graph = torch.cuda.CUDAGraph()
         # Other threads go on copying pictures meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._compute(taken, shape)
+            result = compute(taken, shape)
         return graph, taken, result
 
 

@@ -100,7 +100,7 @@ class TreeCache:
         self._owners = torch.full((n_rows, capacity), NOBODY, dtype=torch.int16, device=device)
         self._owners[:, : self._stem] = TRUNK
         self._free = list(range(n_rows))
-        self._graphs = StepGraphs(self._compute_step) if graphed else None
+        self._graphs = StepGraphs() if graphed else None
         if stem_ids:
             self._compute_stem(stem_ids)
 
@@ -175,8 +175,9 @@ class TreeCache:
         shape = shape._replace(used=min(self.capacity, round_up(shape.used)))
         entries += entries[:1] * (shape.n_answers - len(live))  # computed again and not looked at
         columns = torch.tensor(entries).T.contiguous()  # (5, M)
-        compute = self._graphs or self._compute_step
-        return compute(send(columns, self._llama.device), shape)[: len(live)]
+        sent = send(columns, self._llama.device)
+        logits = self._graphs(self._compute_step, sent, shape) if self._graphs else self._compute_step(sent, shape)
+        return logits[: len(live)]
 
     def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
         """Return the logits of a step, (5, M) -> (M, W); entries are token, position, row, place and branch."""

@@ -1,8 +1,10 @@
 """An answer depends on its own prompt alone: whatever is computed beside it, in whatever pieces, by whatever chance."""
 
 import dataclasses
+import gc
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -120,6 +122,19 @@ def test_memory_that_runs_out_changes_no_answer(tiny_sessions, whole, monkeypatc
     n_calls = next(calls) - 1
     assert len(caplog.records) == sum(time < n_calls for time in times)
     assert all("out of memory; going on with" in message for message in caplog.messages)
+
+
+def test_a_cache_that_is_dropped_gives_its_memory_back_at_once(tiny_sessions, monkeypatch):
+    """The next one is as large as the memory allows, so nothing may wait for the garbage collection."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    cache = TreeCache(FlatLlama(tiny_sessions[0].model), [1], 2, 16, graphed=True)
+    gc.disable()
+    try:
+        reference = weakref.ref(cache)
+        del cache
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_moving_rows_together_changes_nothing(tiny_sessions):
