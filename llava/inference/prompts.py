@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation, Segment
-from llava.data.supervision import ASSISTANT, HUMAN, build_dialogue, encode_segments
+from llava.data.supervision import ASSISTANT, HUMAN, build_dialogue, encode_example, encode_segments
 from llava.tokenization import LlavaTokenizer
 
 _STAND_IN = "x"
@@ -60,6 +60,37 @@ def first_turn_ids(
     """
     dialogue = _dialogue([place_question(question, n_images)], template, use_im_start_end)
     return encode_segments(dialogue.segments(), tokenizer)[0]
+
+
+def answered_ids(
+    question: str,
+    n_images: int,
+    answer: str,
+    template: Conversation,
+    tokenizer: LlavaTokenizer,
+    *,
+    use_im_start_end: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Return what scores a given answer: ids to compute, and ids that should follow the last of them.
+
+    Args:
+        question: as in `first_turn_ids`.
+        n_images: pictures that belong to it.
+        answer: text.
+        template: an empty dialogue.
+        tokenizer: of the model.
+        use_im_start_end: put `<im_start>` and `<im_end>` around each image.
+
+    Returns:
+        The ids up to the last but one that training supervises, and all ids that it supervises: the answer and its end.
+
+    Raises:
+        PromptError: as `place_question`.
+    """
+    turns = [{"from": HUMAN, "value": place_question(question, n_images)}, {"from": ASSISTANT, "value": answer}]
+    input_ids, labels = encode_example(turns, template, tokenizer, use_im_start_end=use_im_start_end)
+    supervised = [index for index, label in enumerate(labels) if label != IGNORE_INDEX]
+    return input_ids[: supervised[-1]], input_ids[supervised[0] : supervised[-1] + 1]
 
 
 def next_turn_ids(

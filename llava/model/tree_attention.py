@@ -99,3 +99,16 @@ def _stretches(groups: Tensor, branches: Tensor) -> tuple[Tensor, Tensor, Tensor
     before_group = (trunk_seen - is_trunk).gather(1, group_start)
     stem_stop = (groups == STEM).sum(dim=1, keepdim=True) * (groups != NO_GROUP)
     return stem_stop, group_start, group_start + trunk_seen - before_group, branch_start
+
+
+def later_mask(branches: Tensor, columns: int) -> Tensor:
+    """Return which keys the next token of each branch of each row sees, (B, 1, columns, S) bool, True = sees.
+
+    Args:
+        branches: (B, S), of the keys of rows with one group each: `TRUNK`, the number of the branch, or a negative
+            number where there is no key.
+        columns: queries of a row; the first is for branch 1.
+    """
+    numbers = torch.arange(1, columns + 1, device=branches.device, dtype=branches.dtype)
+    keys = branches[:, None, None, :]
+    return (keys == TRUNK) | (keys == numbers[None, None, :, None])

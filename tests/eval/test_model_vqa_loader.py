@@ -53,6 +53,10 @@ class Program:
     def __call__(self, *more, **changed):
         return main(self.arguments(*more, **changed))
 
+    @property
+    def journal(self):
+        return self.answers.with_name(f"{self.answers.name}.journal")
+
     def records(self):
         return [json.loads(line) for line in self.answers.read_text().splitlines()]
 
@@ -98,10 +102,10 @@ def test_interrupted_and_continued_is_uninterrupted(program, monkeypatch, capsys
     monkeypatch.setattr(AnswersFile, "write", interrupted)
     assert program("--overwrite") == 130
     monkeypatch.undo()
-    message = f"stopped: {program.answers} holds {kept} of 5 answers; run the same command without --overwrite to go on"
+    message = f"stopped: {program.journal} holds {kept} of 5 answers; run the same command without --overwrite to go on"
     assert message in capsys.readouterr().err
-    with program.answers.open("ab") as stream:
-        stream.write(whole[program.answers.stat().st_size :][:20])
+    with program.journal.open("ab") as stream:
+        stream.write(whole[:20])
     assert program() == 0
     assert program.answers.read_bytes() == whole
 
@@ -281,13 +285,13 @@ def test_ctrl_c_in_a_real_process(program):
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (program.answers.exists() and program.answers.stat().st_size) and time.monotonic() < deadline:
+    while not (program.journal.exists() and program.journal.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    done = len(program.records())
+    done = len(program.journal.read_text().splitlines())
     assert process.returncode == 130
-    assert f"stopped: {program.answers} holds {done} of 300 answers; run the same command again to go on" in errors
+    assert f"stopped: {program.journal} holds {done} of 300 answers; run the same command again to go on" in errors
     assert "Traceback" not in errors
     assert 0 < done < 300
 

@@ -1,7 +1,11 @@
 """An answers file grows by whole lines, goes on where it was, and refuses what does not belong to it."""
 
+import contextlib
+import itertools
 import json
+import os
 import re
+import signal
 
 import pytest
 
@@ -16,11 +20,24 @@ RUN = {"model": "m", "temperature": 0.0}
 
 
 def fill(path, count, run=RUN, **options):
+    """Answer up to `count` questions, the last ones first, and return the file if it is complete, else the journal."""
     with AnswersFile(path, QUESTIONS, run, **options) as answers:
         answers.begin()
-        for question in QUESTIONS[answers.done : count]:
-            answers.write(Answer(question, f"ä {question.question_id}"), "model")
-    return path.read_bytes()
+        for question in [question for question in reversed(QUESTIONS) if question.question_id not in answers.done_ids]:
+            if answers.done < count:
+                answers.write(Answer(question, f"ä {question.question_id}"), "model")
+        if answers.done == len(QUESTIONS):
+            answers.finish()
+            return path.read_bytes()
+        return answers.journal_path.read_bytes()
+
+
+def journal(path):
+    return path.with_name(f"{path.name}.journal")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_record_has_the_originals_keys():
@@ -47,33 +64,165 @@ def test_an_error_record_says_what_and_why():
     assert record["metadata"] == {"error": "image_missing", "message": "image a.jpg not found"}
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"question_id": 2, "pro', b'{"question_id": 2}', b"\xff\x00"])
-@pytest.mark.parametrize("kept", range(6))
+def test_scores_go_into_the_metadata():
+    assert Answer(QUESTIONS[0], "yes", scores={"logprob": -0.5}).to_record("model")["metadata"] == {"logprob": -0.5}
+
+
+TORN = [b"", b'{"question_id": 2, "pro', b'{"question_id": 2}', b"\xff\x00"]
+
+
+@pytest.mark.parametrize("torn", TORN)
+@pytest.mark.parametrize("kept", range(5))
 def test_continued_equals_uninterrupted(tmp_path, kept, torn):
     whole = fill(tmp_path / "whole.jsonl", 5)
     path = tmp_path / "answers.jsonl"
     fill(path, kept)
-    with path.open("ab") as stream:
+    with journal(path).open("ab") as stream:
         stream.write(torn)
     with AnswersFile(path, QUESTIONS, RUN) as answers:
-        assert answers.done == kept
+        assert answers.done_ids == set(range(5 - kept, 5))
     assert fill(path, 5) == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "answers.jsonl",
-        "answers.jsonl.run.json",
-        "whole.jsonl",
-        "whole.jsonl.run.json",
-    ]
+    assert names(tmp_path) == ["answers.jsonl", "answers.jsonl.run.json", "whole.jsonl", "whole.jsonl.run.json"]
+
+
+def test_the_file_is_in_the_questions_order(tmp_path):
+    lines = fill(tmp_path / "answers.jsonl", 5).splitlines()
+    assert [json.loads(line)["question_id"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("torn", TORN)
+@pytest.mark.parametrize("kept", range(6))
+def test_a_file_that_grew_in_order_is_taken_over(tmp_path, kept, torn):
+    path = tmp_path / "answers.jsonl"
+    whole = fill(path, 5)
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]) + torn)
+    with AnswersFile(path, QUESTIONS, RUN) as answers:
+        assert answers.done_ids == set(range(kept))
+    assert fill(path, 5) == whole
+
+
+def test_a_file_is_finished_when_every_answer_is_there(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    fill(path, 3)
+    with AnswersFile(path, QUESTIONS, RUN) as answers:
+        message = f"{path}: 2 answers are missing, the first that of question_id 0; run the same command again"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            answers.finish()
+    assert not path.exists()
+
+
+def test_killed_between_the_file_and_its_journals(tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    fill(path, 4)
+    before = journal(path).read_bytes()
+    whole = fill(path, 5)
+    journal(path).write_bytes(before)
+    with AnswersFile(path, QUESTIONS, RUN) as answers:
+        assert answers.done == 5
+        answers.begin()
+        answers.finish()
+    assert path.read_bytes() == whole
+    assert names(tmp_path) == ["answers.jsonl", "answers.jsonl.run.json"]
+
+
+def fill_and_die(path, alive):
+    """Fill a file in a process that kills itself at a call to the operating system; return whether it came so far."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    left = itertools.count(alive, -1)
+
+    def dying(real, is_write):
+        def call(*args, **options):
+            if next(left) == 0:
+                if is_write:
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2])  # torn
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return call
+
+    for name in ("write", "ftruncate", "unlink", "replace", "fsync", "open"):
+        setattr(os, name, dying(getattr(os, name), name == "write"))
+    try:
+        fill(path, 5)
+    finally:
+        os._exit(0)
+
+
+def test_killed_at_any_call_again_and_again(tmp_path):
+    whole = fill(tmp_path / "whole.jsonl", 5)
+    for alive in itertools.count():
+        path = tmp_path / f"{alive}.jsonl"
+        has_died = fill_and_die(path, alive)
+        fill_and_die(path, alive // 2)
+        assert fill(path, 5) == whole
+        assert not journal(path).exists()
+        if not has_died:
+            break
+    assert alive > 12  # opening, five answers, the file and its clean-up
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+def test_processes_share_a_run(tmp_path, n_ranks):
+    whole = fill(tmp_path / "whole.jsonl", 5)
+    path = tmp_path / "answers.jsonl"
+    fill(path, 2)
+    with contextlib.ExitStack() as stack:
+        options = {"n_ranks": n_ranks}
+        files = [
+            stack.enter_context(AnswersFile(path, QUESTIONS, RUN, rank=rank, **options)) for rank in range(n_ranks)
+        ]
+        for answers in files:
+            assert answers.done_ids == {3, 4}
+            answers.begin()
+        for question in QUESTIONS[:3]:
+            files[question.question_id % n_ranks].write(Answer(question, f"ä {question.question_id}"), "model")
+        files[0].finish()
+        assert files[0].done == 5
+    assert path.read_bytes() == whole
+    assert fill(path, 5) == whole  # and the journals of the others are of no further use
+
+
+def test_a_smaller_number_of_processes_goes_on(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswersFile(path, QUESTIONS, RUN) as first, AnswersFile(path, QUESTIONS, RUN, rank=1, n_ranks=2) as second:
+        first.begin()
+        second.begin()
+        second.write(Answer(QUESTIONS[3], "ä 3"), "model")
+    whole = fill(tmp_path / "whole.jsonl", 5)
+    assert fill(path, 5) == whole
+    assert not list(tmp_path.glob("*.journal*"))
+
+
+def test_starting_anew_forgets_the_journals_of_all(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with AnswersFile(path, QUESTIONS, RUN) as first, AnswersFile(path, QUESTIONS, RUN, rank=1, n_ranks=2) as second:
+        first.begin()
+        second.begin()
+        second.write(Answer(QUESTIONS[3], "old"), "model")
+    with AnswersFile(path, QUESTIONS, RUN, overwrite=True) as answers:
+        answers.begin()
+    with AnswersFile(path, QUESTIONS, RUN) as answers:
+        assert answers.done == 0
+
+
+def test_one_process_at_a_time(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    message = f"{journal(path)} is being written by another process; wait for it, or choose another --answers-file"
+    with AnswersFile(path, QUESTIONS, RUN), pytest.raises(ValueError, match=re.escape(message)):
+        AnswersFile(path, QUESTIONS, RUN)
+    fill(path, 5)
 
 
 def test_opening_alone_changes_nothing(tmp_path):
     path = tmp_path / "deep" / "answers.jsonl"
-    path.parent.mkdir()
     before = fill(path, 3) + b"torn"
-    path.write_bytes(before)
-    with AnswersFile(path, QUESTIONS, RUN, overwrite=True), AnswersFile(path, QUESTIONS, RUN):
-        pass
-    assert path.read_bytes() == before
+    journal(path).write_bytes(before)
+    for overwrite in (True, False):
+        with AnswersFile(path, QUESTIONS, RUN, overwrite=overwrite):
+            pass
+        assert journal(path).read_bytes() == before
 
 
 def test_errors_of_earlier_answers_are_counted(tmp_path):
@@ -91,7 +240,7 @@ def test_another_run_is_refused_and_says_what_differs(tmp_path):
     message = f"{path} belongs to another run (temperature was 0.0, is 1.0; beams was None, is 2); pass --overwrite to"
     with pytest.raises(ValueError, match=re.escape(message)):
         fill(path, 5, {"model": "m", "temperature": 1.0, "beams": 2})
-    assert path.read_bytes() == before
+    assert journal(path).read_bytes() == before
     assert fill(path, 5, {"model": "n"}, overwrite=True) == fill(tmp_path / "other.jsonl", 5)
 
 
@@ -116,19 +265,18 @@ def test_a_damaged_run_file_is_refused(tmp_path):
         (b"{}\n", "line 1 is no answer (KeyError('question_id')); pass --overwrite"),
         (b"7\n", "line 1 is no answer (TypeError("),
         (b"x\n", "line 1 is no answer (JSONDecodeError("),
-        (b'{"question_id": 1}\n', "line 1 answers question_id 1, where the questions have 0; pass --overwrite"),
-        (
-            b"".join(b'{"question_id": %d}\n' % i for i in range(6)),
-            "line 6 answers question_id 5, where the questions have None",
-        ),
+        (b'{"question_id": 7}\n', "line 1 answers question_id 7, which is not among the questions; pass --overwrite"),
+        (b'{"question_id": []}\n', "line 1 is no answer (TypeError("),
     ],
 )
 def test_lines_that_are_not_this_runs_answers(tmp_path, lines, message):
     path = tmp_path / "answers.jsonl"
-    fill(path, 0)
-    path.write_bytes(lines)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        AnswersFile(path, QUESTIONS, RUN)
+    for place in (path, journal(path)):
+        fill(path, 0)
+        place.write_bytes(lines)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            AnswersFile(path, QUESTIONS, RUN)
+        place.unlink()
 
 
 def test_a_directory_in_the_place_of_the_file(tmp_path):
@@ -152,8 +300,8 @@ def test_a_write_that_fails_leaves_whole_lines(tmp_path, room):
                     answers.write(Answer(question, f"ä {question.question_id}"), "model")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert answers.done == len(path.read_bytes().splitlines()) == room // (len(whole) // 5)
-    assert whole.startswith(path.read_bytes())
+        assert answers.done == len(journal(path).read_bytes().splitlines()) == room // (len(whole) // 5)
+        assert whole.startswith(journal(path).read_bytes())
     assert fill(path, 5) == whole
 
 
@@ -162,4 +310,4 @@ def test_each_answer_is_readable_as_soon_as_it_is_written(tmp_path):
     with AnswersFile(path, QUESTIONS, RUN) as answers:
         answers.begin()
         answers.write(Answer(QUESTIONS[0], "yes"), "model")
-        assert json.loads(path.read_text())["text"] == "yes"
+        assert json.loads(journal(path).read_text())["text"] == "yes"

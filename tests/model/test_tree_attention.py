@@ -13,6 +13,7 @@ from llava.model.tree_attention import (
     TRUNK,
     block_pack_mask,
     block_tree_mask,
+    later_mask,
     tree_mask,
     tree_mask_rows,
 )
@@ -87,3 +88,20 @@ def test_flex_attention_gives_what_the_dense_mask_gives():
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=tree_mask(groups, branches))
     flexible = flex_attention(query, key, value, block_mask=block_tree_mask(groups, branches))
     torch.testing.assert_close(flexible, dense, rtol=0, atol=1e-12)
+
+
+def test_what_the_next_tokens_see_written_out():
+    branches = torch.tensor([[TRUNK, TRUNK, 1, 2, 2, -1], [TRUNK, -1, 3, 3, 1, 3]], dtype=torch.int16)
+    expected = [
+        [[1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]],
+        [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1]],
+    ]
+    assert later_mask(branches, 3)[:, 0].int().tolist() == expected
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=10), st.integers(1, 3))
+def test_the_next_token_sees_what_it_would_see_behind_the_others(branches, branch):
+    """As a token of its branch at the end of the row would, but for itself."""
+    row = torch.tensor([[*branches, branch]])
+    behind = tree_mask(torch.zeros_like(row), row)[0, 0, -1, :-1]
+    assert later_mask(row[:, :-1], 3)[0, 0, branch - 1].tolist() == behind.tolist()

@@ -1,0 +1,107 @@
+"""Pictures of a run, read, decoded and made into pixels ahead of the GPU, by processes or threads, each once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llava.image_processing import CLIPPixels, ImageError, open_image, resolve_image
+from llava.mm_utils import process_images
+
+AHEAD = 2
+"""Groups of pictures that each worker may be ahead."""
+FEW = 64
+"""So many groups are not worth the start of processes."""
+MAX_WORKERS = 10
+
+
+class PictureError(NamedTuple):
+    """Code and message of an `ImageError`, in a form that travels between processes."""
+
+    code: str
+    message: str
+
+
+class PictureReader(NamedTuple):
+    """Turns file names into pixels.
+
+    Attributes:
+        folder: holds the files; none is read from outside.
+        processor: of the model.
+        settings: with `image_aspect_ratio` and `image_grid_pinpoints` of the model's config.
+        dtype: of the pixels.
+    """
+
+    folder: Path
+    processor: CLIPPixels
+    settings: SimpleNamespace
+    dtype: torch.dtype
+
+    def read(self, names: Sequence[str]) -> list[Tensor] | PictureError:
+        """Return one (3, H, W) or (tiles, 3, H, W) tensor per picture, or what is wrong with the first bad one."""
+        try:
+            pictures = [open_image(resolve_image(self.folder, name)) for name in names]
+        except ImageError as error:
+            return PictureError(error.code, str(error))
+        return [process_images([picture], self.processor, self.settings)[0].to(self.dtype) for picture in pictures]
+
+
+class _Pictures(Dataset):
+    def __init__(self, reader: PictureReader, rows: Sequence[Sequence[str]]) -> None:
+        self.reader = reader
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Tensor] | PictureError:
+        return self.reader.read(self.rows[index])
+
+
+def default_workers(device: torch.device) -> int:
+    """Return the processes that decode beside a GPU; 0 = threads, beside a CPU that computes."""
+    if device.type != "cuda":
+        return 0
+    return min(MAX_WORKERS, max(1, len(os.sched_getaffinity(0)) - 2 if hasattr(os, "sched_getaffinity") else 2))
+
+
+def read_pictures(
+    reader: PictureReader, rows: Sequence[Sequence[str]], *, workers: int, threads: int = 4
+) -> Iterator[list[Tensor] | PictureError]:
+    """Yield the pixels of each row of names, in order, read ahead.
+
+    Args:
+        reader: turns names into pixels.
+        rows: file names; a row may be empty.
+        workers: processes; 0 = threads of this one.
+        threads: how many.
+    """
+    if workers and len(rows) > FEW:
+        yield from DataLoader(
+            _Pictures(reader, rows),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=AHEAD,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return
+    ahead: deque[Any] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+    try:
+        for names in rows:
+            ahead.append(pool.submit(reader.read, names))
+            if len(ahead) > AHEAD * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

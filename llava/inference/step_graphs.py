@@ -1,0 +1,83 @@
+"""Steps of answers recorded as CUDA graphs: launching a step's kernels one by one takes longer than they take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RECORDED_FROM = 3
+"""So often a shape has to occur; recording costs about as much as a step."""
+_FINE, _COARSE = 16, 64
+_USED_MULTIPLE = 128
+
+
+class StepShape(NamedTuple):
+    """Sizes of a step: answers, rows and branches of a row that are looked at, and positions of a row in use."""
+
+    n_answers: int
+    n_rows: int
+    n_columns: int
+    used: int
+
+    def rounded(self, all_rows: int) -> StepShape:
+        """Return a shape at least as large, of which there are few.
+
+        Args:
+            all_rows: of the cache.
+        """
+        answers = _multiple(self.n_answers, _FINE if self.n_answers <= 4 * _FINE else _COARSE)
+        rows = min(all_rows, _power(self.n_rows)) if 2 * self.n_rows <= all_rows else all_rows
+        return StepShape(answers, rows, _power(self.n_columns), _multiple(self.used, _USED_MULTIPLE))
+
+
+class StepGraphs:
+    """Calls a function, recorded once its shape has occurred a few times.
+
+    It keeps no reference to the function: a cache whose step it is would live on until the next garbage collection,
+    and with it the memory that the next cache needs.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Counter[StepShape] = Counter()
+        self._recorded: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> Tensor:
+        """Return the result, which lasts until the next call.
+
+        Args:
+            compute: (entries (5, M), shape) -> (M, W), without any wait for the device; the same each time.
+            entries: of the step.
+            shape: of the step.
+        """
+        self._seen[shape] += 1
+        if self._seen[shape] < RECORDED_FROM:
+            return compute(entries, shape)
+        if shape not in self._recorded:
+            self._recorded[shape] = self._record(compute, entries, shape)
+        graph, taken, result = self._recorded[shape]
+        taken.copy_(entries, non_blocking=True)
+        graph.replay()
+        return result
+
+    def _record(
+        self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        taken = entries.clone()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on copying pictures meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = compute(taken, shape)
+        return graph, taken, result
+
+
+def _multiple(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()

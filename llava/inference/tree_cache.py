@@ -1,0 +1,306 @@
+"""Keys and values of many groups: a row each, `[stem | trunk | branches | answers as they grow]`.
+
+The stem is computed once and stands in every row. A row's questions share its stem and trunk; a token of an answer is
+put behind everything else of its row, and marked with its branch, which decides who sees it.
+
+Letters: `R` rows, `C` positions of a row, `P` of the stem, `T` of the longest trunk, `Q` of the longest branches; `K`,
+`d`, `H` as in `llava/model/flat_llama.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.constants import NO_GROUP, TRUNK
+from llava.inference.grouping import Branch, Group
+from llava.inference.step_graphs import StepGraphs, StepShape
+from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense
+from llava.model.tree_attention import later_mask, tree_mask
+
+NOBODY = -1
+"""Branch number of a position that holds nothing."""
+MULTIPLE = 8
+"""Lengths of masks are multiples of it, as fast kernels want; so are numbers of tokens, so that few shapes occur."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A group with its pictures, in a cache or about to be.
+
+    Attributes:
+        group: its branches that are not finished.
+        pixels: on the CPU, one tensor per picture, to begin again if memory runs out.
+        trunk_embeds: (T, D) of the group's trunk.
+        slot: number of the row; this and what follows is set when the group is put into a cache.
+        start: position id of the first token of a branch.
+        fill: first position that holds nothing.
+        columns: number of each branch that is not finished, from 1.
+    """
+
+    group: Group
+    pixels: list[Tensor]
+    trunk_embeds: Tensor
+    slot: int = -1
+    start: int = 0
+    fill: int = 0
+    columns: dict[Branch, int] = field(default_factory=dict)
+
+    @property
+    def trunk_length(self) -> int:
+        """Positions of the trunk."""
+        return len(self.trunk_embeds)
+
+    @property
+    def length(self) -> int:
+        """Positions of trunk and branches."""
+        return self.trunk_length + self.group.branch_length
+
+
+def round_up(number: int, multiple: int = MULTIPLE) -> int:
+    """Return the next multiple."""
+    return -(-number // multiple) * multiple
+
+
+def row_bytes(llama: FlatLlama, capacity: int) -> int:
+    """Return the size of a row of so many positions."""
+    keys, width = llama.key_shape
+    return 2 * llama.n_layers * capacity * keys * width * llama.dtype.itemsize
+
+
+class TreeCache:
+    """Rows of one capacity.
+
+    Args:
+        llama: computes keys and values.
+        stem_ids: of the run; may be empty.
+        n_rows: R.
+        capacity: C, a multiple of `MULTIPLE`.
+        graphed: record the steps of answers as CUDA graphs.
+
+    Raises:
+        torch.OutOfMemoryError: if they don't fit.
+    """
+
+    def __init__(
+        self, llama: FlatLlama, stem_ids: Sequence[int], n_rows: int, capacity: int, *, graphed: bool = False
+    ) -> None:
+        self.n_rows, self.capacity = n_rows, capacity
+        self._llama = llama
+        self._stem = len(stem_ids)
+        shape, device = (n_rows, capacity, *llama.key_shape), llama.device
+        # Zeros, because what a mask hides is still multiplied by 0.
+        self._layers = [
+            tuple(torch.zeros(shape, dtype=llama.dtype, device=device) for _ in range(2)) for _ in range(llama.n_layers)
+        ]
+        self._owners = torch.full((n_rows, capacity), NOBODY, dtype=torch.int16, device=device)
+        self._owners[:, : self._stem] = TRUNK
+        self._free = list(range(n_rows))
+        self._graphs = StepGraphs() if graphed else None
+        if stem_ids:
+            self._compute_stem(stem_ids)
+
+    @property
+    def n_free(self) -> int:
+        """Rows that hold no group."""
+        return len(self._free)
+
+    def release(self, row: Row) -> None:
+        """Make room: the group of the row is finished."""
+        self._free.append(row.slot)
+        self._free.sort()
+
+    def prefill(self, rows: Sequence[Row]) -> Tensor:
+        """Put groups into free rows, and return the logits of the last `n_kept` positions of their branches, (M, W).
+
+        Args:
+            rows: at most `n_free`; each fits the capacity.
+        """
+        stem, llama, n_rows = self._stem, self._llama, len(rows)
+        trunk = max(row.trunk_length for row in rows)
+        branches = max(row.group.branch_length for row in rows)
+        length = round_up(stem + trunk + branches)  # L
+        branches = length - stem - trunk
+        slots = self._take(n_rows)
+        for row, slot in zip(rows, slots, strict=True):
+            row.slot, row.start, row.fill = slot, stem + row.trunk_length, length
+            row.columns = {branch: number for number, branch in enumerate(row.group.branches, start=1)}
+        layout = lay_out(rows, stem, trunk, branches)
+        owners = send(layout.owners, llama.device)  # (r, L) int16
+        mask = tree_mask(torch.where(owners == NOBODY, NO_GROUP, 0), owners)[:, :, stem + trunk :]  # (r, 1, Q, L)
+        bias = additive(mask, llama.dtype)
+        place = _as_slice(slots, llama.device)
+        self._owners[place] = NOBODY
+        self._owners[place, :length] = owners
+        kept_behind = send(layout.kept, llama.device)
+
+        def attend(layer: int, query: Tensor) -> Tensor:
+            keys, values = (part[place, :length] for part in self._layers[layer])
+            of_trunks, of_branches = query.split([n_rows * trunk, n_rows * branches])
+            behind = attend_dense(of_branches.unflatten(0, (n_rows, branches)), keys, values, bias)
+            if layer == llama.n_layers - 1:
+                return behind[kept_behind]
+            if not trunk:
+                return behind
+            seen = (part[:, : stem + trunk] for part in (keys, values))
+            return torch.cat([attend_causal(of_trunks.unflatten(0, (n_rows, trunk)), *seen), behind])
+
+        places = Places(*map(torch.clone, send(layout.places, llama.device)))
+        embeds = self._embed(rows, layout.branch_ids, trunk)
+        return llama.fill_and_read(embeds, places, self._layers, attend, kept_behind + n_rows * trunk)
+
+    def step(self, live: Sequence[tuple[Row, Branch]]) -> Tensor:
+        """Take the last token of each answer, and return the logits of the next, (M, W).
+
+        Args:
+            live: answers that are not finished; their rows have room.
+        """
+        entries = []
+        for row, branch in live:
+            position = row.start + len(branch.tokens) - 1
+            entries.append((branch.generated[-1], position, row.slot, row.fill, row.columns[branch]))
+            row.fill += 1
+        shape = StepShape(
+            n_answers=len(live),
+            n_rows=1 + max(row.slot for row, _ in live),
+            n_columns=max(max(row.columns.values()) for row, _ in live),
+            used=max(row.fill for row, _ in live),
+        )
+        if self._graphs or self._llama.compiled:
+            shape = shape.rounded(self.n_rows)
+        shape = shape._replace(used=min(self.capacity, round_up(shape.used)))
+        entries += entries[:1] * (shape.n_answers - len(live))  # computed again and not looked at
+        columns = torch.tensor(entries).T.contiguous()  # (5, M)
+        sent = send(columns, self._llama.device)
+        logits = self._graphs(self._compute_step, sent, shape) if self._graphs else self._compute_step(sent, shape)
+        return logits[: len(live)]
+
+    def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
+        """Return the logits of a step, (5, M) -> (M, W); entries are token, position, row, place and branch."""
+        tokens, positions, slots, places, columns = map(torch.clone, entries)
+        n_rows, n_columns, used = shape.n_rows, shape.n_columns, shape.used
+        self._owners[slots, places] = columns.to(self._owners.dtype)
+        bias = additive(later_mask(self._owners[:n_rows, :used], n_columns), self._llama.dtype)  # (R, 1, columns, L)
+
+        def attend(layer: int, query: Tensor) -> Tensor:
+            keys, values = (part[:n_rows, :used] for part in self._layers[layer])
+            grid = query.new_zeros(n_rows, n_columns, *query.shape[1:])
+            grid[slots, columns - 1] = query
+            return attend_dense(grid, keys, values, bias)[slots * n_columns + columns - 1]
+
+        everything = torch.arange(len(tokens), device=tokens.device)
+        embeds = self._llama.embed(tokens)
+        return self._llama.fill_and_read(embeds, Places(positions, slots, places), self._layers, attend, everything)
+
+    def compact(self, rows: Sequence[Row]) -> None:
+        """Move the groups into the first rows, so that a step has less to read.
+
+        Args:
+            rows: all that the cache holds.
+        """
+        rows = sorted(rows, key=lambda row: row.slot)
+        slots = torch.tensor([row.slot for row in rows], device=self._llama.device)
+        for part in (*itertools.chain(*self._layers), self._owners):
+            part[: len(rows)] = part[slots]
+        for number, row in enumerate(rows):
+            row.slot = number
+        self._free = list(range(len(rows), self.n_rows))
+
+    def _compute_stem(self, stem_ids: Sequence[int]) -> None:
+        llama, length = self._llama, len(stem_ids)
+        positions = torch.arange(length, device=llama.device)
+
+        def attend(layer: int, query: Tensor) -> Tensor:
+            for part in self._layers[layer]:
+                part[1:, :length] = part[:1, :length]
+            keys, values = (part[:1, :length] for part in self._layers[layer])
+            attended = attend_causal(query[None], keys, values)
+            return attended[-1:] if layer == llama.n_layers - 1 else attended
+
+        embeds = llama.embed(torch.tensor(stem_ids, device=llama.device))
+        places = Places(positions, torch.zeros_like(positions), positions)
+        llama.fill_and_read(embeds, places, self._layers, attend, positions[-1:], is_once=True)
+
+    def _embed(self, rows: Sequence[Row], branch_ids: Tensor, trunk: int) -> Tensor:
+        """Return the embeddings of all trunks and behind them of all branches, (r T + r Q, D)."""
+        behind = self._llama.embed(send(branch_ids, self._llama.device))  # (r Q, D)
+        fronts = []
+        for row in rows:
+            fronts.append(row.trunk_embeds)
+            if row.trunk_length < trunk:
+                fronts.append(row.trunk_embeds.new_zeros(trunk - row.trunk_length, row.trunk_embeds.shape[1]))
+        return torch.cat([*fronts, behind])
+
+    def _take(self, count: int) -> list[int]:
+        """Return free rows, if possible neighbours, which need no copy to be read together."""
+        free = self._free
+        starts = (index for index in range(len(free) - count + 1) if free[index + count - 1] == free[index] + count - 1)
+        first = next(starts, 0)
+        taken = free[first : first + count]
+        self._free = free[:first] + free[first + count :]
+        return taken
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting for what the device is doing."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Layout(NamedTuple):
+    """Where the tokens of groups lie, on the CPU: all trunks, and behind them all branches.
+
+    Attributes:
+        owners: (r, L) int16, branch number of each position of the rows.
+        branch_ids: (r Q,) int64, token ids of the branches, 0 where there is none.
+        places: (3, r T + r Q) int64, position id, row of the cache, and place in it of each token.
+        kept: (M,) int64, indices into the branches of the positions whose logits are wanted.
+    """
+
+    owners: Tensor
+    branch_ids: Tensor
+    places: Tensor
+    kept: Tensor
+
+
+def lay_out(rows: Sequence[Row], stem: int, trunk: int, branches: int) -> Layout:
+    """Return the layout of groups whose trunks are padded to `trunk` positions and their branches to `branches`."""
+    owners, ids, behind, kept = [], [], [], []
+    for number, row in enumerate(rows):
+        own, row_ids, positions = [], [], []
+        for branch, column in row.columns.items():
+            tokens = branch.tokens
+            own += [column] * len(tokens)
+            row_ids += tokens
+            positions += range(row.start, row.start + len(tokens))
+            end = number * branches + len(row_ids)
+            kept += range(end - branch.ask.n_kept, end)
+        padding = branches - len(row_ids)
+        gap = trunk - row.trunk_length
+        owners.append([TRUNK] * (stem + row.trunk_length) + [NOBODY] * gap + own + [NOBODY] * padding)
+        ids += row_ids + [0] * padding
+        behind += positions + [0] * padding
+    slots = torch.tensor([row.slot for row in rows])
+    front = torch.arange(stem, stem + trunk).repeat(len(rows))
+    back = torch.arange(stem + trunk, stem + trunk + branches).repeat(len(rows))
+    places = torch.stack(
+        [
+            torch.cat([front, torch.tensor(behind)]),
+            torch.cat([slots.repeat_interleave(trunk), slots.repeat_interleave(branches)]),
+            torch.cat([front, back]),
+        ]
+    )
+    return Layout(torch.tensor(owners, dtype=torch.int16), torch.tensor(ids), places, torch.tensor(kept))
+
+
+def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:
+    """Return neighbouring rows as a slice, which is read in place, others as indices."""
+    if list(slots) == list(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return torch.tensor(slots, device=device)

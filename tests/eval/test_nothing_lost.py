@@ -1,0 +1,193 @@
+"""Runs of `model_vqa_loader` that are killed, fill the disk or meet each other end with the file of a whole run."""
+
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.eval.model_vqa_loader import main
+from llava.inference.answers import AnswersFile
+from llava.inference.questions import read_questions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAMES = ("landscape.jpg", "tiny.png", "none.png", "square.png")
+
+
+class Run:
+    """The program on the goldens' model, with a file of questions of its own."""
+
+    def __init__(self, goldens, folder, count):
+        rows = [{"question_id": key, "image": NAMES[key % 4], "text": f"What is {key}?"} for key in range(count)]
+        self.questions = folder / "questions.jsonl"
+        self.questions.write_text("\r\n".join(map(json.dumps, rows)))  # without a line end at the end
+        self.answers = folder / "answers.jsonl"
+        self.journal = folder / "answers.jsonl.journal"
+        self.arguments = [
+            *("--model-path", str(goldens / "llava-v1.5-golden"), "--image-folder", str(goldens / "images")),
+            *("--question-file", str(self.questions), "--device", "cpu", "--max_new_tokens", "4"),
+        ]
+
+    def __call__(self, *more):
+        return main([*self.arguments, "--answers-file", str(self.answers), *more])
+
+    def whole(self, *more):
+        """Return the file of a run without interruption."""
+        path = self.answers.with_name("whole.jsonl")
+        main([*self.arguments, "--answers-file", str(path), *more])
+        return path.read_bytes()
+
+    def records(self):
+        return [json.loads(line) for line in self.answers.read_text().splitlines()]
+
+
+@pytest.fixture
+def run(goldens, tmp_path):
+    torch.set_num_threads(1)
+    return Run(goldens, tmp_path, 12)
+
+
+@pytest.mark.parametrize("kept", range(12))
+def test_a_disk_that_is_full_at_any_answer(run, monkeypatch, capsys, kept):
+    whole = run.whole()
+    write, done = os.write, itertools.count()
+
+    def full(descriptor, data):
+        if next(done) < kept:
+            return write(descriptor, data)
+        if next(done) == kept + 1:
+            return write(descriptor, bytes(data)[:9])  # what still fits
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    assert run() == 2
+    monkeypatch.undo()
+    way_on = "make room, then run the same command again to go on from there"
+    message = f"{run.answers} can't be written (No space left on device); its {kept} answers are intact: {way_on}"
+    assert message in capsys.readouterr().err
+    assert not run.answers.exists()
+    assert len(lines(run.journal)) == kept
+    assert run() == 1
+    assert run.answers.read_bytes() == whole
+
+
+def test_a_disk_that_is_full_when_all_is_answered(run, monkeypatch, capsys):
+    whole = run.whole()
+    fsync, calls = os.fsync, itertools.count()
+
+    def full(descriptor):
+        if next(calls) > 1:  # the first two are the file of the run's settings and its directory
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run() == 2
+    monkeypatch.undo()
+    assert "its 12 answers are intact: make room" in capsys.readouterr().err
+    assert not run.answers.exists()
+    assert run() == 1
+    assert run.answers.read_bytes() == whole
+
+
+def test_two_runs_on_one_file(run, capsys):
+    with AnswersFile(run.answers, read_questions(run.questions), {}):
+        assert run() == 2
+    assert f"error: {run.journal} is being written by another process; wait for it" in capsys.readouterr().err
+    assert run() == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_size_may_change_in_between(run, monkeypatch, batch_size):
+    whole = run.whole()
+    write = AnswersFile.write
+
+    def interrupted(self, answer, model_id):
+        if self.done == 6:
+            raise KeyboardInterrupt
+        write(self, answer, model_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswersFile, "write", interrupted)
+        assert run("--batch-size", str(batch_size)) == 130
+    assert run() == 1
+    assert run.answers.read_bytes() == whole
+
+
+def test_scores_are_in_the_metadata(run):
+    assert run("--with-scores") == 1
+    for record in run.records():
+        keys = {"error", "message"} if "error" in record else {
+            "logprob", "first_token_logprob", "runner_up", "runner_up_logprob"
+        }  # fmt: skip
+        assert set(record["metadata"]) == keys
+
+
+def test_a_list_of_answers_from_the_command_line_and_from_a_file(run, tmp_path, capsys):
+    assert run("--choices", "yes, no") == 1
+    records = run.records()
+    answered = [record for record in records if "error" not in record]
+    assert {record["text"] for record in answered} <= {"yes", "no"}
+    for record in answered:
+        assert max(record["metadata"]["choices"], key=record["metadata"]["choices"].get) == record["text"]
+    (tmp_path / "list.txt").write_text("yes\nno\n")
+    assert run("--choices", str(tmp_path / "list.txt")) == 1  # the same run
+    assert run.records() == records
+    capsys.readouterr()
+    assert run("--choices", "yes,maybe") == 2
+    assert "belongs to another run (choices was ['yes', 'no'], is ['yes', 'maybe'])" in capsys.readouterr().err
+    assert run() == 2
+    assert "belongs to another run (choices was ['yes', 'no'], is None)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--choices", "a,,b"], "argument --choices: 'a,,b' has empty or repeated answers; give each once"),
+        (["--choices", "a,a"], "argument --choices: 'a,a' has empty or repeated answers; give each once"),
+        (["--workers", "-1"], "--workers is -1; choose 0 or more"),
+        (["--compile", "maybe"], "argument --compile: invalid choice: 'maybe'"),
+        (
+            ["--num_beams", "2", "--with-scores"],
+            "--num_beams does not go with --choices and --with-scores",
+        ),
+        (["--temperature", "1", "--choices", "a,b"], "--temperature does not go with --choices, which are scored"),
+    ],
+)
+def test_wrong_usage(run, capsys, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(*flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_twice_and_run_again(goldens, tmp_path):
+    run = Run(goldens, tmp_path, 400)
+    whole = run.whole("--temperature", "1")
+    command = [sys.executable, "-m", "llava.eval.model_vqa_loader", *run.arguments, "--temperature", "1"]
+    command += ["--answers-file", str(run.answers), "--batch-size", "4"]
+    kept = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(lines(run.journal)) < kept + 30 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before, kept = kept, len(lines(run.journal))
+        assert before < kept < 400
+        assert not run.answers.exists()
+    assert run("--temperature", "1") == 1
+    assert run.answers.read_bytes() == whole
+
+
+def lines(path):
+    return path.read_bytes().splitlines() if path.exists() else []

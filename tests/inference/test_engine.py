@@ -1,0 +1,320 @@
+"""An answer depends on its own prompt alone: whatever is computed beside it, in whatever pieces, by whatever chance."""
+
+import dataclasses
+import gc
+import itertools
+import random
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.inference import backlog as backlog_module
+from llava.inference import engine as engine_module
+from llava.inference.backlog import Backlog, Failed
+from llava.inference.engine import Engine
+from llava.inference.grouping import Ask, plan_groups
+from llava.inference.picture_source import PictureError
+from llava.inference.selection import chance
+from llava.inference.session import Prompt, Sampling
+from llava.inference.tree_cache import TreeCache
+from llava.model.flat_llama import FlatLlama
+
+IMAGE = IMAGE_TOKEN_INDEX
+PATCHES = 4
+NAMES = "abcde"
+
+
+def pixels_of(name):
+    return torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(ord(name)))
+
+
+@pytest.fixture(scope="module")
+def tiny_sessions(session, tiny_model):
+    """Sessions around random models of 16 words, one of which ends an answer; one with fewer key heads."""
+    shapes = [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"num_hidden_layers": 1}]
+    models = [tiny_model(seed, vocab_size=16, **shape) for seed, shape in enumerate(shapes)]
+    return [dataclasses.replace(session, model=model, context_length=64) for model in models]
+
+
+def make_asks(rows):
+    return [Ask(key, [1, *[IMAGE] * len(images), *ids], tuple(images)) for key, (images, ids) in enumerate(rows)]
+
+
+def run(session, asks, sampling, *, max_branches=32, pieces=None, **options):
+    """Run the engine; return branches and failures by key."""
+    plan = plan_groups(asks, PATCHES, max_branches=max_branches)
+    pictures = ([pixels_of(name) for name in group.images] for group in plan.groups)
+    waiting = Backlog(session, len(plan.stem_ids), plan.groups, pictures, room=sampling.max_new_tokens, is_padded=False)
+    engine = Engine(session, sampling, plan.stem_ids, **options)
+    if pieces is not None:
+        engine._positions, engine.spare, engine._max_rows, waiting.encoder_batch = pieces
+    results = list(engine.run(waiting))
+    keys = [(result.branch if isinstance(result, Failed) else result).ask.key for result in results]
+    assert sorted(keys) == [ask.key for ask in asks]
+    return dict(zip(keys, results, strict=True))
+
+
+def alone(session, ask, sampling):
+    prompt = Prompt(list(ask.ids), [pixels_of(name) for name in ask.images])
+    return session.generate_ids([prompt], sampling)[0]
+
+
+questions = st.lists(
+    st.tuples(st.lists(st.sampled_from(NAMES), max_size=2), st.lists(st.integers(3, 15), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=10,
+)
+pieces = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4))
+
+
+@given(st.integers(0, 2), questions, st.integers(1, 9), st.integers(1, 4), pieces, st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_equals_generate_one_at_a_time(tiny_sessions, which, rows, new_tokens, max_branches, pieces, limited):
+    session, sampling = tiny_sessions[which], Sampling(max_new_tokens=new_tokens)
+    asks = make_asks(rows)
+    limit = {"max_questions": 2} if limited else {}
+    results = run(session, asks, sampling, max_branches=max_branches, pieces=pieces, **limit)
+    assert {key: branch.generated for key, branch in results.items()} == {
+        ask.key: alone(session, ask, sampling) for ask in asks
+    }
+
+
+def some_asks(count, seed=0):
+    chosen = random.Random(seed)
+    return make_asks(
+        [
+            (
+                chosen.choices(NAMES, k=chosen.choice((0, 1, 1, 1, 2))),
+                chosen.choices(range(3, 16), k=chosen.randint(1, 6)),
+            )
+            for _ in range(count)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_sessions):
+    """Answers of thirty questions without any disturbance."""
+    results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8))
+    answers = {key: branch.generated for key, branch in results.items()}
+    assert len({len(ids) for ids in answers.values()}) > 3  # some end early
+    return answers
+
+
+@pytest.mark.parametrize("method", ["prefill", "step", "__init__"])
+@pytest.mark.parametrize("times", [(0,), (1,), (3,), (0, 1, 2), (2, 3, 7)])
+@pytest.mark.parametrize("pieces", [None, (20, 16, 6, 2)])
+def test_memory_that_runs_out_changes_no_answer(tiny_sessions, whole, monkeypatch, caplog, method, times, pieces):
+    real, calls = getattr(TreeCache, method), itertools.count()
+
+    def sometimes(self, *args, **options):
+        if next(calls) in times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(TreeCache, method, sometimes)
+    results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), pieces=pieces)
+    assert {key: branch.generated for key, branch in results.items()} == whole
+    n_calls = next(calls) - 1
+    assert len(caplog.records) == sum(time < n_calls for time in times)
+    assert all("out of memory; going on with" in message for message in caplog.messages)
+
+
+def test_a_cache_that_is_dropped_gives_its_memory_back_at_once(tiny_sessions, monkeypatch):
+    """The next one is as large as the memory allows, so nothing may wait for the garbage collection."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    cache = TreeCache(FlatLlama(tiny_sessions[0].model), [1], 2, 16, graphed=True)
+    gc.disable()
+    try:
+        reference = weakref.ref(cache)
+        del cache
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_moving_rows_together_changes_nothing(tiny_sessions):
+    session = tiny_sessions[0]
+    plan = plan_groups(some_asks(12), PATCHES)
+    pictures = ([pixels_of(name) for name in group.images] for group in plan.groups)
+    waiting = Backlog(session, len(plan.stem_ids), plan.groups, pictures, room=8, is_padded=False)
+    rows = []
+    while waiting.peek():
+        rows.append(waiting.take())
+    with torch.no_grad():
+        cache = TreeCache(FlatLlama(session.model), plan.stem_ids, len(rows), 96)
+        tokens = iter(cache.prefill(rows).argmax(-1).tolist())
+        for branch in itertools.chain(*(row.group.branches for row in rows)):
+            branch.generated.append(next(tokens))
+        kept = [rows[1], rows[-1], rows[-2]]
+        live = [(row, branch) for row in kept for branch in row.group.branches]
+        before = cache.step(live)
+        for row in rows:
+            if row not in kept:
+                cache.release(row)
+        cache.compact(kept)
+        assert sorted(row.slot for row in kept) == [0, 1, 2]
+        assert cache.n_free == len(rows) - 3
+        for row in kept:
+            row.fill -= len(row.group.branches)  # the same step again
+        assert torch.equal(cache.step(live), before)
+
+
+def test_memory_that_runs_out_while_encoding(tiny_sessions, whole, monkeypatch):
+    model, calls = tiny_sessions[0].model, itertools.count()
+    real = model.encode_images
+
+    def sometimes(pixels):
+        if next(calls) in (1, 2):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pixels)
+
+    monkeypatch.setattr(model, "encode_images", sometimes)
+    monkeypatch.setattr(backlog_module, "ENCODER_BATCH", 4)
+    results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8))
+    assert {key: branch.generated for key, branch in results.items()} == whole
+
+
+def test_one_question_that_does_not_fit(tiny_sessions, monkeypatch):
+    def never(self, *args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TreeCache, "prefill", never)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        run(tiny_sessions[0], some_asks(5), Sampling(max_new_tokens=8))
+
+
+@pytest.mark.parametrize("spare", [1, 16, 200])
+def test_answers_longer_than_expected(tiny_sessions, whole, monkeypatch, spare):
+    monkeypatch.setattr(engine_module, "FIRST_SPARE", spare)
+    results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8))
+    assert {key: branch.generated for key, branch in results.items()} == whole
+
+
+def test_long_answers_do_not_stall_short_ones(tiny_sessions):
+    """With room for few, answers come out before the last question has gone in."""
+    asks = some_asks(30)
+    plan = plan_groups(asks, PATCHES)
+    read = []
+
+    def pictures():
+        for group in plan.groups:
+            read.append(group)
+            yield [pixels_of(name) for name in group.images]
+
+    waiting = Backlog(tiny_sessions[0], len(plan.stem_ids), plan.groups, pictures(), room=8, is_padded=False)
+    waiting.encoder_batch = 1
+    engine = Engine(tiny_sessions[0], Sampling(max_new_tokens=8), plan.stem_ids, max_questions=4)
+    results = engine.run(waiting)
+    next(results)
+    assert len(read) < len(plan.groups)
+    assert len([*results]) == 29
+
+
+def test_chance_is_each_questions_own(tiny_sessions):
+    session, sampling = tiny_sessions[0], Sampling(temperature=1.5, top_p=0.95, max_new_tokens=6)
+    asks = some_asks(20)
+
+    def answers(asks, seed, **options):
+        results = run(session, asks, sampling, chance_of=lambda key, step: chance(seed, key, step), **options)
+        return {key: branch.generated for key, branch in results.items()}
+
+    together = answers(asks, 0)
+    for ask in asks[::4]:
+        moved = ask._replace(key=0)
+        results = run(session, [moved], sampling, chance_of=lambda key, step, ask=ask: chance(0, ask.key, step))
+        assert results[0].generated == together[ask.key]
+    assert answers(asks, 0, pieces=(20, 2, 2, 1)) == together
+    assert answers(asks, 1) != together
+
+
+def logprobs_alone(session, ask, ids):
+    """Logprobs of ids behind a prompt, from one forward of the whole."""
+    prompt = torch.tensor([[*ask.ids, *ids]])
+    with torch.no_grad():
+        logits = session.model(prompt, images=[pixels_of(name) for name in ask.images] or None).logits[0]
+    return logits[-len(ids) - 1 : -1].log_softmax(-1)  # (ids, W)
+
+
+def test_scores_are_those_of_one_forward(tiny_sessions):
+    session = tiny_sessions[1]
+    for branch in run(session, some_asks(12), Sampling(max_new_tokens=5), with_scores=True).values():
+        expected = logprobs_alone(session, branch.ask, branch.generated)
+        chosen = expected.gather(1, torch.tensor(branch.generated)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(branch.logprobs), chosen, rtol=0, atol=1e-5)
+        best, order = expected[0].sort(descending=True)
+        assert (branch.generated[0], branch.runner_up[0]) == (order[0], order[1])
+        assert branch.runner_up[1] == pytest.approx(best[1].item(), abs=1e-5)
+
+
+def test_given_answers_are_scored_as_by_one_forward(tiny_sessions):
+    session = tiny_sessions[0]
+    asks = []
+    for key, ask in enumerate(some_asks(12)):
+        targets = (3 + key % 5, 4, 2)[: 1 + key % 3]
+        asks.append(Ask(key, [*ask.ids, *targets[:-1]], ask.images, targets))
+    for key, branch in run(session, asks, Sampling(), pieces=(30, 1, 3, 2)).items():
+        ask = asks[key]
+        stripped = ask._replace(ids=ask.ids[: len(ask.ids) - len(ask.targets) + 1])
+        expected = logprobs_alone(session, stripped, ask.targets)
+        chosen = expected.gather(1, torch.tensor(ask.targets)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(branch.logprobs), chosen, rtol=0, atol=1e-5)
+
+
+def test_a_question_that_does_not_fit_disturbs_no_other(tiny_sessions, whole):
+    asks = some_asks(30)
+    long = Ask(30, [*asks[3].ids, *[5] * 60], asks[3].images)
+    results = run(tiny_sessions[0], [*asks, long], Sampling(max_new_tokens=8))
+    failed = results.pop(30)
+    assert (failed.code, failed.message.partition(" tokens")[0]) == (
+        "prompt_too_long",
+        f"the prompt takes {len(long.ids) + 3 * len(long.images)}",
+    )
+    assert {key: branch.generated for key, branch in results.items()} == whole
+
+
+def test_pictures_that_can_not_be_read_disturb_no_other(tiny_sessions, whole):
+    asks = some_asks(30)
+    plan = plan_groups(asks, PATCHES)
+    pictures = (
+        PictureError("image_corrupt", "broken") if "a" in group.images else [pixels_of(name) for name in group.images]
+        for group in plan.groups
+    )
+    waiting = Backlog(tiny_sessions[0], len(plan.stem_ids), plan.groups, pictures, room=8, is_padded=False)
+    results = list(Engine(tiny_sessions[0], Sampling(max_new_tokens=8), plan.stem_ids).run(waiting))
+    failed = {result.branch.ask.key for result in results if isinstance(result, Failed)}
+    assert failed == {ask.key for ask in asks if "a" in ask.images}
+    assert {result.ask.key: result.generated for result in results if not isinstance(result, Failed)} == {
+        key: ids for key, ids in whole.items() if key not in failed
+    }
+
+
+def test_stop_texts_end_an_answer(session, swap_words):
+    human = session.with_template("llava_v0")
+    prompts = [human.prompt_ids(text) for text in ("hello", "and you?", "why?")]
+    [full] = human.generate_ids([Prompt(prompts[0], [])], Sampling(max_new_tokens=6))
+    ending = swap_words(human, full[3], human.tokenizer.convert_tokens_to_ids("###"))
+    assert ending.stops_on_text
+    sampling = Sampling(max_new_tokens=6)
+    results = run(ending, [Ask(key, ids) for key, ids in enumerate(prompts)], sampling)
+    assert len(results[0].generated) == 4
+    for key, ids in enumerate(prompts):
+        assert results[key].generated == ending.generate_ids([Prompt(ids, [])], sampling)[0]
+
+
+def test_compiled_steps_give_the_same(tiny_sessions, whole, monkeypatch):
+    compiled = []
+
+    def compile_eagerly(function, **options):
+        compiled.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
+    results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), compiled=True)
+    assert {key: branch.generated for key, branch in results.items()} == whole
+    assert compiled == ["project_heads", "finish_layer", "CLIPEncoderLayer", "CLIPEncoderLayer"]

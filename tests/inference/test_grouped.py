@@ -1,0 +1,238 @@
+"""`answer_batch` gives every question its answer or its error, whatever the order, the grouping and the share."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.image_processing import open_image
+from llava.inference.grouped import answer_batch
+from llava.inference.prompts import answered_ids
+from llava.inference.questions import Question
+from llava.inference.session import Request, Sampling
+
+GREEDY = Sampling(max_new_tokens=5)
+QUESTIONS = [
+    Question(0, "Is there railing?", ("landscape.jpg",)),
+    Question("1", "hello"),
+    Question(2, "gone", ("none.jpg",)),
+    Question(3, "Compare <image> with <image>", ("portrait.png", "square.png")),
+    Question(4, " ", ("tiny.png",)),
+    Question(5, "What are the  colors?", ("landscape.jpg",)),
+    Question(6, "far", ("../images/tiny.png",)),
+    Question(7, "long " * 600, ("landscape.jpg",)),
+    Question(8, "broken", ("torn.png",)),
+    Question(9, "huge", ("huge.png",)),
+    Question(10, "<image>", ()),
+    Question(11, "Wörter 漢字 🙂\nzwei", ("tiny.png",)),
+    Question(12, "Is there <image> railing?", ("landscape.jpg",)),
+    Question(13, "one too few <image>", ("tiny.png", "tiny.png")),
+]
+CODES = {
+    2: "image_missing",
+    4: "question_empty",
+    6: "path_outside_folder",
+    7: "prompt_too_long",
+    8: "image_corrupt",
+    9: "image_too_large",
+    10: "question_empty",
+    13: "image_count_mismatch",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(goldens, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("landscape.jpg", "portrait.png", "square.png", "tiny.png"):
+        (folder / name).write_bytes((goldens / "images" / name).read_bytes())
+    (folder / "torn.png").write_bytes((folder / "portrait.png").read_bytes()[:200])
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def singly(session, folder):
+    """Text of each good question, asked alone."""
+    good = [question for question in QUESTIONS if question.question_id not in CODES]
+    return {
+        question.question_id: session.answer_batch(
+            [Request(question.text, [open_image(folder / name) for name in question.images])], GREEDY
+        )[0]
+        for question in good
+    }
+
+
+def by_id(answers):
+    answers = list(answers)
+    found = {answer.question.question_id: answer for answer in answers}
+    assert len(found) == len(answers)
+    return found
+
+
+def texts(answers):
+    return {key: answer.text for key, answer in by_id(answers).items() if answer.error is None}
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1}, {"batch_size": 3}, {"workers": 1}, {"compile_mode": "off"}])
+def test_answers_equal_single_ones_and_errors_stay_their_own(session, folder, singly, options):
+    found = by_id(answer_batch(session, QUESTIONS, folder, GREEDY, **options))
+    assert {key: answer.error for key, answer in found.items() if answer.error} == CODES
+    assert {key: answer.text for key, answer in found.items() if not answer.error} == singly
+    assert all(answer.text == "" and answer.message for answer in found.values() if answer.error)
+    assert [found[question.question_id].question for question in QUESTIONS] == QUESTIONS
+
+
+def test_beams_go_through_generate(session, folder):
+    beams = Sampling(num_beams=2, max_new_tokens=3)
+    found = by_id(answer_batch(session, QUESTIONS, folder, beams))
+    assert {key: answer.error for key, answer in found.items() if answer.error} == CODES
+    assert found["1"].text == session.answer_batch([Request("hello")], beams)[0]
+
+
+def test_an_adapter_that_is_not_merged(session, goldens, folder):
+    from llava.model.builder import attach_adapter, load_pretrained_model
+
+    base = str(goldens / "llava-v1.5-golden")
+    model = load_pretrained_model(base, None, "base", device="cpu", dtype="float32")[1]
+    adapted = dataclasses.replace(session, model=attach_adapter(model, goldens / "llava-v1.5-golden-task-lora"))
+    found = texts(answer_batch(adapted, QUESTIONS[:2], folder, GREEDY))
+    pictures = [open_image(folder / "landscape.jpg")]
+    [expected] = adapted.answer_batch([Request(QUESTIONS[0].text, pictures)], GREEDY)
+    assert found[0] == expected
+    assert found[0] != texts(answer_batch(session, QUESTIONS[:2], folder, GREEDY))[0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1, seed=3), Sampling(temperature=1, seed=3, num_beams=2)])
+def test_chance_depends_on_seed_and_id_alone(session, folder, sampling):
+    sampling = dataclasses.replace(sampling, max_new_tokens=3)
+    whole = texts(answer_batch(session, QUESTIONS, folder, sampling))
+    for part in (QUESTIONS[::-1], QUESTIONS[11:], QUESTIONS[3:4]):
+        found = texts(answer_batch(session, part, folder, sampling, batch_size=2))
+        assert found == {key: whole[key] for key in found}
+    other = dataclasses.replace(sampling, seed=4)
+    assert texts(answer_batch(session, QUESTIONS, folder, other)) != whole
+
+
+def test_without_a_seed_chance_differs(session):
+    free = Sampling(temperature=1.5, max_new_tokens=8)
+    assert len({texts(answer_batch(session, QUESTIONS[1:2], "", free))["1"] for _ in range(3)}) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_shares_together_are_the_whole(session, folder, parts, beams):
+    sampling = Sampling(max_new_tokens=2, num_beams=beams)
+    whole = by_id(answer_batch(session, QUESTIONS, folder, sampling))
+    shares = [
+        by_id(answer_batch(session, QUESTIONS, folder, sampling, part=part, parts=parts)) for part in range(parts)
+    ]
+    assert sum(map(len, shares)) == len(QUESTIONS)
+    assert {key: answer for share in shares for key, answer in share.items()} == whole
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_is_done_is_not_asked_again(session, folder, beams):
+    sampling = Sampling(max_new_tokens=2, num_beams=beams)
+    whole = by_id(answer_batch(session, QUESTIONS, folder, sampling))
+    done = {0, "1", 4, 8}
+    rest = by_id(answer_batch(session, QUESTIONS, folder, sampling, done=done))
+    assert rest == {key: answer for key, answer in whole.items() if key not in done}
+
+
+def test_no_questions(session):
+    assert list(answer_batch(session, [])) == []
+
+
+def test_scores(session, folder):
+    found = by_id(answer_batch(session, QUESTIONS, folder, GREEDY, with_scores=True))
+    with torch.no_grad():
+        logprobs = session.model(torch.tensor([session.prompt_ids("hello")])).logits[0, -1].log_softmax(-1)
+    best, order = logprobs.sort(descending=True)
+    scores = found["1"].scores
+    assert set(scores) == {"logprob", "first_token_logprob", "runner_up", "runner_up_logprob"}
+    assert scores["first_token_logprob"] == pytest.approx(best[0].item(), abs=1e-4)
+    assert scores["runner_up_logprob"] == pytest.approx(best[1].item(), abs=1e-4)
+    assert scores["runner_up"] == session.tokenizer.decode([order[1]])
+    assert scores["logprob"] < scores["first_token_logprob"]
+    assert all(answer.scores is None for answer in found.values() if answer.error)
+    assert texts(answer_batch(session, QUESTIONS, folder, GREEDY)) == {
+        key: answer.text for key, answer in found.items() if not answer.error
+    }
+
+
+def test_a_closed_list_of_answers(session, folder):
+    choices = ["yes", "no", "two words"]
+    found = by_id(answer_batch(session, QUESTIONS, folder, choices=choices))
+    assert {key: answer.error for key, answer in found.items() if answer.error} == CODES
+    scores = found["1"].scores
+    for choice in choices:
+        ids, targets = answered_ids("hello", 0, choice, session.template, session.tokenizer)
+        with torch.no_grad():
+            logprobs = session.model(torch.tensor([ids])).logits[0, -len(targets) :].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(targets)[:, None]).sum().item()
+        assert scores["choices"][choice] == pytest.approx(expected, abs=2e-4)
+    assert scores["choices"][found["1"].text] == scores["logprob"] == max(scores["choices"].values())
+    assert len({answer.text for answer in found.values() if not answer.error}) > 1
+
+
+def test_a_given_answer_scores_as_much_as_the_same_generated(session, folder, swap_words):
+    """The generated answer's ids, its end included, are those of the given answer."""
+    yes = answered_ids("hello", 0, "yes", session.template, session.tokenizer)[1][0]
+    hello = QUESTIONS[1:2]
+    first = session.generate_ids([session.prepare("hello")], GREEDY)[0][0]
+    saying = swap_words(session, first, yes)
+    [generated] = answer_batch(saying, hello, folder, Sampling(max_new_tokens=1), with_scores=True)
+    [given] = answer_batch(saying, hello, folder, choices=["yes"])
+    ids, targets = answered_ids("hello", 0, "yes", saying.template, saying.tokenizer)
+    assert targets == [yes, session.tokenizer.eos_token_id]
+    with torch.no_grad():
+        end = saying.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[targets[1]].item()
+    assert given.scores["logprob"] == pytest.approx(generated.scores["logprob"] + end, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0; choose 1 or more"),
+        ({"compile_mode": "maybe"}, "compile_mode is 'maybe'; choose auto, on, off"),
+        ({"with_scores": True, "sampling": Sampling(num_beams=2)}, "scores and choices don't go with beam search"),
+        ({"choices": ["a"], "sampling": Sampling(temperature=1)}, "choices are scored, not sampled; leave temperature"),
+        ({"choices": ["a", "a"]}, "choices ['a', 'a'] are empty or repeated; give each answer once"),
+        ({"choices": ["a", " "]}, "choices ['a', ' '] are empty or repeated"),
+    ],
+)
+def test_options_that_do_not_go_together(session, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(answer_batch(session, QUESTIONS, **options))
+
+
+def test_models_on_several_devices_have_no_scores(session, monkeypatch):
+    monkeypatch.setattr(session.model, "hf_device_map", {"a": 0, "b": 1}, raising=False)
+    with pytest.raises(ValueError, match="scores and choices need the model on one device"):
+        list(answer_batch(session, QUESTIONS, with_scores=True))
+    assert len(list(answer_batch(session, QUESTIONS[1:2], "", GREEDY))) == 1  # through generate
+
+
+def test_pictures_for_a_model_without_an_encoder(session, folder):
+    blind = dataclasses.replace(session, image_processor=None)
+    with pytest.raises(ValueError, match="the model has no image encoder; ask without images, or pass --vision-tower"):
+        list(answer_batch(blind, QUESTIONS, folder))
+    assert list(texts(answer_batch(blind, QUESTIONS[1:2], folder, GREEDY))) == ["1"]
+
+
+@pytest.mark.slow
+def test_a_hundred_questions_about_a_picture_and_ten_thousand_in_all(session, folder):
+    names = ("landscape.jpg", "portrait.png", "square.png", "tiny.png")
+    questions = [
+        Question(key, f"Is {key % 1000} there?", (names[0] if key < 106 else names[key * 7 % 4],))
+        for key in range(10_000)
+    ]
+    found = texts(answer_batch(session, questions, folder, Sampling(max_new_tokens=1)))
+    assert len(found) == 10_000
+    for key in (0, 50, 105, 9_999):
+        pictures = [open_image(folder / name) for name in questions[key].images]
+        assert (
+            found[key] == session.answer_batch([Request(questions[key].text, pictures)], Sampling(max_new_tokens=1))[0]
+        )

@@ -1,0 +1,82 @@
+"""Layers over flat tokens compute what the model's own forward computes."""
+
+import types
+
+import pytest
+import torch
+
+from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense, has_plain_weights, is_flat
+
+KINDS = [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}]
+
+
+def _cached(cache, layer):
+    return cache.layers[layer].keys, cache.layers[layer].values
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_equals_the_models_forward(tiny_model, changes):
+    model = tiny_model(**changes)
+    rows = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+    llama = FlatLlama(model)
+    kept = torch.tensor([2, 6, 9, 20])
+
+    cache = [tuple(torch.zeros(4, 9, *llama.key_shape) for _ in range(2)) for _ in range(llama.n_layers)]
+
+    def attend(layer, query):
+        keys, values = (part[1:, 2:] for part in cache[layer])
+        attended = attend_causal(query.unflatten(0, (3, 7)), keys, values)
+        return attended[kept] if layer == llama.n_layers - 1 else attended
+
+    with torch.no_grad():
+        positions = torch.arange(7).repeat(3)
+        places = Places(positions, torch.arange(1, 4).repeat_interleave(7), positions + 2)
+        logits = llama.fill_and_read(llama.embed(rows.flatten()), places, cache, attend, kept)
+        output = model(rows, use_cache=True)
+        expected = output.logits.flatten(0, 1)[kept]
+    for layer, (keys, values) in enumerate(cache):
+        for found, theirs in zip((keys, values), _cached(output.past_key_values, layer), strict=True):
+            torch.testing.assert_close(found[1:, 2:], theirs.transpose(1, 2), rtol=0, atol=1e-5)
+            assert not found[0].any()
+            assert not found[:, :2].any()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 6])
+def test_causal_queries_are_the_last_of_the_keys(queries):
+    query, key, value = (torch.randn(2, 6, 2, 8, dtype=torch.float64) for _ in range(3))
+    whole = attend_causal(query, key, value).unflatten(0, (2, 6))
+    part = attend_causal(query[:, -queries:], key, value).unflatten(0, (2, queries))
+    torch.testing.assert_close(part, whole[:, -queries:], rtol=0, atol=1e-12)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None, -queries:]
+    square = torch.nn.functional.pad(query[:, -queries:], (0, 0, 0, 0, 6 - queries, 0)).transpose(1, 2)
+    causal = torch.nn.functional.scaled_dot_product_attention(
+        square, key.transpose(1, 2), value.transpose(1, 2), is_causal=True
+    )  # as on CUDA
+    torch.testing.assert_close(causal.transpose(1, 2)[:, -queries:].flatten(2), whole[:, -queries:], rtol=0, atol=1e-12)
+    dense = attend_dense(query[:, -queries:], key, value, additive(mask, torch.float64)).unflatten(0, (2, queries))
+    torch.testing.assert_close(dense, whole[:, -queries:], rtol=0, atol=1e-12)
+
+
+def test_an_additive_mask_written_out():
+    mask = torch.tensor([[True, False]])
+    assert additive(mask, torch.bfloat16).tolist() == [[0.0, float("-inf")]]
+
+
+def test_which_models_are_flat(tiny_model):
+    assert is_flat(tiny_model())
+    for kind, is_fixed in (("linear", True), ("dynamic", False)):
+        rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+        assert is_flat(tiny_model(rope_parameters=rope)) == is_fixed
+    for devices, is_one in (({"": "cuda:0"}, True), ({"model.layers.0": 0, "model.layers.1": "cpu"}, False)):
+        spread = types.SimpleNamespace(hf_device_map=devices, config=tiny_model().config)
+        assert is_flat(spread) == is_one
+
+
+def test_which_weights_are_plain(tiny_model):
+    import peft
+
+    model = tiny_model()
+    assert has_plain_weights(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert not has_plain_weights(adapted)
