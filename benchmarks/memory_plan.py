@@ -157,6 +157,7 @@ def run_training(model_path: Path, output: Path, work: Path, setup: Training) ->
         "mm_projector_lr": 2e-5,
         "per_device_train_batch_size": setup.batch,
         "gradient_checkpointing": setup.checkpointing,
+        "share_image_prefix": False,  # the plan is for rows of this length
         "bits": setup.bits,
         "max_steps": 3,
         "save_strategy": "no",
