@@ -274,7 +274,7 @@ def test_wrong_usage(program, capsys, flags, message):
 
 
 def test_ctrl_c_in_a_real_process(program):
-    rows = [{"question_id": index, "image": "landscape.jpg", "text": f"What is {index}?"} for index in range(300)]
+    rows = [{"question_id": index, "image": "landscape.jpg", "text": f"What is {index}?"} for index in range(3000)]
     write_questions(program.questions, rows)
     arguments = program.arguments(batch_size=1, max_new_tokens=16)
     process = subprocess.Popen(
@@ -291,9 +291,9 @@ def test_ctrl_c_in_a_real_process(program):
     _, errors = process.communicate(timeout=60)
     done = len(program.journal.read_text().splitlines())
     assert process.returncode == 130
-    assert f"stopped: {program.journal} holds {done} of 300 answers; run the same command again to go on" in errors
+    assert f"stopped: {program.journal} holds {done} of 3000 answers; run the same command again to go on" in errors
     assert "Traceback" not in errors
-    assert 0 < done < 300
+    assert 0 < done < 3000
 
 
 def test_the_script_runs_from_anywhere(program, goldens, tmp_path):
