@@ -32,11 +32,23 @@ def pixels_of(name):
     return torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(ord(name)))
 
 
+@torch.no_grad()
+def draw_weights(model, seed):
+    """Give matrices weights wide enough for answers that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    named = {name.replace("vision_model.", ""): parameter for name, parameter in model.named_parameters()}
+    for _, parameter in sorted(named.items()):
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.fixture(scope="module")
 def tiny_sessions(session, tiny_model):
     """Sessions around random models of 16 words, one of which ends an answer; one with fewer key heads."""
     shapes = [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"num_hidden_layers": 1}]
     models = [tiny_model(seed, vocab_size=16, **shape) for seed, shape in enumerate(shapes)]
+    for seed, model in enumerate(models, start=7):
+        draw_weights(model, seed)
     return [dataclasses.replace(session, model=model, context_length=64) for model in models]
 
 
