@@ -18,10 +18,14 @@ if [ "$VENV" != none ]; then
         pip install --quiet --upgrade pip
         pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} torch  # first, so that packages built from source find it
         pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".[$EXTRAS]"
-        if [ "$CONSTRAINTS" = requirements/cpu.txt ]; then
-            # DeepSpeed compiles an extension when it first runs on a CPU; better now than in the first training.
-            python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)' \
-                >/dev/null 2>&1 || echo "DeepSpeed's extension for CPUs could not be compiled; it does without"
+        if ! command -v nvidia-smi >/dev/null; then
+            # DeepSpeed compiles an extension when it first runs on a CPU, another one when it offloads, which is tested;
+            # better now than in the first training. What was killed while it compiled leaves a lock that nobody opens.
+            find "${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}" -name lock -mmin +30 -delete 2>/dev/null || true
+            for builder in ShareMemCommBuilder $([[ $EXTRAS != *dev* ]] || echo CPUAdamBuilder); do
+                python -c "from deepspeed.ops.op_builder.cpu import $builder as B; B().load(verbose=False)" \
+                    >/dev/null 2>&1 || echo "DeepSpeed's $builder could not compile its extension for CPUs"
+            done
         fi
         echo "$wanted" >"$VENV/installed.txt"
     fi

@@ -1,17 +1,22 @@
-"""What happens beside the steps of training: a last validation, early stopping, the picture of the curves."""
+"""What happens beside the steps of training: a last validation, early stopping, the picture of the curves, cleaning."""
 
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llava.train.arguments import TrainingArguments
 from llava.train.plots import PLOT_FILE, draw_curves
 
 logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux names shared memory; other systems have no such folder."""
 
 
 class LastValidation(TrainerCallback):
@@ -65,3 +70,20 @@ class CurvePlot(TrainerCallback):
             draw_curves(state.log_history, Path(args.output_dir) / PLOT_FILE, best_step=state.best_global_step)
         except ImportError as error:
             logger.warning("%s", error)
+
+
+class NamelessBuffers(TrainerCallback):
+    """Takes the names off the 66 MiB by which each of DeepSpeed's processes on a CPU adds gradients up with the others.
+
+    DeepSpeed never removes them. Nameless, they go with the processes, however those end.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Unlink this process's buffer, which all others have mapped once they are through the barrier."""
+        if args.deepspeed and args.device.type == "cpu":
+            torch.distributed.barrier()
+            place = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
+            name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{torch.distributed.get_rank()}"
+            (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from llava.data.dataset import ImageSettings
 from llava.model.checkpoint import Checkpoint
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation
+from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation, NamelessBuffers
 from llava.train.data_check import load_both
 from llava.train.packs import choose_feed, choose_order, features_per_image, prepare_model
 from llava.train.recipe import describe_memory, describe_run
@@ -131,7 +131,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 def _callbacks(training_args: TrainingArguments) -> list[TrainerCallback]:
     patience = training_args.early_stopping_patience
     stopping = [] if patience is None else [EarlyStopping(patience)]
-    return [FileLog(), LastValidation(), *stopping, CurvePlot()]
+    return [FileLog(), LastValidation(), *stopping, CurvePlot(), NamelessBuffers()]
 
 
 def _facts(checkpoint: Checkpoint, kind: str, training_args: TrainingArguments) -> list[tuple[str, str]]:

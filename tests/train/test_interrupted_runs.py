@@ -110,7 +110,9 @@ def run_together(words, before=lambda rank: None, processes=2):
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_SIZE": processes}
         children.append(start(words, prepare, {name: str(value) for name, value in places.items()}))
-    return [end_of(child) for child in children]
+    codes = [end_of(child) for child in children]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_127.0.0.1_{port}_*"))  # also what was killed takes no memory
+    return codes
 
 
 def at_batch(number, action):
