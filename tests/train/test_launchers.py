@@ -114,6 +114,19 @@ def test_however_the_work_is_divided(train_forked, held_out, goldens, kind, ways
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("name", list(WAYS))
+def test_packs_however_the_work_is_divided(train_forked, name):
+    """Rows of one image on two processes in one step, which all rows are in, equal all rows apart on one process."""
+    rows = [row(index, PICTURES[index // 3]) for index in range(6)] + [row(6, "gray.jpg"), row(7)]
+    flags = ["--max_steps", "3", "--save_strategy", "no", *RATE, *LORA]
+    apart = ["--share_image_prefix", "False", "--per_device_train_batch_size", "8"]
+    expected = figures(train_forked("apart", rows, *flags, *apart, processes=1))
+    words, before = WAYS[name]
+    output = train_forked(name, rows, *flags, *words, "--per_device_train_batch_size", "4", before=before)
+    assert len(expected) == 3
+    assert figures(output) == pytest.approx(expected, rel=1e-5)
+
+
 def test_two_nodes_of_torchrun(goldens, tmp_path):
     """Two launchers of one process each, as on two machines, meet on the loopback."""
     data = tmp_path / "data.json"

@@ -88,6 +88,14 @@ def test_shared_and_unshared_runs_have_the_same_losses(train, tmp_path, kind):
     assert losses(tmp_path / "shared") == pytest.approx(losses(tmp_path / "apart"), rel=1e-6, abs=0)
 
 
+def test_on_a_quantised_llm_too(train_tiny, tmp_path):
+    flags = [*LORA_FLAGS, "--bits", "4", "--max_steps", "3", "--per_device_train_batch_size", "8"]
+    assert train_tiny(tmp_path / "shared", ROWS, *flags) == 0
+    assert train_tiny(tmp_path / "apart", ROWS, *flags, "--share_image_prefix", "False") == 0
+    assert len(losses(tmp_path / "apart")) == 3
+    assert losses(tmp_path / "shared") == pytest.approx(losses(tmp_path / "apart"), rel=1e-5, abs=0)
+
+
 def test_a_run_over_packs_that_is_resumed_equals_one_that_was_not_stopped(train, tmp_path):
     flags = [*LORA_FLAGS, "--lora_dropout", "0.1", "--num_train_epochs", "2", "--per_device_train_batch_size", "3"]
     flags += ["--save_strategy", "steps", "--save_steps", "2", "--dataloader_num_workers", "1"]
