@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS=train,quant,dev
 : "${VENV:=.venv}"
 # What DeepSpeed compiles belongs to one environment; another one's tests would compile it again under their clock.
-[ "$VENV" = none ] || export TORCH_EXTENSIONS_DIR="$PWD/$VENV/torch_extensions"
+[ "$VENV" = none ] || export TORCH_EXTENSIONS_DIR="$(realpath -m "$VENV")/torch_extensions"
 source scripts/environment.sh
 
 ruff check .
