@@ -9,7 +9,7 @@ Letters: `R` rows, `S` positions of a row, `K` supervised tokens, `M` positions 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +109,18 @@ def compile_layers(model: LlavaLlamaForCausalLM, **options: Any) -> None:
     for layer in model.model.layers:
         layer.compile(dynamic=False, **options)
     model.compiles_packs = True
+
+
+@contextlib.contextmanager
+def uncompiled_packs(model: LlavaLlamaForCausalLM) -> Iterator[None]:
+    """Within it packs have dense masks and run uncompiled: those of a validation are of every length."""
+    in_blocks, model.attends_in_blocks = model.attends_in_blocks, False
+    is_compiled = model.compiles_packs or model.fused_layers is not None
+    try:
+        with only_packs_compiled(is_compiled):
+            yield
+    finally:
+        model.attends_in_blocks = in_blocks
 
 
 def only_packs_compiled(is_compiled: bool) -> contextlib.AbstractContextManager[Any]:

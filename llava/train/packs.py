@@ -97,7 +97,7 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayersR
     in_blocks = on_cuda and width >= 16 and width.bit_count() == 1  # others FlexAttention's kernels don't take
     if in_blocks:
         attend_in_blocks(llava)
-    is_whole = zero_stage(training_args.deepspeed) != 3 and not training_args.fsdp  # each process has all weights
+    is_whole = holds_all_weights(training_args)
     works = in_blocks and training_args.bits == 16 and is_whole
     compiles = training_args.compile_layers == "on" or (training_args.compile_layers == "auto" and works)
     if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and compiles):
@@ -119,6 +119,11 @@ def shares_prefix(training_args: TrainingArguments) -> bool:
             training_args.n_gpu,
         )
     return training_args.share_image_prefix and training_args.n_gpu <= 1
+
+
+def holds_all_weights(training_args: TrainingArguments) -> bool:
+    """Tell whether each process has all weights, not a part of them."""
+    return zero_stage(training_args.deepspeed) != 3 and not training_args.fsdp
 
 
 def fuse_model(model: nn.Module, *, compiled: bool) -> str | None:

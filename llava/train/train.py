@@ -38,7 +38,7 @@ from llava.train.starting_point import (
     surroundings,
 )
 from llava.train.trainer import LOG_FILE, FileLog, LlavaTrainer
-from llava.train.validation import build_validator
+from llava.train.validators import build_validator
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import get_template
-from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
+from llava.data.dataset import SupervisedCollator, SupervisedDataset
 from llava.data.records import EncodedRecord
 from llava.data.split import ranked, split_rows
 from llava.data.vqa_normalize import ANSWER_TYPES, normalize_answer, type_of_normalized
 from llava.inference.session import Prompt, Sampling, Session
-from llava.model.checkpoint import Checkpoint
-from llava.train.arguments import DataArguments, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -86,92 +83,57 @@ class Validator:
         """
         device = self.session.model.device
         with undisturbed(model, device):
-            loss, tokens = self._loss(model, device, spread(len(self.rows), rank, processes))
-            right, asked = self._ask(spread(len(self.questions), rank, processes))
+            loss, tokens = self._loss(model, device, rank, processes)
+            right, asked = self._count(self._answers(rank, processes))
         sums = [loss, tokens, *(count[kind] for count in (right, asked) for kind in KINDS)]
         loss, tokens, *counts = _summed(sums, device, processes)
         return {"loss": loss / tokens, **accuracies(counts[: len(KINDS)], counts[len(KINDS) :])}
 
-    def _loss(self, model: nn.Module, device: torch.device, share: Share) -> tuple[float, int]:
+    def _loss(self, model: nn.Module, device: torch.device, rank: int, processes: int) -> tuple[float, int]:
         """Return the sum of the losses of this process's tokens, and their number."""
+        share = spread(len(self.rows), rank, processes)
         total, tokens, seen = 0.0, 0, 0
-        for batch in self._batches(self.rows, share, self.collator):
+        for batch in self._batches(self.rows, share.rows, self.collator):
             labels = batch["labels"]
             labels[max(share.counted - seen, 0) :] = IGNORE_INDEX  # a row that fills up for another process's
             seen += len(labels)
-            inputs = {name: _moved(value, device) for name, value in batch.items()}
+            inputs = {name: moved(value, device) for name, value in batch.items()}
             total += model(**inputs, num_items_in_batch=1, use_cache=False).loss.item()
             tokens += int((labels[:, 1:] != IGNORE_INDEX).sum())
         return total, tokens
 
-    def _ask(self, share: Share) -> tuple[Counter[str], Counter[str]]:
-        """Return how many of this process's questions were answered right, and asked, by kind."""
-        right, asked, seen = Counter(), Counter(), 0
-        sampling = Sampling(max_new_tokens=self.max_new_tokens)
-        size = self.collator.image_size
-        for batch in self._batches(self.prompts, share, list):
-            prompts = [Prompt(row["input_ids"].tolist(), row["images"]) for row in batch]
-            if not any(prompt.pixel_values for prompt in prompts):  # the encoder runs in every process or in none
-                prompts[0] = prompts[0]._replace(pixel_values=[torch.zeros(3, size, size)])
-            answers = self.session.answer_prompts(prompts, sampling)
-            for row, answer in zip(share.rows[seen : share.counted], answers, strict=False):
-                true = self.questions[row].answer
-                asked[kind_of(true)] += 1
-                right[kind_of(true)] += normalize_answer(answer) == normalize_answer(true)
-            seen += len(batch)
+    def _count(self, answers: Iterable[tuple[int, str]]) -> tuple[Counter[str], Counter[str]]:
+        """Return how many questions were answered right, and asked, by kind."""
+        right, asked = Counter(), Counter()
+        for question, answer in answers:
+            true = self.questions[question].answer
+            asked[kind_of(true)] += 1
+            right[kind_of(true)] += normalize_answer(answer) == normalize_answer(true)
         return right, asked
 
-    def _batches(self, dataset: Dataset, share: Share, collate: object) -> DataLoader:
+    def _answers(self, rank: int, processes: int) -> Iterator[tuple[int, str]]:
+        """Yield the number and the answer of each of this process's questions."""
+        share = spread(len(self.questions), rank, processes)
+        sampling = Sampling(max_new_tokens=self.max_new_tokens)
+        seen = 0
+        for batch in self._batches(self.prompts, share.rows, list):
+            prompts = [Prompt(row["input_ids"].tolist(), row["images"]) for row in batch]
+            if not any(prompt.pixel_values for prompt in prompts):  # the encoder runs in every process or in none
+                size = self.collator.image_size
+                prompts[0] = prompts[0]._replace(pixel_values=[torch.zeros(3, size, size)])
+            answers = self.session.answer_prompts(prompts, sampling)
+            yield from zip(share.rows[seen : share.counted], answers, strict=False)
+            seen += len(batch)
+
+    def _batches(self, dataset: Dataset, rows: Sequence[int], collate: object) -> DataLoader:
         return DataLoader(
             dataset,
             self.batch_size,
-            sampler=share.rows,
+            sampler=rows,
             collate_fn=collate,
             num_workers=self.workers,
             generator=torch.Generator(),  # of its own: a loader draws from it
         )
-
-
-def build_validator(
-    records: Sequence[EncodedRecord],
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-) -> Validator:
-    """Return what measures on validation records.
-
-    Args:
-        records: held out.
-        checkpoint: training starts from it.
-        model: that learns, not yet wrapped by the trainer.
-        data_args, training_args: flags.
-
-    Raises:
-        ValueError: if the best checkpoint is asked for by accuracy, and no question's answer is short enough.
-    """
-    config, processor = checkpoint.config, checkpoint.image_processor
-    template = get_template(config.conversation_template)
-    session = Session(checkpoint.tokenizer, model, processor, template, config.max_position_embeddings)
-    longest = data_args.eval_max_new_tokens
-    questions = choose_questions(find_questions(records, session), data_args.eval_max_questions, longest)
-    if not questions and training_args.metric_for_best_model in ("accuracy", "eval_accuracy"):
-        raise ValueError(
-            f"no validation answer has at most --eval_max_new_tokens {longest} tokens, so there is no accuracy; raise "
-            "it or pass --metric_for_best_model eval_loss"
-        )
-    settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
-    patches = model.get_vision_tower().num_patches
-    return Validator(
-        rows=SupervisedDataset(records, processor, settings, patches),
-        collator=SupervisedCollator(checkpoint.tokenizer.pad_token_id or 0, processor.crop_size["height"]),
-        questions=questions,
-        prompts=SupervisedDataset([question.prompt for question in questions], processor, settings, patches),
-        session=session,
-        max_new_tokens=longest,
-        batch_size=training_args.eval_batch_size,
-        workers=training_args.dataloader_num_workers,
-    )
 
 
 def hold_out(
@@ -291,7 +253,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = mode
 
 
-def _moved(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+def moved(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """Return a tensor, or each of several, on a device."""
     return value.to(device) if isinstance(value, Tensor) else [tensor.to(device) for tensor in value]
 
 

@@ -18,6 +18,7 @@ from llava.data.records import EncodedRecord
 from llava.data.supervision import encode_example
 from llava.data.vqa_normalize import normalize_answer
 from llava.image_processing import open_image
+from llava.inference.engine import Engine
 from llava.inference.session import Prompt, Request, Sampling, Session
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
@@ -34,6 +35,7 @@ from llava.train.validation import (
     undisturbed,
     warn_of_shared_images,
 )
+from llava.train.validators import neighbours
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -153,7 +155,7 @@ def test_accuracy_against_a_count_by_hand():
     given = ["Yes.", "no", "two", "3", "a dog"]
     prompt = EncodedRecord([1, 5], [IGNORE_INDEX] * 2, [])
     validator = make_validator(Stub(given), [(prompt, answer, 2) for answer in true])
-    right, asked = validator._ask(spread(5, 0, 1))
+    right, asked = validator._count(validator._answers(0, 1))
     assert dict(asked) == {"yes_no": 2, "number": 2, "other": 1}
     assert dict(right) == {"yes_no": 1, "number": 1, "other": 1}
     measured = accuracies([right[kind] for kind in asked], [asked[kind] for kind in asked])
@@ -196,15 +198,15 @@ def test_processes_together_do_each_row_once_in_equal_numbers(count, processes):
 def test_what_fills_up_is_asked_but_does_not_count():
     prompt = EncodedRecord([1, 5], [IGNORE_INDEX] * 2, [])
     session = Stub(["no"])
-    right, asked = make_validator(session, [(prompt, "yes", 1)])._ask(spread(1, 1, 2))
-    assert (sum(right.values()), sum(asked.values()), len(session.asked)) == (0, 0, 1)
+    assert list(make_validator(session, [(prompt, "yes", 1)])._answers(1, 2)) == []
+    assert len(session.asked) == 1
 
 
 def test_text_alone_brings_a_blank_picture():
     """So that under ZeRO-3 the encoder runs in every process."""
     prompt = EncodedRecord([1, 5], [IGNORE_INDEX] * 2, [])
     session = Stub(["no", "no"])
-    make_validator(session, [(prompt, "yes", 1)] * 2)._ask(spread(2, 0, 1))
+    list(make_validator(session, [(prompt, "yes", 1)] * 2)._answers(0, 1))
     assert [len(asked.pixel_values) for asked in session.asked] == [1, 0]
     assert session.asked[0].pixel_values[0].shape == (3, 28, 28)
 
@@ -346,6 +348,37 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(learnt, read_log):
 
 
 @pytest.mark.slow
+def test_over_what_rows_share_the_figures_are_the_same(train_tiny, read_log, held_out, goldens, tmp_path, monkeypatch):
+    """Loss over packs, answers by the engine; also where some questions are left out, and of images and text mixed."""
+    runs, answer, given, count = [], Engine.run, [], Validator._count
+    monkeypatch.setattr(Engine, "run", lambda engine, backlog: runs.append(len(backlog)) or answer(engine, backlog))
+    monkeypatch.setattr(
+        Validator, "_count", lambda self, answers: given.append(dict(answers)) or count(self, given[-1].items())
+    )
+    rows = [row("landscape.jpg", answer, f"What is {answer}?") for answer in ("yellow", "yes", "3", "a b c d e f g")]
+    flags = [*LORA, *held_out([*rows, DIALOGUE, TEXT, ROWS[2]]), "--max_steps", "2", "--learning_rate", "0"]
+    flags += ["--eval_max_new_tokens", "6", "--per_device_eval_batch_size", "3"]
+    for name, share in (("shared", "True"), ("apart", "False")):
+        words = [*flags, "--share_image_prefix", share]
+        assert train_tiny(tmp_path / name, ROWS, *words, base=goldens / "llava-v1.5-golden") == 0
+    assert runs == [4]  # groups: three pictures, and text
+    assert given[0] == given[1]
+    assert sorted(given[0]) == list(range(7))
+    assert len(set(given[0].values())) > 2
+    shared, apart = ((tmp_path / name / "train_log.jsonl").read_text().splitlines() for name in ("shared", "apart"))
+    one, two = (next(line for line in map(json.loads, lines) if "eval_loss" in line) for lines in (shared, apart))
+    assert one["eval_questions"] == two["eval_questions"] == 7
+    assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-6)
+
+
+def test_processes_together_measure_each_row_once(goldens):
+    records = [EncodedRecord([1, number], [1, 1], [Path(f"{number % 3}.jpg")]) for number in range(8)]
+    dataset = SupervisedDataset(records, None, ImageSettings("pad"), 1)
+    shares = [neighbours(dataset, rank, 3) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == list(range(8))
+    assert [row for share in shares for row in share] == [0, 3, 6, 1, 4, 7, 2, 5]
+
+
 @pytest.mark.parametrize("size", ["1", "3"])
 def test_the_size_of_batches_does_not_matter(train_tiny, read_log, held_out, learnt, tiny_base, tmp_path, size):
     flags = ["--lora_enable", "True", "--lora_weight_path", learnt, "--learning_rate", "0", "--max_steps", "1"]
