@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from llava.model.attention_kernels import without_plans
+
 if TYPE_CHECKING:
     from llava.model.llava_llama import LlavaLlamaForCausalLM
 
@@ -111,7 +113,8 @@ class FusedLayers:
                 hidden = checkpoint(self.run, *arguments, use_reentrant=False)
             else:
                 hidden = self.run(*arguments)
-        hidden = run_last_layer(hidden, rotary, wanted, wanted_mask, self.weights[-1], self.shape, training)
+        with without_plans():
+            hidden = run_last_layer(hidden, rotary, wanted, wanted_mask, self.weights[-1], self.shape, training)
         return self.body.norm(hidden)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.image_processing import CLIPPixels
+from llava.model.attention_kernels import without_plans
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 """Of the encoder's tensors in a checkpoint."""
@@ -60,10 +61,11 @@ class CLIPVisionTower(nn.Module):
         self.image_processor: CLIPPixels | None = None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode pictures in the tower's own dtype."""
+        """Encode pictures in the tower's own dtype; any number of them costs no planning."""
         if self.device.type != "meta":  # weights that stay in their files come to the pixels
             pixel_values = pixel_values.to(self.device)
-        features = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state  # (N, 1 + P, V)
+        with without_plans():
+            features = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state  # (N, 1 + P, V)
         return features[:, 1:] if self.select_feature == "patch" else features
 
     @property

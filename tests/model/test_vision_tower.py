@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.model.vision_tower import CLIPVisionTower, released_name
 
@@ -106,3 +107,27 @@ def test_unknown_feature():
 )
 def test_names_in_files_are_the_released_ones(parameter, stored):
     assert released_name(parameter) == stored
+
+
+def test_no_attention_is_planned_for_the_number_of_pictures(whole, pixels):
+    tower, seen = build(whole), []
+    for layer in tower.vision_tower.modules():
+        if isinstance(layer, CLIPEncoderLayer):
+            layer.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    tower(pixels)
+    assert seen == [False] * 3
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_layers_give_the_same_for_each_number_of_pictures(whole, pixels, dynamic):
+    tower = build(whole)
+    expected = [tower(pixels[:count]) for count in (1, 2)]
+    torch._dynamo.reset()
+    for layer in tower.vision_tower.modules():
+        if isinstance(layer, CLIPEncoderLayer):
+            layer.compile(dynamic=dynamic, fullgraph=True, backend="aot_eager")
+    for count, features in zip((1, 2), expected, strict=True):
+        torch.testing.assert_close(tower(pixels[:count]), features)
