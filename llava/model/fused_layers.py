@@ -10,6 +10,7 @@ Letters: `R` rows, `S` positions, `D` width, `K` positions whose output is wante
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from llava.model.adapted_linear import adapted_linear
 from llava.model.attention_kernels import without_plans
 
 if TYPE_CHECKING:
@@ -167,27 +169,28 @@ def finish_layer(hidden: Tensor, attended: Tensor, weights: LayerWeights, shape:
 
 
 def linear(inputs: Tensor, joined: Joined, training: bool) -> tuple[Tensor, ...]:
-    """Return the outputs of layers with one input, adapters added.
-
-    They are added to all layers' output at once, so that in the backward pass its gradient is one matrix, of which the
-    adapters read parts; gradients of parts would have to be put together first.
-    """
-    base = nn.functional.linear(inputs, joined.weight)
+    """Return the outputs of layers with one input, adapters added; see `adapted_linear`."""
     adapters = [adapter for adapter in joined.adapters if adapter is not None]
     if not adapters:
-        return base.split(joined.widths, dim=-1)
-    dropped = nn.functional.dropout(inputs, adapters[0].dropout, training) if adapters[0].dropout else inputs
-    downs = torch.cat([adapter.down.to(inputs.dtype) for adapter in adapters])
-    inner = nn.functional.linear(dropped, downs).split([len(adapter.down) for adapter in adapters], dim=-1)
-    products = iter(
-        nn.functional.linear(low, (adapter.up * adapter.scale).to(inputs.dtype))
-        for adapter, low in zip(adapters, inner, strict=True)
-    )
-    added = [
-        base.new_zeros(*base.shape[:-1], width) if adapter is None else next(products)
-        for adapter, width in zip(joined.adapters, joined.widths, strict=True)
-    ]
-    return (base + torch.cat(added, dim=-1)).split(joined.widths, dim=-1)
+        return nn.functional.linear(inputs, joined.weight).split(joined.widths, dim=-1)
+    dtype = product_dtype(inputs)
+    values = inputs.to(dtype)
+    dropped = nn.functional.dropout(values, adapters[0].dropout, training) if adapters[0].dropout else None
+    downs = torch.cat([adapter.down.to(dtype) for adapter in adapters])
+    ups = [(adapter.up * adapter.scale).to(dtype) for adapter in adapters]
+    with torch.no_grad():
+        low = nn.functional.linear(values if dropped is None else dropped, downs)
+    stops = itertools.accumulate(joined.widths)
+    places = zip(stops, joined.widths, joined.adapters, strict=True)
+    starts = [stop - width for stop, width, adapter in places if adapter is not None]
+    outputs = adapted_linear(values, dropped, low, joined.weight.to(dtype), downs, ups, starts)
+    return outputs.split(joined.widths, dim=-1)
+
+
+def product_dtype(inputs: Tensor) -> torch.dtype:
+    """Return the dtype in which a matrix product with these inputs is computed, autocast considered."""
+    device = inputs.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
 
 
 def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
