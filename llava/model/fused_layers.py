@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llava.model.adapted_linear import adapted_linear
 from llava.model.attention_kernels import without_plans
+from llava.model.tree_attention import with_stem_copies
 
 if TYPE_CHECKING:
     from llava.model.llava_llama import LlavaLlamaForCausalLM
@@ -77,11 +78,15 @@ class FusedLayers:
     Args:
         model: with frozen weights and adapters in place; see `why_not_fused`. Its weights move into joined storage.
         compiled: run each layer through `torch.compile`.
+
+    Attributes:
+        stem_copies: how often FlexAttention is given the keys that all positions of a row see; see `with_stem_copies`.
     """
 
     def __init__(self, model: LlavaLlamaForCausalLM, *, compiled: bool) -> None:
         self.body = model.model
         config = model.config
+        self.stem_copies = 0
         self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps)
         self.weights = [_layer_weights(layer) for layer in self.body.layers]
         self.run: Callable[..., Tensor] = torch.compile(run_layer, dynamic=False) if compiled else run_layer
@@ -213,9 +218,11 @@ def rotate(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask) -> Tensor:
-    """Return what each query sees, (R, heads, S, width)."""
+    """Return what each query sees, (R, heads, S, width); masks over more keys than queries want copies of the stem."""
     is_grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
+        copies = mask.seq_lengths[1] - query.shape[2]
+        key, value = with_stem_copies(key, copies), with_stem_copies(value, copies)
         return flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped)
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=is_grouped)
 

@@ -54,10 +54,13 @@ def forward_pack(
     embeds = place_features(
         input_ids, layout["image_positions"], features[layout["patches"]], model.get_input_embeddings()
     )
-    mask = (block_pack_mask if model.attends_in_blocks else tree_mask)(layout["groups"], layout["branches"])
-    supervised = layout["supervised"]
+    groups, branches, supervised = layout["groups"], layout["branches"], layout["supervised"]
+    if model.attends_in_blocks:
+        mask = block_pack_mask(groups, branches, model.fused_layers.stem_copies if model.fused_layers else 0)
+    else:
+        mask = tree_mask(groups, branches)
     if model.fused_layers is not None:
-        supervised_mask = tree_mask_rows(layout["groups"], layout["branches"], supervised)
+        supervised_mask = tree_mask_rows(groups, branches, supervised)
         hidden = model.fused_layers(embeds, mask, position_ids, supervised, supervised_mask)  # (K, D)
     else:
         output = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False)

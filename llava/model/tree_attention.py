@@ -17,6 +17,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from llava.constants import NO_GROUP, STEM, TRUNK
 
+STEM_BLOCK = 128
+"""Keys of a copy of a row's stem, a block of FlexAttention's."""
+
 
 def tree_mask(groups: Tensor, branches: Tensor) -> Tensor:
     """Return which keys each query sees, (B, 1, S, S) bool, True = sees; for attention with a dense mask.
@@ -64,41 +67,65 @@ def block_tree_mask(groups: Tensor, branches: Tensor) -> BlockMask:
     return create_block_mask(sees, rows, None, length, length, device=groups.device)
 
 
-def block_pack_mask(groups: Tensor, branches: Tensor) -> BlockMask:
+def block_pack_mask(groups: Tensor, branches: Tensor, stem_copies: int = 0) -> BlockMask:
     """Return `block_tree_mask` of rows in which stem, groups, trunks and branches are each in one piece, in this order.
 
-    What a query sees are then three stretches of keys, known from the query alone: less to look up in each block.
+    Each key is then seen by one stretch of queries, which begins with the key itself: two comparisons in each block.
 
     Args:
         groups: as in `tree_mask`, padding behind everything else.
         branches: as in `tree_mask`.
+        stem_copies: for keys of `with_stem_copies`: each copy is seen by an equal part of the queries behind the stem.
     """
-    bounds = (bound.to(torch.int32) for bound in _stretches(groups, branches))
-    stem_stop, trunk_start, trunk_stop, branch_start = bounds
+    rows, length = groups.shape
+    firsts, stops = (bound.to(torch.int32) for bound in _audience(groups, branches, stem_copies))
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_stem = key < stem_stop[batch, query]
-        in_trunk = (key >= trunk_start[batch, query]) & (key < trunk_stop[batch, query])
-        return (in_stem | in_trunk | (key >= branch_start[batch, query])) & (query >= key)
+        return (query >= (firsts[batch, key] if stem_copies else key)) & (query < stops[batch, key])
 
-    rows, length = groups.shape
-    return create_block_mask(sees, rows, None, length, length, device=groups.device)
+    return create_block_mask(sees, rows, None, length, firsts.shape[1], device=groups.device)
 
 
-def _stretches(groups: Tensor, branches: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return where each position's stem stops, its trunk starts and stops, and its branch starts, (B, S) each."""
-    positions = torch.arange(groups.shape[1], device=groups.device).expand_as(groups)
-    new_group = torch.ones_like(groups, dtype=torch.bool)
-    new_group[:, 1:] = (groups[:, 1:] != groups[:, :-1]) | (groups[:, 1:] == NO_GROUP)
-    new_branch = new_group.clone()
-    new_branch[:, 1:] |= branches[:, 1:] != branches[:, :-1]
-    group_start = (positions * new_group).cummax(dim=1).values
-    branch_start = (positions * new_branch).cummax(dim=1).values
-    is_trunk = (branches == TRUNK).long()
-    trunk_seen = is_trunk.cumsum(dim=1)
-    before_group = (trunk_seen - is_trunk).gather(1, group_start)
-    stem_stop = (groups == STEM).sum(dim=1, keepdim=True) * (groups != NO_GROUP)
-    return stem_stop, group_start, group_start + trunk_seen - before_group, branch_start
+def with_stem_copies(values: Tensor, positions: int) -> Tensor:
+    """Return keys or values (B, heads, S, width) behind copies of their first `STEM_BLOCK`, so many positions of them.
+
+    What all queries see would be one thread block's work in FlexAttention's backward pass, block of queries after
+    block, while others look at five or six; copies divide it.
+    """
+    if not positions:
+        return values
+    front = values[:, :, :STEM_BLOCK]
+    return torch.cat([front.repeat(1, 1, positions // front.shape[2], 1), values], dim=2)
+
+
+def _audience(groups: Tensor, branches: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+    """Return the first query that sees each key and the first behind it that doesn't, (B, keys) each."""
+    length = groups.shape[1]
+    positions = torch.arange(length, device=groups.device).expand_as(groups)
+    starts_group = torch.ones_like(groups, dtype=torch.bool)
+    starts_group[:, 1:] = (groups[:, 1:] != groups[:, :-1]) | (groups[:, 1:] == NO_GROUP)
+    starts_branch = starts_group.clone()
+    starts_branch[:, 1:] |= branches[:, 1:] != branches[:, :-1]
+    stops = torch.where(branches == TRUNK, _next(starts_group), _next(starts_branch))
+    is_stem, real = groups == STEM, (groups != NO_GROUP).sum(dim=1, keepdim=True)
+    stops = torch.where(is_stem, real, stops)
+    if not copies:
+        return positions, stops
+    stem, front = is_stem.sum(dim=1, keepdim=True), is_stem[:, :STEM_BLOCK]
+    share = -(-length // (copies * STEM_BLOCK)) * STEM_BLOCK  # queries of a copy
+    bounds = torch.arange(copies, device=groups.device)[:, None] * share  # (copies, 1)
+    copy_firsts = torch.maximum(bounds, stem[:, :, None]).expand(-1, -1, front.shape[1])  # (B, copies, STEM_BLOCK)
+    copy_stops = torch.minimum(bounds + share, real[:, :, None]) * front[:, None]
+    stops[:, :STEM_BLOCK] = torch.where(front, stem, stops[:, :STEM_BLOCK])
+    return torch.cat([copy_firsts.flatten(1), positions], dim=1), torch.cat([copy_stops.flatten(1), stops], dim=1)
+
+
+def _next(starts: Tensor) -> Tensor:
+    """Return for each position where the next piece starts behind it, (B, S); the row's end if none does."""
+    length = starts.shape[1]
+    places = torch.arange(length, device=starts.device).expand_as(starts).masked_fill(~starts, length)
+    behind = torch.nn.functional.pad(places[:, 1:], (0, 1), value=length)
+    return behind.flip(1).cummin(dim=1).values.flip(1)
 
 
 def later_mask(branches: Tensor, columns: int) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
+from llava.model import tree_attention
+from llava.model.fused_layers import attend
 from llava.model.tree_attention import (
     NO_GROUP,
     STEM,
@@ -16,6 +19,7 @@ from llava.model.tree_attention import (
     later_mask,
     tree_mask,
     tree_mask_rows,
+    with_stem_copies,
 )
 
 
@@ -60,10 +64,14 @@ pack_groups = st.tuples(st.integers(1, 4), st.lists(st.integers(1, 3), max_size=
 """Length of the trunk, lengths of the branches."""
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 2), st.lists(pack_groups, max_size=3), st.integers(0, 3)), min_size=1, max_size=3)
+pack_rows = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(pack_groups, max_size=3), st.integers(0, 3)), min_size=1, max_size=3
 )
-def test_the_mask_of_packs_is_that_of_trees(rows):
+"""Length of the stem, groups, padding."""
+
+
+def columns_of(rows):
+    """Groups and branches of rows."""
     columns = []
     for stem, laid_out, padding in rows:
         positions = [(STEM, TRUNK)] * stem
@@ -74,10 +82,47 @@ def test_the_mask_of_packs_is_that_of_trees(rows):
         columns.append(positions + [(NO_GROUP, TRUNK)] * padding)
     length = max(1, *map(len, columns))
     columns = [row + [(NO_GROUP, TRUNK)] * (length - len(row)) for row in columns]
-    groups, branches = torch.tensor(columns).permute(2, 0, 1)
+    return torch.tensor(columns).permute(2, 0, 1)
+
+
+@given(pack_rows)
+def test_the_mask_of_packs_is_that_of_trees(rows):
+    groups, branches = columns_of(rows)
     mask = block_pack_mask(groups, branches)
-    seen = create_mask(mask.mask_mod, len(rows), 1, length, length, device="cpu")
+    seen = create_mask(mask.mask_mod, len(rows), 1, groups.shape[1], groups.shape[1], device="cpu")
     assert torch.equal(seen, tree_mask(groups, branches))
+
+
+@given(pack_rows, st.integers(1, 4), st.integers(1, 4))
+def test_each_query_sees_one_copy_of_what_it_saw(rows, copies, block):
+    groups, branches = columns_of(rows)
+    length = groups.shape[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "STEM_BLOCK", block)  # stems longer and shorter than it
+        mask = block_pack_mask(groups, branches, copies)
+        originals = with_stem_copies(torch.arange(length).view(1, 1, length, 1), copies * min(block, length)).flatten()
+    assert mask.seq_lengths == (length, len(originals))
+    seen = create_mask(mask.mask_mod, len(rows), 1, length, len(originals), device="cpu")
+    times = torch.zeros(len(rows), 1, length, length, dtype=torch.int64).index_add(3, originals, seen.long())
+    assert torch.equal(times, tree_mask(groups, branches).long())
+
+
+def test_the_stem_is_spread_over_its_copies():
+    groups = torch.tensor([[STEM] * 35 + [0] * 600 + [1] * 600 + [2] * 300 + [NO_GROUP]])
+    mask = block_pack_mask(groups, torch.zeros_like(groups), 4)
+    blocks = (mask.q_num_blocks + mask.full_q_num_blocks)[0, 0].tolist()  # 12 blocks of queries
+    assert blocks[:4] == [3, 3, 3, 3]
+    assert max(blocks[4:]) <= 6
+
+
+@pytest.mark.parametrize("copies", [0, 3])
+def test_attention_over_copies_is_the_same(copies):
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.tensor([[STEM] * 20 + [0] * 160 + [1] * 90 + [2] * 100 + [NO_GROUP] * 14])
+    branches = torch.tensor([[0] * 130 + [1] * 30 + [2] * 20 + [0] * 40 + [1] * 50 + [0] * 114])
+    query, key, value = torch.randn(3, 1, 2, 384, 16, dtype=torch.float64, generator=generator)
+    found = attend(query, key, value, block_pack_mask(groups, branches, copies))
+    torch.testing.assert_close(found, attend(query, key, value, tree_mask(groups, branches)), rtol=0, atol=1e-12)
 
 
 def test_flex_attention_gives_what_the_dense_mask_gives():
