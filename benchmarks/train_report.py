@@ -55,13 +55,15 @@ def as_table(report: dict[str, Any]) -> str:
     ceiling = report["ceiling_tflops"]
     lines = [report["machine"], f"8192^3 product in bf16: {ceiling} TFLOP/s", ""]
     lines += [
-        "| run | batch | samples/s | TFLOP/s | of the product's | peak GB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| run | batch | samples/s | TFLOP/s | of the product's | kernels of one step, ms | of its time | peak GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in report["rows"].items():
         if "samples_per_s" in row:
             share = f"{100 * row['tflops'] / ceiling:.0f} %" if ceiling and row.get("tflops") else "-"
-            figures = (row["variant"]["batch"], row["samples_per_s"], row.get("tflops"), share, row["peak_gb"])
+            busy = f"{100 * row['busy']:.0f} %" if row.get("busy") else "-"
+            speeds = (row["variant"]["batch"], row["samples_per_s"], row.get("tflops"), share)
+            figures = (*speeds, row.get("kernels_ms") or "-", busy, row["peak_gb"])
             lines.append(f"| {name} | " + " | ".join(map(str, figures)) + " |")
         else:
             lines.append(f"| {name} | {json.dumps(row)} |")

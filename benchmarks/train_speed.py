@@ -23,15 +23,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from torch.nn.attention import SDPBackend
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava.data.dataset import ImageSettings
 from llava.data.records import EncodedRecord
 from llava.image_processing import CLIPPixels
+from llava.model import attention_kernels, fused_layers
 from llava.model.memory import ModelSizes
 from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora, choose_trainable
@@ -39,6 +41,7 @@ from llava.train.packs import Feed, choose_feed, choose_order, features_per_imag
 from llava.train.trainer import LlavaTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
+from step_clock import Clock
 from train_agreement import measure_agreement
 from train_peer import measure_peer
 from train_report import as_table, machine, matmul_ceiling, peak_memory, release
@@ -60,6 +63,8 @@ class Variant:
         checkpointing: `--gradient_checkpointing`.
         alone: one question per image.
         tower: compile the image encoder's layers too.
+        planned: let cuDNN plan attention anew for every number of images and of supervised tokens.
+        attention: as `--attention` says; without it, with copies of the stem's keys.
     """
 
     batch: int
@@ -70,13 +75,18 @@ class Variant:
     checkpointing: bool = False
     alone: bool = False
     tower: bool = False
+    planned: bool = False
+    attention: bool = False
 
 
 VARIANTS = {
     "shared_fused_large": Variant(48),
     "shared_fused": Variant(24),
     "one_question_fused": Variant(8, alone=True),
+    "shared_fused_large_attention": Variant(48, attention=True),
     "shared_fused_large_tower": Variant(48, tower=True),
+    "shared_fused_large_all": Variant(48, attention=True, tower=True),
+    "shared_fused_large_planned": Variant(48, planned=True),
     "shared_fused_dropout": Variant(24, dropout=0.05),
     "shared_compiled": Variant(24, fuse="off"),
     "shared_compiled_dropout": Variant(24, dropout=0.05, fuse="off"),
@@ -89,55 +99,6 @@ PEERS = {"peer_batch_6": (6, False), "peer_batch_16_checkpointing": (16, True), 
 AGREEMENT = "agreement"
 ORDER = [*list(VARIANTS)[:3], *list(PEERS)[:2], AGREEMENT, *list(VARIANTS)[3:], *list(PEERS)[2:]]
 """What tells most comes first, for runs with `--limit`."""
-
-
-class Clock(TrainerCallback):
-    """Notes when the device is done with each step, without making the program wait for it."""
-
-    def __init__(self, on_cuda: bool, profile: Path | None, profiled_step: int) -> None:
-        self.on_cuda, self.profile, self.profiled_step = on_cuda, profile, profiled_step
-        self.marks: list[float | torch.cuda.Event] = []
-        self.profiler: torch.profiler.profile | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the profiler before the step that is profiled."""
-        if self.profile and state.global_step == self.profiled_step:
-            self.profiler = torch.profiler.profile()
-            self.profiler.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.mark()
-        if self.profiler:
-            if self.on_cuda:
-                torch.cuda.synchronize()
-            self.profiler.stop()
-            averages = self.profiler.key_averages()
-            by = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
-            self.profile.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
-            self.profiler = None
-        if state.is_world_process_zero:
-            print(f"  step {state.global_step}", flush=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.mark()
-
-    def mark(self) -> None:
-        """Note the time at which the device has done all that was asked of it so far."""
-        if self.on_cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Return the time of each step, what it waits for included."""
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        if not self.on_cuda:
-            return [end - start for start, end in pairs]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="questions a step and device, instead of each run's own")
     add("--gpus", type=int, default=1, help="processes, one for each GPU (default: %(default)s)")
     add("--workers", type=int, default=6, help="processes that read images, for each GPU (default: %(default)s)")
+    add("--attention", type=Path, metavar="FILE", help="report of attention_speed.py, for runs with its best options")
     add("--profile", type=Path, metavar="FILE", help="write the kernels of one more step of our first run there")
     add("--limit", type=float, default=float("inf"), help="seconds after which no further run starts (default: none)")
     add("--output", type=Path, metavar="FILE", help="JSON file to write")
@@ -203,10 +165,26 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name in PEERS:
         batch, checkpointing = PEERS[name]
         return measure_peer(options.batch or batch, checkpointing, options)
-    return measure_ours(VARIANTS[name], options)
+    variant = VARIANTS[name]
+    kernels = [*attention_kernels.WITHOUT_PLANS, *([SDPBackend.CUDNN_ATTENTION] if variant.planned else [])]
+    attention = attention_choice(variant, options.attention)
+    with (
+        mock.patch.object(attention_kernels, "WITHOUT_PLANS", kernels),
+        mock.patch.object(fused_layers, "ATTENTION_OPTIONS", attention["options"]),
+    ):
+        return measure_ours(variant, options, attention["stem_copies"])
 
 
-def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
+def attention_choice(variant: Variant, report: Path | None) -> dict[str, Any]:
+    """Return copies of the stem and FlexAttention's options for a run."""
+    if not variant.attention:
+        return {"stem_copies": 0, "options": fused_layers.ATTENTION_OPTIONS}
+    if report is None:
+        return {"stem_copies": 8, "options": fused_layers.ATTENTION_OPTIONS}
+    return json.loads(report.read_text(encoding="utf-8"))["best"]
+
+
+def measure_ours(variant: Variant, options: argparse.Namespace, stem_copies: int) -> dict[str, Any]:
     """Train for a few steps and return samples a second, counted TFLOP/s and peak memory of one device."""
     config = model_config(tiny=options.tiny)
     batch = options.batch or variant.batch
@@ -216,6 +194,9 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     model = add_lora(model, rank=rank, alpha=2 * rank, dropout=variant.dropout, bias="none", base_name="random")
     choose_trainable(model, lora=True, projector=True, backbone=False, dtype=torch.float32)
     layers_run = prepare_model(model, args)
+    fused = model.base_model.model.fused_layers
+    if fused is not None:
+        fused.stem_copies = stem_copies
     if variant.tower:
         compile_tower(model)
     questions = table_questions()
@@ -248,6 +229,9 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
         "variant": dataclasses.asdict(variant) | {"batch": batch},
         "samples_per_s": round(batch * args.world_size / median, 1),
         "samples_per_s_mean": round(batch * args.world_size * len(seconds) / sum(seconds), 1),
+        "kernels_ms": clock.kernels_ms and round(clock.kernels_ms, 1),
+        "profiled_ms": clock.profiled_ms and round(clock.profiled_ms, 1),
+        "busy": clock.kernels_ms and round(clock.kernels_ms / clock.profiled_ms, 3),
         "step_s": [round(value, 4) for value in steps],
         "positions_per_step": round(positions),
         "images_per_step": round(images, 2),
@@ -270,7 +254,7 @@ def training_arguments(variant: Variant, batch: int, options: argparse.Namespace
     return TrainingArguments(
         output_dir=str(options.work / "out"),
         per_device_train_batch_size=batch,
-        max_steps=options.warm_up + options.steps + bool(options.profile),
+        max_steps=options.warm_up + options.steps + 1,  # the last one is profiled
         learning_rate=2e-4,
         save_strategy="no",
         logging_strategy="no",

@@ -11,8 +11,8 @@ Letters: `R` rows, `S` positions, `D` width, `K` positions whose output is wante
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -26,6 +26,10 @@ from llava.model.tree_attention import with_stem_copies
 
 if TYPE_CHECKING:
     from llava.model.llava_llama import LlavaLlamaForCausalLM
+
+
+ATTENTION_OPTIONS: Mapping[str, Any] = {}
+"""FlexAttention's `kernel_options`; `benchmarks/attention_speed.py` compares them."""
 
 
 class Adapter(NamedTuple):
@@ -223,7 +227,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask) 
     if isinstance(mask, BlockMask):
         copies = mask.seq_lengths[1] - query.shape[2]
         key, value = with_stem_copies(key, copies), with_stem_copies(value, copies)
-        return flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped)
+        options = dict(ATTENTION_OPTIONS)
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped, kernel_options=options)
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=is_grouped)
 
 

@@ -1,0 +1,95 @@
+"""How long the steps of a training take on the device, and for how much of one of them it works."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from transformers import TrainerCallback
+
+
+class Clock(TrainerCallback):
+    """Notes when the device is done with each step, without making the program wait for it, and profiles one step.
+
+    Args:
+        on_cuda: else times are the CPU's.
+        profile: file for the table of the profiled step's kernels and operations; None = their sum alone.
+        profiled_step: number of steps before it.
+
+    Attributes:
+        kernels_ms: of the profiled step, time in which the device ran anything; None without CUDA.
+        profiled_ms: time of that step, which profiling makes longer.
+    """
+
+    def __init__(self, on_cuda: bool, profile: Path | None, profiled_step: int) -> None:
+        self.on_cuda, self.profile, self.profiled_step = on_cuda, profile, profiled_step
+        self.marks: list[float | torch.cuda.Event] = []
+        self.profiler: torch.profiler.profile | None = None
+        self.kernels_ms: float | None = None
+        self.profiled_ms: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the profiler before the step that is profiled."""
+        if state.global_step == self.profiled_step and (self.on_cuda or self.profile):
+            activities = [torch.profiler.ProfilerActivity.CUDA] if self.on_cuda else []
+            activities += [torch.profiler.ProfilerActivity.CPU] if self.profile else []
+            if self.on_cuda:
+                torch.cuda.synchronize()
+            self.profiler = torch.profiler.profile(activities=activities)
+            self.profiler.start()
+            self.profiled_ms = -1000 * time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.mark()
+        if self.profiler:
+            if self.on_cuda:
+                torch.cuda.synchronize()
+            self.profiled_ms += 1000 * time.perf_counter()
+            self.profiler.stop()
+            self.kernels_ms = device_time(self.profiler) if self.on_cuda else None
+            if self.profile:
+                averages = self.profiler.key_averages()
+                by = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
+                self.profile.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
+            self.profiler = None
+        if state.is_world_process_zero:
+            print(f"  step {state.global_step}", flush=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.mark()
+
+    def mark(self) -> None:
+        """Note the time at which the device has done all that was asked of it so far."""
+        if self.on_cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the time of each step, what it waits for included."""
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if not self.on_cuda:
+            return [end - start for start, end in pairs]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+
+def device_time(profiler: torch.profiler.profile) -> float:
+    """Return how long the device ran kernels or copies, in ms; what ran at the same time counts once."""
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    total, reached = 0.0, 0.0
+    for start, end in sorted((event.time_range.start, event.time_range.end) for event in events if is_work(event)):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total / 1000
+
+
+def is_work(event: Any) -> bool:
+    """Tell kernels and copies from the profiler's own marks on the device, such as that of the optimizer's step."""
+    return not event.is_user_annotation and not event.name.startswith(("Optimizer.", "ProfilerStep"))
