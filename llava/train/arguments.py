@@ -149,8 +149,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if getattr(self, _CHECKPOINTING) and not getattr(self, f"{_CHECKPOINTING}_kwargs"):
             setattr(self, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False})
         self.logging_nan_inf_filter = False  # it asks the device for each batch; the run stops at such a loss anyway
+        chooses_copies = self.accelerator_config is not None
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+        if not chooses_copies:  # else batches would wait for the update before them
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     @property
     def device(self) -> torch.device:

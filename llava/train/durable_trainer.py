@@ -24,6 +24,8 @@ _DISK_FULL = ("PytorchStreamWriter", "unexpected pos", "No space left")
 class DurableTrainer(Trainer):
     """A Trainer with whole checkpoints, an exact resume, an end on signals and a guard against non-finite losses.
 
+    In a step that is not logged it waits for the device once, between the backward pass and the update.
+
     Args:
         data_collator: makes batches of rows.
         kwargs: of `transformers.Trainer`.
@@ -72,14 +74,14 @@ class DurableTrainer(Trainer):
         if self.is_deepspeed_enabled and model.training:
             batch = self._batches[-1]
             batch.loss = (result[0] if isinstance(result, tuple) else result).detach()
-            if guards.agree([not guards.is_finite([batch], None)], self.args.device)[0]:
+            if guards.agree([guards.is_bad_step([batch], None)], self.args.device)[0]:
                 self._stop_at_bad_step(None)
         return result
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)
         # The loss scaling of fp16 meets infinite gradients in its search, and passes over those steps itself.
-        is_bad = not guards.is_finite(self._batches, None if self.args.fp16 else norm)
+        is_bad = guards.is_bad_step(self._batches, None if self.args.fp16 else norm)
         bad, signal = guards.agree([is_bad, self.stop_request.number], self.args.device)
         if bad:
             self._stop_at_bad_step(norm)

@@ -77,10 +77,22 @@ class NumberedCollator:
         return {**self.collator(plain), **({ROW_KEY: numbers} if numbers else {})}
 
 
-def agree(flags: Sequence[float], device: torch.device) -> list[float]:
-    """Return the largest value of each flag over all processes; every process must call it."""
-    values = torch.tensor(flags, dtype=torch.float32, device=device)
-    if torch.distributed.is_initialized():
+def agree(flags: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """Return the largest value of each flag over all processes; every process must call it.
+
+    Waits for the device once, whatever tensors there are; not at all if there are none and no other processes.
+    """
+    is_alone = not torch.distributed.is_initialized()
+    if is_alone and not any(isinstance(flag, Tensor) for flag in flags):
+        return [float(flag) for flag in flags]
+    values = torch.stack(
+        [
+            # A tensor made from a number by its device is not waited for; one that is copied there is.
+            torch.full((), float(flag), device=device) if not isinstance(flag, Tensor) else flag.to(device).float()
+            for flag in flags
+        ]
+    )
+    if not is_alone:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values.tolist()
 
@@ -94,14 +106,16 @@ def gather(value: object) -> list[Any]:
     return values
 
 
-def is_finite(batches: Sequence[MicroBatch], grad_norm: Tensor | float | None) -> bool:
-    """Tell whether all losses and the gradient's norm are numbers; asks the device once."""
+def is_bad_step(batches: Sequence[MicroBatch], grad_norm: Tensor | float | None) -> Tensor | bool:
+    """Tell whether a loss or the gradient's norm is no number; as a tensor, so that the device is not waited for."""
     numbers = [batch.loss.float() for batch in batches if batch.loss is not None]
     if isinstance(grad_norm, Tensor):
         numbers.append(grad_norm.detach().float().to(numbers[0].device) if numbers else grad_norm.detach().float())
     elif grad_norm is not None and not math.isfinite(grad_norm):
+        return True
+    if not numbers:
         return False
-    return not numbers or bool(torch.stack([number.reshape(()) for number in numbers]).isfinite().all())
+    return ~torch.stack([number.reshape(()) for number in numbers]).isfinite().all()
 
 
 def describe_batches(

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainerCallback
 
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoints import numbered, verify
 from llava.train.durable_trainer import DurableTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, for which a program waits on other devices."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.times = 0
+        as_list = torch.Tensor.tolist
+
+        def count(tensor):
+            self.times += 1
+            return as_list(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", count)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.times += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*arguments, **(options or {}))
 
 
 class Line(nn.Module):
@@ -49,6 +70,27 @@ def build(tmp_path):
         return DurableTrainer(model=Line(), args=args, train_dataset=ROWS, eval_dataset=ROWS[:2], data_collator=collate)
 
     return trainer
+
+
+def test_a_step_waits_for_the_device_once(build, monkeypatch):
+    trainer = build(save_strategy="no", logging_strategy="no", max_steps=3)
+    trainer.create_optimizer = lambda model=None: None
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)  # AdamW on a CPU reads its count of steps
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            seen.append(reads.times)
+
+    trainer.add_callback(Watch())
+    with Reads(monkeypatch) as reads:
+        trainer.train()
+    assert [after - before for before, after in pairwise(seen)] == [1, 1]
+
+
+def test_batches_are_copied_while_the_device_works_where_memory_is_pinned(build):
+    assert build().args.accelerator_config.non_blocking is False
+    assert build(accelerator_config={"non_blocking": True}).args.accelerator_config.non_blocking is True
 
 
 def test_a_checkpoint_is_filled_in_a_hidden_place(build, tmp_path, monkeypatch):

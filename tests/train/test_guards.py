@@ -17,7 +17,7 @@ from llava.train.guards import (
     describe_batches,
     describe_stop,
     gather,
-    is_finite,
+    is_bad_step,
     only_bad,
     write_report,
 )
@@ -42,11 +42,11 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("losses", "norm", "expected"), NUMBERS)
 def test_numbers(losses, norm, expected):
-    assert is_finite([batch(loss) for loss in losses], norm) is expected
+    assert bool(is_bad_step([batch(loss) for loss in losses], norm)) is not expected
 
 
 def test_a_batch_without_loss_yet_says_nothing():
-    assert is_finite([batch(1.0), MicroBatch([3])], None)
+    assert not is_bad_step([batch(1.0), MicroBatch([3])], None)
     assert describe_batches([MicroBatch([3])], 0, lambda row: {"row": row}) == []
 
 
@@ -96,4 +96,5 @@ def test_rows_are_read_together_where_the_dataset_does_that():
 
 def test_one_process_agrees_with_itself():
     assert agree([True, 15, 0.5], torch.device("cpu")) == [1, 15, 0.5]
+    assert agree([torch.tensor(True), 15, torch.tensor(0.5)], torch.device("cpu")) == [1, 15, 0.5]
     assert gather("x") == ["x"]
