@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,10 +62,10 @@ class CLIPVisionTower(nn.Module):
         self.image_processor: CLIPPixels | None = None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode pictures in the tower's own dtype; any number of them costs no planning."""
+        """Encode pictures in the tower's own dtype, in training too; no number of them costs any planning."""
         if self.device.type != "meta":  # weights that stay in their files come to the pixels
             pixel_values = pixel_values.to(self.device)
-        with without_plans():
+        with without_plans(), _as_without_autocast(pixel_values.device.type, self.dtype):
             features = self.vision_tower(pixel_values.to(self.dtype)).last_hidden_state  # (N, 1 + P, V)
         return features[:, 1:] if self.select_feature == "patch" else features
 
@@ -92,6 +93,12 @@ class CLIPVisionTower(nn.Module):
     def num_patches(self) -> int:
         """P, patches of a picture."""
         return self.num_patches_per_side**2
+
+
+def _as_without_autocast(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Return a context for weights in half precision, whose norms autocast would compute in fp32 between two casts."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device, enabled=False) if is_half else contextlib.nullcontext()
 
 
 def released_name(name: str) -> str:

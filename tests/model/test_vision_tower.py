@@ -80,6 +80,14 @@ def test_computes_in_its_own_dtype():
     assert tower(torch.zeros(1, 3, 42, 42)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("dtype", "is_same"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_autocast_changes_nothing_for_weights_in_half_precision(whole, pixels, dtype, is_same):
+    tower = build(whole).to(dtype)
+    alone = tower(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tower(pixels), alone) == is_same
+
+
 @pytest.mark.parametrize("layer", [5, -6])
 def test_layer_that_does_not_exist(layer):
     with pytest.raises(ValueError, match=f"^mm_vision_select_layer {layer} does not exist in an encoder of 4 layers$"):
