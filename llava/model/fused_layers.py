@@ -84,12 +84,14 @@ class FusedLayers:
         compiled: run each layer through `torch.compile`.
 
     Attributes:
+        compiled: as above.
         stem_copies: how often FlexAttention is given the keys that all positions of a row see; see `with_stem_copies`.
     """
 
     def __init__(self, model: LlavaLlamaForCausalLM, *, compiled: bool) -> None:
         self.body = model.model
         config = model.config
+        self.compiled = compiled
         self.stem_copies = 0
         self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps)
         self.weights = [_layer_weights(layer) for layer in self.body.layers]

@@ -162,6 +162,23 @@ def layer_activations(
     return kept
 
 
+def fused_activations(
+    sizes: ModelSizes, *, rank: int, dropout: float, element: int = HALF, mask_element: int = 1
+) -> int:
+    """Return what autograd keeps of one block of `FusedLayers`, compiled, for one position; args as above."""
+    wide, narrow, inner = sizes.hidden, sizes.key_value, sizes.intermediate
+    kept = element * 2 * wide + 2 * SINGLE  # the stream before attention and before the MLP; the norms' scales
+    kept += element * (wide + 2 * narrow)  # q, k, v, which are one matrix: v is a part of it
+    kept += element * (wide + narrow)  # q and k, turned
+    kept += element * wide + SINGLE * sizes.heads  # attention's output; log of the sums
+    kept += element * 2 * inner  # gate and up
+    if dropout:
+        kept += (element + mask_element) * (3 * wide + inner)  # each input once for all adapters; what was dropped
+    else:
+        kept += element * (2 * wide + inner)  # input of q, k, v; of gate, up; of down. That of o is attention's output
+    return kept + element * rank * LINEARS  # A's outputs
+
+
 def backward_workspace(sizes: ModelSizes) -> int:
     """Return the gradients that are there at once at one position of a block, in its MLP, where they are most."""
     # Of the product silu x up: from the base, through the adapter before and after dropout; of the stream: two.

@@ -20,22 +20,16 @@ USABLE = 0.92
 """Of the free memory; the rest is lost between allocations."""
 
 
-def layers_to_recompute(
-    sizes: ModelSizes, *, positions: int, rank: int, dropout: float, reserved: int, available: int
-) -> int:
+def layers_to_recompute(sizes: ModelSizes, *, positions: int, block: int, reserved: int, available: int) -> int:
     """Return the fewest layers that must be computed again so that a step over packs fits; all of them if none fits.
-
-    The count is of layers run one operation at a time; compiled ones need less.
 
     Args:
         sizes: of the model.
         positions: of the largest step.
-        rank: of the adapters; 0 = none, and the layers themselves learn.
-        dropout: 0..1, on the adapters' inputs.
+        block: bytes that a layer keeps for each of them.
         reserved: bytes of gradients and optimizer, which come with the first step.
         available: bytes free before it.
     """
-    block = memory.layer_activations(sizes, length=0, rank=rank, dropout=dropout, is_padded=False)
     stream = memory.HALF * sizes.hidden
     ends = 2 * stream + memory.SINGLE * sizes.hidden + memory.backward_workspace(sizes)
     ends += memory.HALF * (sizes.tower_hidden + 2 * sizes.hidden)  # the projector's, nearly all being images' positions
@@ -81,11 +75,17 @@ class KeepActivations(TrainerCallback):
         reserved = memory.optimizer_bytes(
             trained, zero=stage, gpus=args.world_size, offload=is_offloaded(args.deepspeed)
         )
+        sizes = ModelSizes.of(llava.config)
         return layers_to_recompute(
-            ModelSizes.of(llava.config),
+            sizes,
             positions=self.positions,
-            rank=self.rank,
-            dropout=args.lora_dropout if self.rank else 0.0,
+            block=self._block(llava, sizes, args.lora_dropout if self.rank else 0.0),
             reserved=reserved,
             available=free_memory(args.device),
         )
+
+    def _block(self, llava: LlavaLlamaForCausalLM, sizes: ModelSizes, dropout: float) -> int:
+        """Return the bytes that a layer keeps for a position; compiled ones alone need at most what is counted here."""
+        if llava.fused_layers is not None and llava.fused_layers.compiled:
+            return memory.fused_activations(sizes, rank=self.rank, dropout=dropout)
+        return memory.layer_activations(sizes, length=0, rank=self.rank, dropout=dropout, is_padded=False)

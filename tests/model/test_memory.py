@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from llava.model.configuration import LlavaConfig
+from llava.model.fused_layers import FusedLayers, run_layer
 from llava.model.memory import (
     ModelSizes,
     cache_bytes,
+    fused_activations,
     layer_activations,
     loss_bytes,
     optimizer_bytes,
@@ -96,6 +100,42 @@ def test_a_block_keeps_what_is_counted(tiny_model, changes, rank, dropout):
         sizes, length=TOKENS, rank=rank, dropout=dropout, is_padded=False, element=4, mask_element=4
     )
     assert three - two == counted * ROWS * TOKENS
+
+
+def compiled_step_bytes(tiny_model, layers, changes, dropout):
+    """What autograd keeps of packs through compiled layers, and the sizes; one more layer than is counted runs last."""
+    model = tiny_model(num_hidden_layers=layers + 1, max_position_embeddings=64, **changes)
+    wrapped = add_lora(model, rank=4, alpha=8, dropout=dropout, bias="none", base_name="x")
+    choose_trainable(wrapped, lora=True, projector=True, backbone=False)
+    fused = FusedLayers(model.train(), compiled=False)
+    torch._dynamo.reset()
+    fused.run = torch.compile(run_layer, dynamic=False, backend="aot_eager_decomp_partition")  # parts as inductor does
+    embeds, wanted = torch.randn(ROWS, TOKENS, model.config.hidden_size, requires_grad=True), torch.tensor([2])
+    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril().expand(ROWS, -1, -1, -1).contiguous()
+    last_mask = torch.ones(1, 1, 1, ROWS * TOKENS, dtype=torch.bool)
+    positions = torch.arange(TOKENS).expand(ROWS, -1)
+
+    class Step(nn.Module):
+        def forward(self):
+            return SimpleNamespace(loss=fused(embeds, mask, positions, wanted, last_mask).sum())
+
+        def parameters(self):
+            joined = [
+                part.weight for layer in fused.weights for part in (layer.qkv, layer.out, layer.gate_up, layer.down)
+            ]
+            return [*model.parameters(), *joined, embeds, mask]
+
+    return kept_bytes(Step()), ModelSizes.of(model.config)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("changes", [{}, WIDE])
+def test_a_compiled_block_keeps_what_is_counted(tiny_model, changes, dropout):
+    """On the CPU with a dense mask, which is kept as numbers; adapters that are put together are copies."""
+    (three, sizes), (two, _) = (compiled_step_bytes(tiny_model, layers, changes, dropout) for layers in (3, 2))
+    counted = fused_activations(sizes, rank=4, dropout=dropout, element=4, mask_element=1) + 4 * TOKENS
+    copies = 4 * sizes.lora_parameters(4) // sizes.layers
+    assert three - two == counted * ROWS * TOKENS + copies
 
 
 def test_weights_in_fewer_bits_are_those_of_bitsandbytes():

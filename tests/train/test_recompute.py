@@ -25,7 +25,13 @@ SIZES = ModelSizes(
     patches=576,
     patch_values=588,
 )
-STEP = {"positions": 4096, "rank": 128, "dropout": 0.05, "reserved": 5_000_000_000}
+
+
+def block(dropout):
+    return memory.layer_activations(SIZES, length=0, rank=128, dropout=dropout, is_padded=False)
+
+
+STEP = {"positions": 4096, "block": block(0.05), "reserved": 5_000_000_000}
 
 
 def test_ample_memory_recomputes_nothing_and_none_everything():
@@ -42,10 +48,9 @@ def test_more_memory_never_means_more_layers():
 def test_what_is_chosen_fits_and_one_layer_fewer_does_not():
     available = 30 * 10**9
     count = layers_to_recompute(SIZES, **STEP, available=available)
-    block = memory.layer_activations(SIZES, length=0, rank=128, dropout=0.05, is_padded=False)
 
     def needed(layers):
-        per_position = layers * 2 * 4096 + (32 - layers) * block + block
+        per_position = layers * 2 * 4096 + (32 - layers) * block(0.05) + block(0.05)
         per_position += 8 * 4096 + memory.backward_workspace(SIZES) + 2 * (1024 + 2 * 4096)
         return STEP["reserved"] + STEP["positions"] * per_position
 
@@ -55,7 +60,7 @@ def test_what_is_chosen_fits_and_one_layer_fewer_does_not():
 
 def test_without_dropout_fewer_are_recomputed():
     with_dropout, without = (
-        layers_to_recompute(SIZES, **{**STEP, "dropout": rate}, available=30 * 10**9) for rate in (0.05, 0.0)
+        layers_to_recompute(SIZES, **{**STEP, "block": block(rate)}, available=30 * 10**9) for rate in (0.05, 0.0)
     )
     assert without < with_dropout
 
@@ -87,6 +92,21 @@ def test_the_layers_that_keep_their_activations(tiny_model, monkeypatch, changes
     KeepActivations(model, rank=0, positions=64).on_train_begin(arguments(**changes), None, None)
     flags = [layer.gradient_checkpointing for layer in model.model.layers]
     assert flags == [True] * recomputed + [False] * (4 - recomputed)
+
+
+def test_compiled_fused_layers_are_counted_as_such(tiny_model, monkeypatch):
+    """They keep less, so that with the same memory fewer are computed again."""
+    counts, positions = [], 10**6
+    whole = memory.layer_activations(ModelSizes.of(tiny_model().config), length=0, rank=3, dropout=0.0, is_padded=False)
+    monkeypatch.setattr(recompute, "free_memory", lambda device: positions * 20 * whole)
+    for fused in (None, SimpleNamespace(compiled=False), SimpleNamespace(compiled=True)):
+        model = tiny_model(num_hidden_layers=40).train()
+        model.fused_layers = fused
+        for layer in model.model.layers:
+            layer.gradient_checkpointing = True
+        KeepActivations(model, rank=3, positions=positions).on_train_begin(arguments(), None, None)
+        counts.append(sum(layer.gradient_checkpointing for layer in model.model.layers))
+    assert 0 < counts[2] < counts[1] == counts[0]
 
 
 def test_nothing_is_changed_without_checkpointing(tiny_model):
