@@ -49,14 +49,24 @@ class PackCollator:
         features_per_image: positions a picture, or each of its tiles, takes.
         image_size: side of a blank picture for batches without any, in pixels.
         budget: most positions of the pack's rows, unless a record alone is longer; None = one row.
-        multiple: rows are padded to a multiple of so many positions.
+        multiple: rows that are longer than all `lengths` are padded to a multiple of so many positions.
+        lengths: others are padded to the shortest of these into which they fit.
     """
 
-    def __init__(self, features_per_image: int, image_size: int, *, budget: int | None, multiple: int) -> None:
+    def __init__(
+        self,
+        features_per_image: int,
+        image_size: int,
+        *,
+        budget: int | None,
+        multiple: int,
+        lengths: Sequence[int] = (),
+    ) -> None:
         self.features_per_image = features_per_image
         self.image_size = image_size
         self.budget = budget
         self.multiple = multiple
+        self.lengths = lengths
 
     def __call__(self, rows: Sequence[PackedRow]) -> dict[str, Any]:
         """Return the model's arguments: input_ids, labels, position_ids, layout, see `Pack`; images, each once."""
@@ -72,6 +82,7 @@ class PackCollator:
                     images.append(pixels)
         records = [row.record for row in rows]
         features = [[place[path] for path in record.images] for record in records]
-        columns = pack_records(records, features, budget=self.budget, multiple=self.multiple)._asdict()
+        pack = pack_records(records, features, budget=self.budget, multiple=self.multiple, lengths=self.lengths)
+        columns = pack._asdict()
         batch = {name: columns.pop(name) for name in MODEL_ARGUMENTS}
         return {**batch, "layout": columns, "images": batch_images(images, self.image_size)}

@@ -169,6 +169,7 @@ def pack_records(
     *,
     budget: int | None = None,
     multiple: int = 1,
+    lengths: Sequence[int] = (),
 ) -> Pack:
     """Lay records out behind the prefixes they share.
 
@@ -177,16 +178,17 @@ def pack_records(
         features: of each record and each of its images, which of all images' features are its own; records that share
             an image name the same ones.
         budget: most positions of a row, unless a record alone is longer; None = one row for all.
-        multiple: rows are padded to a multiple of so many positions.
+        multiple: see `padded_length`.
+        lengths: see `padded_length`.
     """
-    lengths = [
+    whole = [
         len(record.input_ids) + sum(len(image) - 1 for image in images)
         for record, images in zip(records, features, strict=True)
     ]
-    groups = group_records(records, lengths, budget)
-    rows = fill_rows([group_length(group, records, lengths) for group in groups], budget)
+    groups = group_records(records, whole, budget)
+    rows = fill_rows([group_length(group, records, whole) for group in groups], budget)
     columns = [_lay_out_row([groups[index] for index in row], records, features) for row in rows]
-    length = -(-max(len(row[0]) for row in columns) // multiple) * multiple
+    length = padded_length(max(len(row[0]) for row in columns), multiple, lengths)
     padding = (0, IGNORE_INDEX, 0, NO_GROUP, TRUNK, -1)
     input_ids, labels, position_ids, numbers, branches, patches = (
         torch.from_numpy(
@@ -208,6 +210,12 @@ def pack_records(
         image_positions,
         patches.flatten()[image_positions],
     )
+
+
+def padded_length(positions: int, multiple: int, lengths: Sequence[int] = ()) -> int:
+    """Return the shortest of some lengths that so many positions fit into; where none is, a multiple of `multiple`."""
+    fitting = [length for length in lengths if length >= positions]
+    return min(fitting, default=-(-positions // multiple) * multiple)
 
 
 _Columns = list[numpy.ndarray]

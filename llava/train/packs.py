@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from torch.utils.data import Sampler
 
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.packed_dataset import PackCollator, PackedDataset
-from llava.data.packing import BLOCK
+from llava.data.packing import BLOCK, padded_length
 from llava.data.records import EncodedRecord, spliced_length
 from llava.data.sharing import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
 from llava.image_processing import CLIPPixels
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MOST_LENGTHS = 4
 """Padded lengths of a run's packs: `torch.compile` keeps eight versions of a function, and each takes a while."""
+BEYOND = 1024
+"""Packs of a later epoch that are longer than all of the first one's are padded to multiples of so many positions."""
 
 
 class Feed(NamedTuple):
@@ -187,18 +191,33 @@ def choose_feed(
         rows = SupervisedDataset(*parts)
         positions = max(rows.lengths) * training_args.train_batch_size
         return Feed(rows, SupervisedCollator(pad_token_id, size), None, positions)
-    multiple = few_lengths(order.costs) if layers_run.compiled else BLOCK if layers_run.in_blocks else 1
     budget = None if layers_run.in_blocks else training_args.model_max_length
-    collator = PackCollator(order.patches, size, budget=budget, multiple=multiple)
-    return Feed(PackedDataset(*parts), collator, order.sampler, -(-max(order.costs) // multiple) * multiple)
+    rows = order.costs if budget is None else [min(cost, budget) for cost in order.costs]
+    lengths = few_lengths(rows) if layers_run.compiled else []
+    multiple = BEYOND if layers_run.compiled else BLOCK if layers_run.in_blocks else 1
+    collator = PackCollator(order.patches, size, budget=budget, multiple=multiple, lengths=lengths)
+    positions = padded_length(max(order.costs), multiple, lengths)
+    return Feed(PackedDataset(*parts), collator, order.sampler, positions)
 
 
-def few_lengths(costs: Sequence[int]) -> int:
-    """Return the smallest step for padding packs of these positions with which at most `MOST_LENGTHS` lengths occur."""
-    multiple = BLOCK
-    while len({-(-cost // multiple) for cost in costs}) > MOST_LENGTHS:
-        multiple *= 2
-    return multiple
+def few_lengths(costs: Sequence[int]) -> list[int]:
+    """Return at most `MOST_LENGTHS` lengths, of whole blocks, to which packs of these positions are padded least."""
+    counts = collections.Counter(-(-cost // BLOCK) * BLOCK for cost in costs)
+    sizes = sorted(counts)
+    packs = list(itertools.accumulate((counts[size] for size in sizes), initial=0))
+    # For the smallest sizes, so many of them: positions with padding, and the lengths, of which each round adds one.
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    for _ in range(min(MOST_LENGTHS, len(sizes))):
+        best = {
+            stop: min(
+                (positions + (packs[stop] - packs[start]) * size, [*lengths, size])
+                for start, (positions, lengths) in best.items()
+                if start < stop
+            )
+            for stop, size in enumerate(sizes, start=1)
+            if stop > min(best)
+        }
+    return best[len(sizes)][1]
 
 
 def describe_sharing(sharing: Sharing, lengths: Sequence[int], costs: Sequence[int], processes: int) -> str:

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.constants import NO_GROUP, STEM
-from llava.data.packing import Group, common_prefix, common_stem, fill_rows, group_records, pack_records, sharing_key
+from llava.data.packing import (
+    Group,
+    common_prefix,
+    common_stem,
+    fill_rows,
+    group_records,
+    pack_records,
+    padded_length,
+    sharing_key,
+)
 from llava.data.records import EncodedRecord, spliced_length
 
 __, IMAGE = -100, -200
@@ -43,6 +52,13 @@ def test_a_pack_written_out():
     assert pack.supervised.tolist() == [4, 5, 7, 8, 10, 14, 15]
     assert pack.image_positions.tolist() == [1, 2, 12, 13]
     assert pack.patches.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("positions", "padded"), [(1, 7), (7, 7), (8, 20), (20, 20), (21, 32), (32, 32), (33, 64)])
+def test_rows_are_as_long_as_the_shortest_length_that_holds_them(positions, padded):
+    assert padded_length(positions, 32, [20, 7]) == padded
+    rows = [record([1] * positions, [*[__] * (positions - 1), 2])]
+    assert pack_records(rows, [[]], multiple=32, lengths=[20, 7]).input_ids.shape == (1, padded)
 
 
 def test_rows_within_a_budget():

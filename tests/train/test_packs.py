@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava.data.dataset import ImageSettings, SupervisedCollator
 from llava.data.packed_dataset import PackCollator
+from llava.data.packing import padded_length
 from llava.data.records import EncodedRecord
 from llava.data.sharing import SharedPrefixSampler, find_sharing
 from llava.image_processing import CLIPPixels
@@ -173,14 +177,32 @@ def test_what_is_read_and_in_which_order(tmp_path):
     assert feed(together).positions == 9
     collator = feed(together, LayersRun(in_blocks=True, compiled=False)).collator
     assert (collator.budget, collator.multiple) == (None, 128)
-    assert feed(together, LayersRun(in_blocks=True, compiled=True)).positions == 128
+    compiled = feed(together, LayersRun(in_blocks=True, compiled=True))
+    assert (compiled.collator.lengths, compiled.collator.multiple, compiled.positions) == ([128], 1024, 128)
+    assert feed(together * 40, LayersRun(in_blocks=False, compiled=True)).collator.lengths == [128]  # rows of 64
     assert feed(together, share_image_prefix=False).positions == 14
 
 
 def test_few_lengths():
-    assert few_lengths([100, 200, 300]) == 128
-    assert few_lengths(range(100, 2000, 50)) == 512
-    assert few_lengths([5000]) == 128
+    assert few_lengths([100, 200, 300]) == [128, 256, 384]
+    assert few_lengths([5000]) == [5120]
+    clusters = [700, *range(2040, 2060), *range(2600, 2660), *range(3180, 3200), 5000]
+    assert few_lengths(clusters) == [2176, 2688, 3200, 5120]  # the one short pack is not worth a length
+
+
+@given(st.lists(st.integers(1, 1500), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_no_other_lengths_pad_less(costs):
+    sizes = sorted({-(-cost // 128) * 128 for cost in costs})
+
+    def padded(lengths):
+        return sum(padded_length(cost, 128, lengths) for cost in costs)
+
+    choices = [choice for count in range(1, 5) for choice in itertools.combinations(sizes, count)]
+    best = min(padded(choice) for choice in choices if choice[-1] == sizes[-1])
+    chosen = few_lengths(costs)
+    assert len(chosen) <= 4
+    assert padded(chosen) == best
 
 
 @pytest.mark.parametrize(
