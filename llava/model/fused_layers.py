@@ -117,7 +117,7 @@ class FusedLayers:
         Returns:
             the normed output, (K, D).
         """
-        rotary = self.body.rotary_emb(inputs_embeds, position_ids)  # cos and sin, (R, S, width of a head)
+        rotary = signed(*self.body.rotary_emb(inputs_embeds, position_ids))
         hidden = inputs_embeds
         training = self.body.training
         for layer, weights in zip(self.body.layers[:-1], self.weights[:-1], strict=True):
@@ -216,11 +216,20 @@ def split_heads(values: Tensor, heads: int) -> Tensor:
     return values.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return transformers' tables (R, S, width of a head) for `rotate`: the first half of the sines is negative."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat([-first, second], dim=-1)
+
+
 def rotate(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Return (R, heads, S, width) turned by their positions."""
+    """Return (R, heads, S, width) turned by their positions.
+
+    Halves are swapped by a flip, which compiled code reads by an index alone, forward and backward.
+    """
     cos, sin = (table.unsqueeze(1) for table in rotary)
-    first, second = values.chunk(2, dim=-1)
-    return values * cos + torch.cat((-second, first), dim=-1) * sin
+    swapped = values.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return values * cos + swapped * sin
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask) -> Tensor:
