@@ -33,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava.data.dataset import ImageSettings
 from llava.data.records import EncodedRecord
 from llava.image_processing import CLIPPixels
-from llava.model import attention_kernels, fused_layers
+from llava.model import adapted_linear, attention_kernels, fused_layers
 from llava.model.memory import ModelSizes
 from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora, choose_trainable
@@ -65,6 +65,7 @@ class Variant:
         tower: compile the image encoder's layers too.
         planned: let cuDNN plan attention anew for every number of images and of supervised tokens.
         attention: as `--attention` says; without it, with copies of the stem's keys.
+        adapters_first: see `llava.model.adapted_linear.ADAPTERS_FIRST`.
     """
 
     batch: int
@@ -77,6 +78,7 @@ class Variant:
     tower: bool = False
     planned: bool = False
     attention: bool = False
+    adapters_first: bool = adapted_linear.ADAPTERS_FIRST
 
 
 VARIANTS = {
@@ -84,6 +86,7 @@ VARIANTS = {
     "shared_fused": Variant(24),
     "one_question_fused": Variant(8, alone=True),
     "shared_fused_large_attention": Variant(48, attention=True),
+    "shared_fused_large_adapters": Variant(48, adapters_first=not adapted_linear.ADAPTERS_FIRST),
     "shared_fused_large_tower": Variant(48, tower=True),
     "shared_fused_large_all": Variant(48, attention=True, tower=True),
     "shared_fused_large_planned": Variant(48, planned=True),
@@ -171,6 +174,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with (
         mock.patch.object(attention_kernels, "WITHOUT_PLANS", kernels),
         mock.patch.object(fused_layers, "ATTENTION_OPTIONS", attention["options"]),
+        mock.patch.object(adapted_linear, "ADAPTERS_FIRST", variant.adapters_first),
     ):
         return measure_ours(variant, options, attention["stem_copies"])
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
+import llava.model.adapted_linear
 from llava.model.adapted_linear import adapted_linear
 from llava.model.fused_layers import Adapter, Joined, linear
 
@@ -63,7 +64,9 @@ def compare(compute, inputs, joined, **tolerance):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_values_and_gradients_are_those_of_layers_one_by_one(dropout):
+@pytest.mark.parametrize("adapters_first", [False, True])
+def test_values_and_gradients_are_those_of_layers_one_by_one(dropout, adapters_first, monkeypatch):
+    monkeypatch.setattr(llava.model.adapted_linear, "ADAPTERS_FIRST", adapters_first)
     compare(linear, *make(dropout), rtol=1e-10, atol=1e-12)
 
 
