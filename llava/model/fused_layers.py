@@ -10,7 +10,6 @@ Letters: `R` rows, `S` positions, `D` width, `K` positions whose output is wante
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -186,14 +185,13 @@ def linear(inputs: Tensor, joined: Joined, training: bool) -> tuple[Tensor, ...]
         return nn.functional.linear(inputs, joined.weight).split(joined.widths, dim=-1)
     dtype = product_dtype(inputs)
     values = inputs.to(dtype)
-    dropped = nn.functional.dropout(values, adapters[0].dropout, training) if adapters[0].dropout else None
+    drops = training and adapters[0].dropout > 0
+    dropped = nn.functional.dropout(values, adapters[0].dropout) if drops else None
     downs = torch.cat([adapter.down.to(dtype) for adapter in adapters])
     ups = [(adapter.up * adapter.scale).to(dtype) for adapter in adapters]
     with torch.no_grad():
         low = nn.functional.linear(values if dropped is None else dropped, downs)
-    stops = itertools.accumulate(joined.widths)
-    places = zip(stops, joined.widths, joined.adapters, strict=True)
-    starts = [stop - width for stop, width, adapter in places if adapter is not None]
+    starts = [sum(joined.widths[:index]) for index, adapter in enumerate(joined.adapters) if adapter is not None]
     outputs = adapted_linear(values, dropped, low, joined.weight.to(dtype), downs, ups, starts)
     return outputs.split(joined.widths, dim=-1)
 
