@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}", flush=True)
         try:
             report["rows"][name] = measure(name, options)
-        except torch.OutOfMemoryError as error:
-            report["rows"][name] = {"error": str(error).split(". ")[0]}
+        except Exception as error:  # the other runs are still worth their time
+            traceback.print_exc()
+            report["rows"][name] = {"error": f"{type(error).__name__}: {str(error).split('. ')[0][:300]}"}
         release()
         report["rows"][name]["wall_s"] = round(time.perf_counter() - started, 1)
         if is_first:
