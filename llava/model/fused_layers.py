@@ -75,6 +75,10 @@ class Shape(NamedTuple):
     epsilon: float
 
 
+ReadAll = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""`read_all`, compiled or not."""
+
+
 class FusedLayers:
     """Stands in for a Llama body over packs.
 
@@ -95,6 +99,8 @@ class FusedLayers:
         self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps)
         self.weights = [_layer_weights(layer) for layer in self.body.layers]
         self.run: Callable[..., Tensor] = torch.compile(run_layer, dynamic=False) if compiled else run_layer
+        # Of the last layer only this part has the same shapes in every step.
+        self.read: ReadAll = torch.compile(read_all, dynamic=False) if compiled else read_all
 
     def __call__(
         self,
@@ -126,7 +132,9 @@ class FusedLayers:
             else:
                 hidden = self.run(*arguments)
         with without_plans():
-            hidden = run_last_layer(hidden, rotary, wanted, wanted_mask, self.weights[-1], self.shape, training)
+            hidden = run_last_layer(
+                hidden, rotary, wanted, wanted_mask, self.weights[-1], self.shape, training, self.read
+            )
         return self.body.norm(hidden)
 
 
@@ -155,18 +163,28 @@ def run_last_layer(
     weights: LayerWeights,
     shape: Shape,
     training: bool,
+    read: ReadAll,
 ) -> Tensor:
     """Run the last layer for the positions that are wanted, (R, S, D) -> (K, D); all are keys and values."""
     rotary = tuple(table.flatten(0, 1)[None] for table in rotary)
     hidden = hidden.flatten(0, 1)[None]  # (1, R x S, D)
-    normed = norm(hidden, weights.attention_norm, shape.epsilon)
-    queries, keys_values = weights.qkv.divide()
+    normed, key, value = read(hidden, rotary, weights, shape, training)
+    queries, _ = weights.qkv.divide()
     (query,) = linear(normed[:, wanted], queries, training)
     query = rotate(split_heads(query, shape.heads), tuple(table[:, wanted] for table in rotary))  # (1, heads, K, width)
-    key, value = linear(normed, keys_values, training)
-    key = rotate(split_heads(key, shape.key_value_heads), rotary)
-    attended = attend(query, key, split_heads(value, shape.key_value_heads), wanted_mask)
+    attended = attend(query, key, value, wanted_mask)
     return finish_layer(hidden[:, wanted], attended, weights, shape, training)[0]
+
+
+def read_all(
+    hidden: Tensor, rotary: tuple[Tensor, Tensor], weights: LayerWeights, shape: Shape, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a layer needs of all positions: the normed input (1, N, D), keys and values (1, heads, N, width)."""
+    normed = norm(hidden, weights.attention_norm, shape.epsilon)
+    _, keys_values = weights.qkv.divide()
+    key, value = linear(normed, keys_values, training)
+    heads = shape.key_value_heads
+    return normed, rotate(split_heads(key, heads), rotary), split_heads(value, heads)
 
 
 def finish_layer(hidden: Tensor, attended: Tensor, weights: LayerWeights, shape: Shape, training: bool) -> Tensor:

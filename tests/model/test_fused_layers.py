@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava.model.fused_layers import Adapter, FusedLayers, Joined, linear, run_layer, why_not_fused
+from llava.model.fused_layers import Adapter, FusedLayers, Joined, linear, read_all, run_layer, why_not_fused
 from llava.train.lora import add_lora, choose_trainable
 
 
@@ -132,7 +132,7 @@ def test_the_expectation_under_dropout_is_the_result_without():
     torch.testing.assert_close(dropped.mean(0), whole[0], rtol=0, atol=0.1)
 
 
-def test_all_layers_share_one_compilation(tiny_model):
+def test_all_layers_but_the_last_share_one_compilation_in_all_steps(tiny_model):
     graphs = []
 
     def count(graph, inputs):
@@ -143,9 +143,11 @@ def test_all_layers_share_one_compilation(tiny_model):
     adapted(model)
     fused = FusedLayers(model, compiled=False)
     torch._dynamo.reset()
-    fused.run = torch.compile(run_layer, dynamic=False, backend=count, fullgraph=True)
+    fused.run, fused.read = (
+        torch.compile(function, dynamic=False, backend=count, fullgraph=True) for function in (run_layer, read_all)
+    )
     embeds, mask = torch.randn(1, 5, 16, requires_grad=True), torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    wanted = torch.tensor([2])
-    fused(embeds, mask, torch.arange(5)[None], wanted, mask[:, :, wanted])
-    fused(embeds * 2, mask, torch.arange(5)[None] + 3, wanted, mask[:, :, wanted])
-    assert len(graphs) == 1
+    for count_wanted in (1, 2):
+        wanted = torch.arange(count_wanted)
+        fused(embeds * count_wanted, mask, torch.arange(5)[None] + count_wanted, wanted, mask[:, :, wanted])
+    assert len(graphs) == 2
