@@ -28,6 +28,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -66,6 +67,7 @@ class Variant:
         tower: compile the image encoder's layers too.
         planned: let cuDNN plan attention anew for every number of images and of supervised tokens.
         attention: as `--attention` says; without it, with copies of the stem's keys.
+        tuned: let inductor try several configurations of each pointwise kernel, which takes it longer.
         adapters_first: see `llava.model.adapted_linear.ADAPTERS_FIRST`.
     """
 
@@ -79,6 +81,7 @@ class Variant:
     tower: bool = False
     planned: bool = False
     attention: bool = False
+    tuned: bool = False
     adapters_first: bool = adapted_linear.ADAPTERS_FIRST
 
 
@@ -90,6 +93,7 @@ VARIANTS = {
     "shared_fused_large_adapters": Variant(48, adapters_first=not adapted_linear.ADAPTERS_FIRST),
     "shared_fused_large_tower": Variant(48, tower=True),
     "shared_fused_large_all": Variant(48, attention=True, tower=True),
+    "shared_fused_large_tuned": Variant(48, tuned=True),
     "shared_fused_large_planned": Variant(48, planned=True),
     "shared_fused_dropout": Variant(24, dropout=0.05),
     "shared_compiled": Variant(24, fuse="off"),
@@ -177,6 +181,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         mock.patch.object(attention_kernels, "WITHOUT_PLANS", kernels),
         mock.patch.object(fused_layers, "ATTENTION_OPTIONS", attention["options"]),
         mock.patch.object(adapted_linear, "ADAPTERS_FIRST", variant.adapters_first),
+        inductor.patch(coordinate_descent_tuning=variant.tuned, max_autotune_pointwise=variant.tuned),
     ):
         return measure_ours(variant, options, attention["stem_copies"])
 
