@@ -95,7 +95,7 @@ def _sum_of_products(
 
 @adapted_linear.register_fake
 def _adapted_linear_shape(inputs: Tensor, dropped: Tensor | None, low: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], len(weight))
+    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
 
 
 @input_gradient.register_fake
