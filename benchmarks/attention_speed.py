@@ -78,13 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = choice | trial.measure(choice)
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
+        usable = [row for row in report["rows"] if "both_ms" in row and not {"mask", "blocks"} & set(row)]
+        write(min(usable, key=lambda row: row["both_ms"], default={}))
         return row
 
-    best = choose(measure)
-    report["best"] = {key: best[key] for key in ("stem_copies", "options", "both_ms")}
+    def write(best: dict[str, Any]) -> None:
+        report["best"] = {key: best[key] for key in ("stem_copies", "options", "both_ms") if key in best}
+        if options.output:
+            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    write(choose(measure))
     print(f"best: {json.dumps(report['best'])}")
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
