@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
 
 from llava.inference.answer_text import AnswerStream
+from llava.inference.arrival import Arrival
+from llava.inference.dialogue_cache import open_cache
 from llava.inference.prompts import ending_ids, next_turn_ids
 from llava.inference.session import Prompt, Sampling, Session
-
-_UNKNOWN = -1
+from llava.inference.tree_cache import send
 
 
 class Chat:
@@ -47,6 +48,9 @@ class Chat:
             self._generator.seed()
         else:
             self._generator.manual_seed(self.sampling.seed)
+        self._races: deque[Tensor] = deque()
+        self._cache = open_cache(session.model)
+        self._is_ahead = session.model.device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
@@ -54,8 +58,8 @@ class Chat:
         self.turns: list[tuple[str, str]] = []
         self.ids: list[int] = []
         self.fed_tokens = 0
-        self._pixels: list[Tensor] = []
-        self._forget_cache()
+        self._cache.cut(0)
+        self._unfed = Prompt([], [])  # the part of `ids` behind the cache
 
     def reply(self, question: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
         """Ask, and return an iterator over the pieces of the answer.
@@ -73,7 +77,7 @@ class Chat:
         """
         turn = Prompt(self._turn_ids(question, len(images)), self.session.pixel_values(images))
         unfed = Prompt(self._unfed.input_ids + turn.input_ids, self._unfed.pixel_values + turn.pixel_values)
-        self.session.check_length(self._cached + self.session.spliced_length(unfed), self.sampling.max_new_tokens)
+        self.session.check_length(self._cache.length + self.session.spliced_length(unfed), self.sampling.max_new_tokens)
         return self._stream(question, turn, unfed)
 
     def _turn_ids(self, question: str, n_images: int) -> list[int]:
@@ -86,52 +90,88 @@ class Chat:
     def _stream(self, question: str, turn: Prompt, unfed: Prompt) -> Iterator[str]:
         """Feed the new part of the dialogue, then choose and feed tokens until the answer ends."""
         answer = AnswerStream(self.session.tokenizer, self.session.template.stop_text)
-        start, is_ended, self.fed_tokens = self._cached, False, 0
+        start, is_ended, self.fed_tokens = self._cache.length, False, 0
         try:
-            logits = self._feed(unfed)
-            while True:
-                token = choose_token(logits, self.sampling, self._generator)
+            for token in self._tokens(unfed):
                 piece = answer.push(token)
                 is_ended = token in self.session.stop_ids or (self.session.stops_on_text and answer.has_stop_text)
                 if piece:
                     yield piece
-                if is_ended or len(answer.ids) == self.sampling.max_new_tokens:
+                if is_ended:
                     break
-                logits = self._feed(Prompt([token], []))
             if rest := answer.finish():
                 yield rest
         finally:
+            stop = start
             if answer.ids:
+                stop += self.session.spliced_length(unfed) + len(answer.ids) - 1  # the last token is not fed yet
                 self._close_turn(question, turn, answer, is_ended)
-                start += self.session.spliced_length(unfed) + len(answer.ids) - 1  # the last token was not fed
-            if self._cached != start:  # an exception inside the model, or between its step and the next choice
-                self._forget_cache()
+            self._cache.cut(stop)
+            self.fed_tokens = stop - start
+
+    @torch.no_grad()
+    def _tokens(self, prompt: Prompt) -> Iterator[int]:
+        """Yield the tokens of an answer; on CUDA the next one is under way before a token is looked at."""
+        cache, model, n_tokens = self._cache, self.session.model, self.sampling.max_new_tokens
+        input_ids = torch.tensor([prompt.input_ids], device=model.device)  # (1, T)
+        embeds = model.splice(input_ids, prompt.pixel_values).inputs_embeds[0]  # (S, D)
+        token = self._choose(cache.read(embeds, room=n_tokens), 0)  # (1,)
+        for number in range(1, n_tokens + 1):
+            is_last = number == n_tokens
+            arrival = Arrival([token])
+            if self._is_ahead and not is_last:
+                token = self._choose(cache.step(token), 1)
+            [[chosen]] = arrival.wait()
+            if self._races:
+                self._races.popleft()
+            yield chosen
+            if not self._is_ahead and not is_last:
+                token = self._choose(cache.step(token), 0)
+
+    def _choose(self, logits: Tensor, n_ahead: int) -> Tensor:
+        """Choose the next token, (1, W) -> (1,).
+
+        Args:
+            logits: behind the last token.
+            n_ahead: tokens chosen before that nobody has looked at; if they are dropped, their chance is not lost.
+        """
+        if self.sampling.temperature == 0:
+            return select_token(logits, self.sampling, None)
+        if len(self._races) <= n_ahead:
+            self._races.append(draw_race(logits.shape[-1], self._generator))
+        return select_token(logits, self.sampling, send(self._races[n_ahead], logits.device))
 
     def _close_turn(self, question: str, turn: Prompt, answer: AnswerStream, is_ended: bool) -> None:
         end = [] if is_ended else ending_ids(self.session.template, self.session.tokenizer)
         self.turns.append((question, answer.text))
         self.ids += turn.input_ids + answer.ids + end
-        self._pixels += turn.pixel_values
         self._unfed = Prompt(answer.ids[-1:] + end, [])
 
-    def _forget_cache(self) -> None:
-        """Have the next turn read the whole dialogue again."""
-        self._cache = DynamicCache()
-        self._cached = 0  # positions in the cache
-        self._unfed = Prompt(list(self.ids), list(self._pixels))  # the part of `ids` behind them
 
-    @torch.no_grad()
-    def _feed(self, prompt: Prompt) -> Tensor:
-        """Extend the cache and return the logits (W,) behind the last position."""
-        input_ids = torch.tensor([prompt.input_ids], device=self.session.model.device)  # (1, T)
-        inputs_embeds = self.session.model.splice(input_ids, prompt.pixel_values).inputs_embeds  # (1, S, D)
-        cached, self._cached = self._cached, _UNKNOWN  # an interrupt may leave some layers a step ahead of others
-        output = self.session.model(
-            inputs_embeds=inputs_embeds, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
-        self._cached = cached + inputs_embeds.shape[1]
-        self.fed_tokens += inputs_embeds.shape[1]
-        return output.logits[0, -1]
+def draw_race(vocabulary: int, generator: torch.Generator | None) -> Tensor:
+    """Return the chance that decides a token, (W,): exponentially distributed times, see `select_token`."""
+    return torch.empty(vocabulary).exponential_(generator=generator)
+
+
+def select_token(logits: Tensor, sampling: Sampling, race: Tensor | None) -> Tensor:
+    """Return the next token, on the device, (1, W) -> (1,).
+
+    Where tokens arrive at times with means of 1 / probability, each is the first with its probability; so does
+    `torch.multinomial` draw one.
+
+    Args:
+        logits: behind the last token.
+        sampling: temperature and top_p.
+        race: (W,) of `draw_race`; not needed at temperature 0.
+    """
+    if sampling.temperature == 0:
+        return logits.float().argmax(dim=-1)
+    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)  # (1, W)
+    if sampling.top_p is not None:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        is_beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the likeliest always stays
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(is_beyond, 0))
+    return (probabilities / race).argmax(dim=-1)
 
 
 def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> int:
@@ -142,11 +182,5 @@ def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator 
         sampling: temperature and top_p.
         generator: of chance, on the CPU; None = torch's own.
     """
-    if sampling.temperature == 0:
-        return int(logits.float().argmax())
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1).cpu()  # (W,)
-    if sampling.top_p is not None:
-        ordered, order = probabilities.sort(descending=True)
-        is_beyond = ordered.cumsum(0) - ordered >= sampling.top_p  # the likeliest always stays
-        probabilities[order[is_beyond]] = 0
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    race = None if sampling.temperature == 0 else draw_race(len(logits), generator).to(logits.device)
+    return int(select_token(logits[None], sampling, race))

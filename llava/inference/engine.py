@@ -12,11 +12,11 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava.inference.arrival import Arrival
 from llava.inference.backlog import Backlog, Failed
 from llava.inference.grouping import Branch
 from llava.inference.selection import score_tokens, select_tokens
@@ -39,7 +39,7 @@ _TOO_WIDE = 1.5
 """A cache whose rows are so many times longer than needed is made anew as soon as it is empty."""
 
 
-class Selected:
+class Selected(Arrival):
     """Tokens or scores that are on their way from the device.
 
     Args:
@@ -48,18 +48,8 @@ class Selected:
     """
 
     def __init__(self, branches: list[tuple[Row, Branch]], tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
         self.branches = branches
-        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        self._event = None
-        if tensors[0].device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def wait(self) -> list[list[Any]]:
-        """Return the values, as soon as they are there: what the device was given later is not waited for."""
-        if self._event is not None:
-            self._event.synchronize()
-        return [tensor.tolist() for tensor in self._tensors]
 
 
 class Engine:

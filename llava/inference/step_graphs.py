@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 RECORDED_FROM = 3
-"""So often a shape has to occur; recording costs about as much as a step."""
+"""So often a shape has to occur unless said otherwise; recording costs about as much as a step."""
 _FINE, _COARSE = 16, 64
 _USED_MULTIPLE = 128
 
@@ -39,9 +39,13 @@ class StepGraphs:
 
     It keeps no reference to the function: a cache whose step it is would live on until the next garbage collection,
     and with it the memory that the next cache needs.
+
+    Args:
+        recorded_from: so often a shape has to occur, at least twice: kernels are loaded by a call that is not recorded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorded_from: int = RECORDED_FROM) -> None:
+        self._recorded_from = recorded_from
         self._seen: Counter[StepShape] = Counter()
         self._recorded: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -55,7 +59,7 @@ class StepGraphs:
             shape: of the step.
         """
         self._seen[shape] += 1
-        if self._seen[shape] < RECORDED_FROM:
+        if self._seen[shape] < self._recorded_from:
             return compute(entries, shape)
         if shape not in self._recorded:
             self._recorded[shape] = self._record(compute, entries, shape)

@@ -57,6 +57,8 @@ class FlatLlama:
         key_shape: (K, d) of a cached key.
         device: of weights and tokens.
         dtype: of hidden states.
+        cosine: (positions, 1, d) of the rotary embedding.
+        sine: (positions, 1, d).
     """
 
     def __init__(self, model: LlavaLlamaForCausalLM, *, compiled: bool = False) -> None:
@@ -72,7 +74,7 @@ class FlatLlama:
         self._norm, self._head = body.norm, model.get_output_embeddings()
         positions = torch.arange(config.max_position_embeddings, device=self.device)
         cosine, sine = body.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions[None])
-        self._cosine, self._sine = cosine[0, :, None], sine[0, :, None]  # (positions, 1, d)
+        self.cosine, self.sine = cosine[0, :, None], sine[0, :, None]  # (positions, 1, d)
         self._project, self._finish = project_heads, finish_layer
         if compiled:
             # Only the number of tokens changes from call to call; one graph serves all layers and numbers.
@@ -103,7 +105,7 @@ class FlatLlama:
             is_once: not worth compiling.
         """
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
-        turn = self._cosine[places.positions], self._sine[places.positions]
+        turn = self.cosine[places.positions], self.sine[places.positions]
         hidden = embeds
         for number, layer in enumerate(self._layers):
             attended = attend(number, project(layer, hidden, *turn, *cache[number], places.slots, places.places))

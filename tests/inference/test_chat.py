@@ -118,8 +118,8 @@ def test_an_interrupt_inside_the_model_does_no_harm(session, images, monkeypatch
     for each in (chat, undisturbed):
         say(each, "Is there railing?", images[:1])
     steps = 0
-    layer = session.model.model.layers[1]
-    forward = layer.forward
+    module = session.model.model.layers[1].mlp
+    forward = module.forward
 
     def interrupted(*args, **kwargs):
         nonlocal steps
@@ -128,7 +128,7 @@ def test_an_interrupt_inside_the_model_does_no_harm(session, images, monkeypatch
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(layer, "forward", interrupted)
+    monkeypatch.setattr(module, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         say(chat, "and now?")
     monkeypatch.undo()
