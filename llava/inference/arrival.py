@@ -17,12 +17,13 @@ class Arrival:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        is_cuda = tensors[0].device.type == "cuda"
+        device = tensors[0].device
+        is_cuda = device.type == "cuda"
         self._tensors = [tensor.to("cpu", non_blocking=is_cuda) for tensor in tensors]
         self._event = None
         if is_cuda:
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> list[list[Any]]:
         """Return the values, as soon as they are there: what the device was given later is not waited for."""

@@ -28,6 +28,8 @@ class Chat:
         turns: question and clean answer of each turn.
         ids: the whole dialogue as the model sees it, answers as it generated them, `IMAGE_TOKEN_INDEX` per image.
         fed_tokens: positions the model computed for the latest turn, in tokens and image patches.
+        is_ahead: give the device the step behind a token before the token is looked at; what is then not wanted is
+            forgotten.
 
     Raises:
         ValueError: if beam search is asked for, which can't be streamed.
@@ -50,7 +52,7 @@ class Chat:
             self._generator.manual_seed(self.sampling.seed)
         self._races: deque[Tensor] = deque()
         self._cache = open_cache(session.model)
-        self._is_ahead = session.model.device.type == "cuda"
+        self.is_ahead = session.model.device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
@@ -90,11 +92,12 @@ class Chat:
     def _stream(self, question: str, turn: Prompt, unfed: Prompt) -> Iterator[str]:
         """Feed the new part of the dialogue, then choose and feed tokens until the answer ends."""
         answer = AnswerStream(self.session.tokenizer, self.session.template.stop_text)
+        stop_ids, stops_on_text = self.session.stop_ids, self.session.stops_on_text
         start, is_ended, self.fed_tokens = self._cache.length, False, 0
         try:
             for token in self._tokens(unfed):
                 piece = answer.push(token)
-                is_ended = token in self.session.stop_ids or (self.session.stops_on_text and answer.has_stop_text)
+                is_ended = token in stop_ids or (stops_on_text and answer.has_stop_text)
                 if piece:
                     yield piece
                 if is_ended:
@@ -119,13 +122,13 @@ class Chat:
         for number in range(1, n_tokens + 1):
             is_last = number == n_tokens
             arrival = Arrival([token])
-            if self._is_ahead and not is_last:
+            if self.is_ahead and not is_last:
                 token = self._choose(cache.step(token), 1)
             [[chosen]] = arrival.wait()
             if self._races:
                 self._races.popleft()
             yield chosen
-            if not self._is_ahead and not is_last:
+            if not self.is_ahead and not is_last:
                 token = self._choose(cache.step(token), 0)
 
     def _choose(self, logits: Tensor, n_ahead: int) -> Tensor:

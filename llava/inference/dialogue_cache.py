@@ -1,6 +1,7 @@
 """What a dialogue's positions leave behind, keys and values, and the logits of its next token.
 
-`RowCache` computes through the flat layers, into storage that stays where it is; on CUDA a token is then one graph.
+`RowCache` computes through the flat layers, into storage that stays where it is; on CUDA a token is then one graph, and
+of few kernels where Triton is there.
 `LibraryCache` computes through transformers' forward, for models that the flat layers don't cover.
 
 Letters: `S` positions that are read, `C` positions there is room for, `W` vocabulary; `D`, `K`, `d` as in
@@ -9,7 +10,10 @@ Letters: `S` positions that are read, `C` positions there is room for, `W` vocab
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,9 +32,16 @@ from llava.model.flat_llama import (
 )
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 
+logger = logging.getLogger(__name__)
+
 MULTIPLE = 512
 """Attention of a step covers the positions in use rounded up to it, so that few shapes occur; others are masked."""
 _ROOM_MULTIPLE = 128
+
+Storage: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, (1, C, K, d)."""
+Step: TypeAlias = Callable[[Tensor, Sequence[tuple[Tensor, Tensor]]], Tensor]
+"""Appends a token: (entries (2,), storage) -> logits (1, W); entries are the token and its place."""
 
 
 class DialogueCache(Protocol):
@@ -65,7 +76,27 @@ def open_cache(model: LlavaLlamaForCausalLM) -> DialogueCache:
     """
     if not is_flat(model):
         return LibraryCache(model)
-    return RowCache(FlatLlama(model), graphed=model.device.type == "cuda" and has_plain_weights(model))
+    llama = FlatLlama(model)
+    is_recorded = llama.device.type == "cuda" and has_plain_weights(model)
+    return RowCache(llama, graphed=is_recorded, fused=load_kernels(llama) if is_recorded else None)
+
+
+def load_kernels(llama: FlatLlama) -> Step | None:
+    """Return the step in few kernels, if it can be had; what stands in the way on this machine is logged.
+
+    Args:
+        llama: on CUDA.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from llava.model import token_kernels
+
+    if not token_kernels.has_fused_form(llama):
+        return None
+    if problem := token_kernels.find_problem(llama):
+        logger.warning("Triton can't compile kernels here, so that tokens come more slowly: %s", problem)
+        return None
+    return token_kernels.FusedStep(llama)
 
 
 class RowCache:
@@ -74,12 +105,13 @@ class RowCache:
     Args:
         llama: computes them.
         graphed: record the steps as CUDA graphs.
+        fused: computes a step; None = the layers themselves.
     """
 
-    def __init__(self, llama: FlatLlama, *, graphed: bool = False) -> None:
+    def __init__(self, llama: FlatLlama, *, graphed: bool = False, fused: Step | None = None) -> None:
         self.length = 0
-        self._llama, self._graphed = llama, graphed
-        self._layers: list[tuple[Tensor, Tensor]] = [self._storage(0)] * llama.n_layers
+        self._llama, self._graphed, self._fused = llama, graphed, fused
+        self._layers: Storage = [self._storage(0)] * llama.n_layers
         self._graphs: StepGraphs | None = None
 
     @property
@@ -121,17 +153,18 @@ class RowCache:
         """Append a token, (1,) int64 on the device, and return the logits behind it, (1, W), until the next call."""
         if self.length == self.capacity:
             self._grow(self.length + 1)
-        entries = torch.cat([token, torch.full_like(token, self.length)])
-        used = min(self.capacity, round_up(self.length + 1, MULTIPLE))
-        if self._graphed:
-            logits = self._recorded()(self._compute_step, entries, StepShape(1, 1, 1, used))
-        else:
-            logits = self._compute_step(entries, StepShape(1, 1, 1, used))
+        used = self.capacity if self._fused else min(self.capacity, round_up(self.length + 1, MULTIPLE))
+        shape = StepShape(n_answers=1, n_rows=1, n_columns=1, used=used)
+        with torch.cuda.device_of(token):
+            entries = torch.cat([token, torch.full_like(token, self.length)])
+            logits = (self._recorded() if self._graphed else _call)(self._compute_step, entries, shape)
         self.length += 1
         return logits
 
     def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
         """Return the logits behind a token, (2,) -> (1, W); entries are the token and its place."""
+        if self._fused:
+            return self._fused(entries, self._layers)
         llama = self._llama
         token, place = entries.split(1)
         bias = additive(torch.arange(shape.used, device=llama.device) <= place, llama.dtype)[None, None, None]
@@ -163,6 +196,10 @@ class RowCache:
         """Return keys and values of a layer, (1, C, K, d) each; zeros, because what a mask hides is multiplied by 0."""
         shape, llama = (1, capacity, *self._llama.key_shape), self._llama
         return tuple(torch.zeros(shape, dtype=llama.dtype, device=llama.device) for _ in range(2))
+
+
+def _call(compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> Tensor:
+    return compute(entries, shape)
 
 
 class LibraryCache:

@@ -59,6 +59,9 @@ class FlatLlama:
         dtype: of hidden states.
         cosine: (positions, 1, d) of the rotary embedding.
         sine: (positions, 1, d).
+        layers: of the LLM.
+        norm: behind the last.
+        head: gives the logits.
     """
 
     def __init__(self, model: LlavaLlamaForCausalLM, *, compiled: bool = False) -> None:
@@ -70,8 +73,8 @@ class FlatLlama:
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         head_width = body.layers[0].self_attn.head_dim
         self.key_shape = (config.num_key_value_heads, head_width)
-        self._layers = list(body.layers)
-        self._norm, self._head = body.norm, model.get_output_embeddings()
+        self.layers = list(body.layers)
+        self.norm, self.head = body.norm, model.get_output_embeddings()
         positions = torch.arange(config.max_position_embeddings, device=self.device)
         cosine, sine = body.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions[None])
         self.cosine, self.sine = cosine[0, :, None], sine[0, :, None]  # (positions, 1, d)
@@ -107,12 +110,12 @@ class FlatLlama:
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
         turn = self.cosine[places.positions], self.sine[places.positions]
         hidden = embeds
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             attended = attend(number, project(layer, hidden, *turn, *cache[number], places.slots, places.places))
             if number == self.n_layers - 1:
                 hidden = hidden[kept]  # (M, D)
             hidden = finish(layer, hidden, attended)
-        return self._head(self._norm(hidden))  # (M, W)
+        return self.head(self.norm(hidden))  # (M, W)
 
 
 def project_heads(

@@ -1,0 +1,134 @@
+"""A token on CUDA: recorded or not, in few kernels or layer by layer, the same logits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+from llava.inference.chat import Chat
+from llava.inference.dialogue_cache import RowCache, load_kernels
+from llava.inference.session import Sampling, Session
+from llava.model.flat_llama import FlatLlama
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SIZES = {"hidden_size": 256, "intermediate_size": 1200, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 4, "max_position_embeddings": 2048}
+KINDS = [{}, {"num_key_value_heads": 2}, {"vocab_size": 67}]
+
+
+@pytest.fixture
+def build(tiny_model):
+    """The function (dtype, **changes) -> model on the GPU."""
+
+    def build(dtype, **changes):
+        model = tiny_model(**{**SIZES, **changes})
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(1 + 0.1 * weight if weight.ndim == 1 else 0.2 * weight)
+        return model.to("cuda", dtype)
+
+    return build
+
+
+def some_tokens(count):
+    return torch.randint(3, 60, (count,), generator=torch.Generator().manual_seed(0)).cuda()
+
+
+def logits_of(cache, model, tokens, first):
+    """The logits behind the first tokens, read at once, and behind each of the others, (N, W)."""
+    found = [cache.read(model.get_input_embeddings()(tokens[:first]).detach()).clone()]
+    found += [cache.step(token).clone() for token in tokens[first:].split(1)]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("changes", KINDS)
+@pytest.mark.parametrize("first", [5, 600])
+def test_kernels_compute_what_the_layers_do(build, changes, first):
+    tokens = some_tokens(first + 700)  # the storage grows on the way
+    model = build(torch.float32, **changes)
+    llama = FlatLlama(model)
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0, first - 1 :]
+    kernels = load_kernels(llama)
+    assert kernels is not None
+    for fused in (None, kernels):
+        for graphed in (False, True):
+            found = logits_of(RowCache(llama, graphed=graphed, fused=fused), model, tokens, first)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_are_no_further_from_the_truth_than_layers(build, dtype):
+    tokens = some_tokens(900)
+    model = build(dtype)
+    llama = FlatLlama(model)
+    found = [logits_of(RowCache(llama, fused=fused), model, tokens, 600) for fused in (None, load_kernels(llama))]
+    with torch.no_grad():
+        truth = model.float()(tokens[None]).logits[0, 599:]
+    by_layers, by_kernels = ((logits.float() - truth).pow(2).mean().sqrt() for logits in found)
+    assert by_kernels < 1.1 * by_layers < 0.1 * truth.std()
+
+
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_a_recorded_step_gives_the_same_bits(build, with_kernels):
+    tokens = some_tokens(700)
+    model = build(torch.bfloat16)
+    llama = FlatLlama(model)
+    fused = load_kernels(llama) if with_kernels else None
+    plain, graphed = (
+        logits_of(RowCache(llama, graphed=graphed, fused=fused), model, tokens, 5) for graphed in (False, True)
+    )
+    assert torch.equal(plain, graphed)
+
+
+@pytest.fixture(scope="module")
+def sessions(goldens):
+    """A session on the CPU and the same on the GPU, in fp32."""
+    return [Session.load(str(goldens / "llava-v1.5-golden"), device=name, dtype="float32") for name in ("cpu", "cuda")]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_chat_is_the_same_as_on_the_cpu(sessions, temperature):
+    sampling = Sampling(temperature=temperature, max_new_tokens=40, seed=5)
+    on_cpu, on_gpu = (Chat(session, sampling) for session in sessions)
+    assert on_gpu.is_ahead
+    assert not on_cpu.is_ahead
+    for turn, n_pieces in (("hello", 100), ("and now?", 3), ("why?", 100)):
+        for chat in (on_cpu, on_gpu):
+            with contextlib.closing(chat.reply(turn)) as pieces:
+                for _ in range(n_pieces):
+                    next(pieces, None)
+        assert on_gpu.ids == on_cpu.ids
+        assert on_gpu.turns == on_cpu.turns
+        assert on_gpu.fed_tokens == on_cpu.fed_tokens
+
+
+def test_a_machine_without_a_compiler_is_told_so(build, monkeypatch, caplog):
+    from llava.model import token_kernels
+
+    monkeypatch.setattr(token_kernels, "multiply", _fail)
+    assert load_kernels(FlatLlama(build(torch.float32))) is None
+    assert caplog.messages == ["Triton can't compile kernels here, so that tokens come more slowly: no compiler"]
+
+
+def _fail(*args, **options):
+    raise RuntimeError("no compiler")
+
+
+def test_biases_have_no_kernels(build):
+    assert load_kernels(FlatLlama(build(torch.float32, attention_bias=True))) is None
+
+
+def test_interrupted_answers_leave_the_graph_usable(sessions):
+    session = dataclasses.replace(sessions[1])
+    whole, chat = (Chat(session, Sampling(max_new_tokens=30)) for _ in range(2))
+    for n_pieces in (1, 2, 3, 30):
+        with contextlib.closing(chat.reply("hello")) as pieces:
+            for _ in range(n_pieces):
+                next(pieces, None)
+        chat.reset()
+    assert "".join(chat.reply("hello")) == "".join(whole.reply("hello"))
