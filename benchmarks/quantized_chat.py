@@ -11,6 +11,7 @@ Example: python benchmarks/random_checkpoint.py --output /tmp/7b --tokenizer pla
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -25,7 +26,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.inference.session import Prompt, Session
+from llava.inference.chat import Chat
+from llava.inference.session import Sampling, Session
 from llava.model.devices import best_device
 from llava.model.quantization import import_bitsandbytes
 
@@ -113,10 +115,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     load_seconds = time.perf_counter() - start
     weight_bytes = sum(tensor.nbytes for tensor in session.model.state_dict().values())  # with all statistics
     picture = Image.effect_noise(PICTURE, 64).convert("RGB")
-    prompt = session.prepare(QUESTION, [picture], max_new_tokens=options.new_tokens)
-    generate_seconds(session, prompt, 2)  # kernels are chosen and compiled
-    first_token = statistics.median(generate_seconds(session, prompt, 1) for _ in range(FIRST_TOKENS))
-    whole = statistics.median(generate_seconds(session, prompt, options.new_tokens) for _ in range(options.runs))
+    length = session.spliced_length(session.prepare(QUESTION, [picture], max_new_tokens=options.new_tokens))
+    chat = Chat(EndlessSession(**vars(session)))
+    answer_seconds(chat, picture, length, options.new_tokens)  # kernels are compiled, steps recorded
+    first_token = statistics.median(answer_seconds(chat, picture, length, 1) for _ in range(FIRST_TOKENS))
+    whole = statistics.median(answer_seconds(chat, picture, length, options.new_tokens) for _ in range(options.runs))
     is_cuda = device.type == "cuda"
     return {
         "case": CASES[case],
@@ -128,31 +131,48 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "free_at_end": free_bytes(device),  # PyTorch gives nothing back before, so this is the peak
         "tokens_per_second": (options.new_tokens - 1) / (whole - first_token),
         "dtype": str(session.model.dtype),
-        "prompt_positions": session.spliced_length(prompt),
+        "prompt_positions": length,
         "new_tokens": options.new_tokens,
     }
 
 
-def generate_seconds(session: Session, prompt: Prompt, new_tokens: int) -> float:
-    """Return the seconds of an answer of exactly `new_tokens`, chosen greedily; the end token is held off."""
-    device = session.model.device
-    input_ids = torch.tensor([prompt.input_ids], device=device)  # (1, T)
+class EndlessSession(Session):
+    """A session whose answers go on to the longest length."""
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """None."""
+        return []
+
+
+def answer_seconds(
+    chat: Chat, picture: Image.Image, length: int, new_tokens: int, sampling: Sampling | None = None
+) -> float:
+    """Return the seconds of an answer of exactly `new_tokens`.
+
+    Args:
+        chat: with a session whose answers don't end.
+        picture: asked about.
+        length: positions of the prompt.
+        new_tokens: to be generated.
+        sampling: how they are chosen; None = greedy.
+
+    Raises:
+        RuntimeError: if the answer has another length.
+    """
+    device = chat.session.model.device
+    chat.reset()
+    chat.sampling = dataclasses.replace(sampling or Sampling(), max_new_tokens=new_tokens)
+    pieces = chat.reply(QUESTION, [picture])
     synchronize(device)
     start = time.perf_counter()
-    output = session.model.generate(
-        input_ids,
-        images=prompt.pixel_values,
-        attention_mask=torch.ones_like(input_ids),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=session.tokenizer.eos_token_id,
-        pad_token_id=session.tokenizer.eos_token_id,
-    )  # (1, new tokens)
+    for _ in pieces:
+        pass
     synchronize(device)
     seconds = time.perf_counter() - start
-    if output.shape[1] != new_tokens:
-        raise RuntimeError(f"{output.shape[1]} tokens were generated instead of {new_tokens}; the times mean nothing")
+    n_found = chat.fed_tokens + 1 - length  # the last one is not fed
+    if n_found != new_tokens:
+        raise RuntimeError(f"{n_found} tokens were generated instead of {new_tokens}; the times mean nothing")
     return seconds
 
 

@@ -85,7 +85,9 @@ def test_a_case_that_fails_leaves_the_others(program, monkeypatch, tmp_path, cap
 
 def test_an_answer_of_another_length_is_refused(program, root):
     session = program.Session.load(str(root / "playground/llava-tiny"), device="cpu")
-    prompt = session.prepare(program.QUESTION)
-    session.model.generate = lambda input_ids, **options: input_ids[:, :2]
-    with pytest.raises(RuntimeError, match=r"^2 tokens were generated instead of 3; the times mean nothing$"):
-        program.generate_seconds(session, prompt, 3)
+    picture = program.Image.new("RGB", program.PICTURE)
+    length = session.spliced_length(session.prepare(program.QUESTION, [picture]))
+    chat = program.Chat(program.EndlessSession(**vars(session)))
+    assert program.answer_seconds(chat, picture, length, 3) > 0
+    with pytest.raises(RuntimeError, match=r"^4 tokens were generated instead of 3; the times mean nothing$"):
+        program.answer_seconds(chat, picture, length - 1, 3)

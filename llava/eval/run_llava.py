@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.inference.chat import answer_one
 from llava.inference.command_line import (
     add_model_arguments,
     add_sampling_arguments,
@@ -60,7 +61,7 @@ def eval_model(args: Any) -> str:
     images = [load_image(location) for location in split_locations(args.image_file or "", args.sep)]
     question = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
     session = _load(args).with_template(args.conv_mode)
-    [answer] = session.answer_batch([Request(question, images)], sampling)
+    answer = answer_one(session, Request(question, images), sampling)
     print(answer)
     return answer
 

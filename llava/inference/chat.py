@@ -11,9 +11,9 @@ from torch import Tensor
 
 from llava.inference.answer_text import AnswerStream
 from llava.inference.arrival import Arrival
-from llava.inference.dialogue_cache import open_cache
+from llava.inference.dialogue_cache import DialogueCache, open_cache
 from llava.inference.prompts import ending_ids, next_turn_ids
-from llava.inference.session import Prompt, Sampling, Session
+from llava.inference.session import Prompt, Request, Sampling, Session
 from llava.inference.tree_cache import send
 
 
@@ -23,6 +23,7 @@ class Chat:
     Args:
         session: model and template.
         sampling: how tokens are chosen; None = greedy.
+        cache: empty; None = the fastest that suits the model.
 
     Attributes:
         turns: question and clean answer of each turn.
@@ -40,7 +41,7 @@ class Chat:
         ...     print(piece, end="", flush=True)
     """
 
-    def __init__(self, session: Session, sampling: Sampling | None = None) -> None:
+    def __init__(self, session: Session, sampling: Sampling | None = None, cache: DialogueCache | None = None) -> None:
         self.session = session
         self.sampling = sampling or Sampling(max_new_tokens=512)
         if self.sampling.num_beams != 1:
@@ -51,7 +52,7 @@ class Chat:
         else:
             self._generator.manual_seed(self.sampling.seed)
         self._races: deque[Tensor] = deque()
-        self._cache = open_cache(session.model)
+        self._cache = open_cache(session.model) if cache is None else cache
         self.is_ahead = session.model.device.type == "cuda"
         self.reset()
 
@@ -149,6 +150,23 @@ class Chat:
         self.turns.append((question, answer.text))
         self.ids += turn.input_ids + answer.ids + end
         self._unfed = Prompt(answer.ids[-1:] + end, [])
+
+
+def answer_one(session: Session, request: Request, sampling: Sampling | None = None) -> str:
+    """Return the clean answer to a single question, computed as a chat computes it, or by beam search.
+
+    Args:
+        session: model and template.
+        request: a question with its pictures.
+        sampling: None = greedy.
+
+    Raises:
+        ValueError: as `Session.prepare`.
+    """
+    sampling = sampling or Sampling()
+    if sampling.num_beams > 1:
+        return session.answer_batch([request], sampling)[0]
+    return "".join(Chat(session, sampling).reply(request.question, request.images))
 
 
 def draw_race(vocabulary: int, generator: torch.Generator | None) -> Tensor:

@@ -31,6 +31,7 @@ from llava.model.flat_llama import (
     is_flat,
 )
 from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.quantization import has_4bit_weights
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +77,12 @@ def open_cache(model: LlavaLlamaForCausalLM) -> DialogueCache:
     """
     if not is_flat(model):
         return LibraryCache(model)
-    llama = FlatLlama(model)
-    is_recorded = llama.device.type == "cuda" and has_plain_weights(model)
-    return RowCache(llama, graphed=is_recorded, fused=load_kernels(llama) if is_recorded else None)
+    llama, is_plain = FlatLlama(model), has_plain_weights(model)
+    if llama.device.type != "cuda":
+        return RowCache(llama)
+    # In 8 bit the layers wait for the device, to see how many outliers there are.
+    graphed = is_plain or has_4bit_weights(model.get_model().layers)
+    return RowCache(llama, graphed=graphed, fused=load_kernels(llama) if is_plain else None)
 
 
 def load_kernels(llama: FlatLlama) -> Step | None:
@@ -89,14 +93,14 @@ def load_kernels(llama: FlatLlama) -> Step | None:
     """
     if importlib.util.find_spec("triton") is None:
         return None
-    from llava.model import token_kernels
+    from llava.model import token_step
 
-    if not token_kernels.has_fused_form(llama):
+    if not token_step.has_fused_form(llama):
         return None
-    if problem := token_kernels.find_problem(llama):
+    if problem := token_step.find_problem(llama):
         logger.warning("Triton can't compile kernels here, so that tokens come more slowly: %s", problem)
         return None
-    return token_kernels.FusedStep(llama)
+    return token_step.FusedStep(llama)
 
 
 class RowCache:

@@ -5,6 +5,7 @@ Source: Dettmers et al. 2022 (LLM.int8), Dettmers et al. 2023 (NF4, double quant
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -204,6 +205,14 @@ def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -
                     kind = {"has_fp16_weights": False, "threshold": OUTLIER_THRESHOLD}
                     linear = bnb.nn.Linear8bitLt(**sizes, **kind, device="meta")
                 setattr(parent, name, linear.requires_grad_(False))
+
+
+def has_4bit_weights(layers: nn.Module) -> bool:
+    """Return whether `layers` hold linear layers of 4 bit."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    kind = import_bitsandbytes().nn.Linear4bit
+    return any(isinstance(module, kind) for module in layers.modules())
 
 
 def _is_other_message(record: logging.LogRecord) -> bool:

@@ -1,178 +1,13 @@
-"""One token through Llama's layers in six kernels a layer, for a token is nothing but reading all weights once.
-
-Each product with a weight reads it in order and takes along what stands before and after it: the norm of its input
-(whose factor is a number, so it may come last), the gate's activation, the sum with what went in. Attention of the one
-query is divided along the cache, which the key of the token enters on the way. Sums are in fp32. Needs Triton; nothing
-is imported from here unless it is there.
-
-Letters: `D` width, `N` rows of a weight, `H` heads, `K` key heads, `d` width of a head, `C` positions of the cache, `P`
-parts of them, `W` vocabulary.
-"""
+"""Triton's kernels of `llava/model/token_step.py`; the letters are explained there."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-from triton.errors import TritonError
-
-from llava.model.flat_llama import FlatLlama
-
-ROWS, GATED_ROWS, STEP, WARPS = 4, 2, 1024, 4
-"""A program of a product: rows, the same of two weights at once, columns at a time, warps."""
-PART = 64
-"""Positions of the cache that a program of the attention looks at."""
-_PARTS_AT_ONCE = 32
-
-
-class FusedStep:
-    """The body of a LLaVA for a single token.
-
-    Args:
-        llama: on CUDA; `has_fused_form(llama)`.
-    """
-
-    def __init__(self, llama: FlatLlama) -> None:
-        self._llama = llama
-        attention = llama.layers[0].self_attn
-        self._heads, self._key_heads = (
-            len(layer.weight) // attention.head_dim for layer in (attention.q_proj, attention.k_proj)
-        )
-
-    def __call__(self, entries: Tensor, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Append a token to a cache of one row, and return the logits behind it, (1, W).
-
-        Args:
-            entries: (2,) int64, token and its place.
-            cache: keys and values of each layer, (1, C, K, d).
-        """
-        llama = self._llama
-        hidden = llama.embed(entries[:1])  # (1, D), of this call, so it may be changed
-        width = llama.layers[0].self_attn.head_dim
-        projected = hidden.new_empty((self._heads + 2 * self._key_heads) * width)
-        attended = hidden.new_empty(self._heads * width)
-        active = hidden.new_empty(len(llama.layers[0].mlp.gate_proj.weight))
-        n_parts = -(-cache[0][0].shape[1] // PART)
-        found = hidden.new_empty(n_parts, self._heads, width + 2, dtype=torch.float32)
-        for layer, (keys, values) in zip(llama.layers, cache, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            inputs = attention.q_proj, attention.k_proj, attention.v_proj
-            multiply(hidden, inputs, projected, norm=layer.input_layernorm)
-            self._attend(entries, projected, keys, values, found, attended)
-            multiply(attended, [attention.o_proj], hidden, added=hidden)
-            multiply_gated(hidden, mlp.gate_proj, mlp.up_proj, active, norm=layer.post_attention_layernorm)
-            multiply(active, [mlp.down_proj], hidden, added=hidden)
-        logits = hidden.new_empty(1, len(llama.head.weight))
-        multiply(hidden, [llama.head], logits, norm=llama.norm)
-        return logits
-
-    def _attend(
-        self, entries: Tensor, projected: Tensor, keys: Tensor, values: Tensor, found: Tensor, attended: Tensor
-    ) -> None:
-        n_parts, heads, width = found.shape[0], found.shape[1], keys.shape[3]
-        sizes = {"HEADS": heads, "WIDTH": width, "PART": PART, "num_warps": WARPS}
-        tables = self._llama.cosine, self._llama.sine
-        _attend_part[(heads, n_parts)](
-            entries, projected, *tables, keys, values, found, width**-0.5, KEY_HEADS=self._key_heads, **sizes
-        )
-        _join_parts[(heads,)](entries, found, attended, AT_ONCE=_PARTS_AT_ONCE, **sizes)
-
-
-def has_fused_form(llama: FlatLlama) -> bool:
-    """Return whether the kernels compute what the modules do: plain weights without bias, of the usual kinds."""
-    for layer in llama.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if not (all(map(_is_plain, linears)) and mlp.config.hidden_act == "silu"):
-            return False
-        width = attention.head_dim
-        if width < 16 or width & (width - 1) or any(len(linear.weight) % ROWS for linear in linears):
-            return False
-    return _is_plain(llama.head)
-
-
-def find_problem(llama: FlatLlama) -> Exception | None:
-    """Return what keeps Triton from compiling for this device and dtype, found out by trying; None if it works."""
-    options = {"device": llama.device, "dtype": llama.dtype}
-    try:
-        with torch.cuda.device(llama.device):
-            multiply(
-                torch.ones(16, **options), [nn.Linear(16, ROWS, bias=False, **options)], torch.empty(ROWS, **options)
-            )
-    except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as error:
-        return error
-    return None
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    weight = linear.weight if type(linear) is nn.Linear else None
-    return weight is not None and linear.bias is None and weight.is_contiguous()
-
-
-def multiply(
-    value: Tensor,
-    linears: Sequence[nn.Linear],
-    result: Tensor,
-    *,
-    norm: nn.Module | None = None,
-    added: Tensor | None = None,
-) -> None:
-    """Write the products of one to three weights with a vector, one behind the other.
-
-    Args:
-        value: D numbers.
-        linears: weights (N, D).
-        result: all N numbers.
-        norm: RMSNorm of the vector before.
-        added: N numbers, of a single weight; may be `result`.
-    """
-    weights = [linear.weight for linear in linears]
-    first, second, third = (weights + weights[-1:] * 2)[:3]
-    rows = [len(weight) for weight in weights] + [0, 0]
-    _multiply[(-(-sum(rows) // ROWS),)](
-        value,
-        value if norm is None else norm.weight,
-        first,
-        second,
-        third,
-        result if added is None else added,
-        result,
-        0.0 if norm is None else norm.variance_epsilon,
-        N_FIRST=rows[0],
-        N_SECOND=rows[1],
-        N_THIRD=rows[2],
-        WIDTH=first.shape[1],
-        IS_NORMED=norm is not None,
-        IS_ADDED=added is not None,
-        ROWS=ROWS,
-        STEP=STEP,
-        num_warps=WARPS,
-    )
-
-
-def multiply_gated(value: Tensor, gate: nn.Linear, up: nn.Linear, result: Tensor, *, norm: nn.Module) -> None:
-    """Write silu(gate x) * (up x), x being the RMSNorm of a vector; arguments as in `multiply`."""
-    _multiply_gated[(len(gate.weight) // GATED_ROWS,)](
-        value,
-        norm.weight,
-        gate.weight,
-        up.weight,
-        result,
-        norm.variance_epsilon,
-        WIDTH=gate.weight.shape[1],
-        ROWS=GATED_ROWS,
-        STEP=STEP,
-        num_warps=WARPS,
-    )
 
 
 @triton.jit
-def _multiply(
+def multiply_rows(
     value: tl.tensor,
     gain: tl.tensor,
     first: tl.tensor,
@@ -190,6 +25,7 @@ def _multiply(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
+    """Write ROWS products of a row of one to three weights, one behind the other, with `value`."""
     start = tl.program_id(0) * ROWS
     weight, row = first, start
     if N_SECOND > 0:
@@ -223,7 +59,7 @@ def _multiply(
 
 
 @triton.jit
-def _multiply_gated(
+def multiply_gated_rows(
     value: tl.tensor,
     gain: tl.tensor,
     gate: tl.tensor,
@@ -234,6 +70,7 @@ def _multiply_gated(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
+    """Write ROWS products of the gate, activated, times those of `up`, of the norm of `value`."""
     start = tl.program_id(0) * ROWS
     rows = tl.arange(0, ROWS)
     offsets = (start + rows)[:, None] * WIDTH
@@ -256,7 +93,7 @@ def _multiply_gated(
 
 
 @triton.jit
-def _attend_part(
+def attend_part(
     entries: tl.tensor,
     projected: tl.tensor,
     cosine: tl.tensor,
@@ -270,6 +107,7 @@ def _attend_part(
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
 ) -> None:
+    """Note what a head's query finds in a part of the cache, into which the part that holds the place puts the key."""
     HALF: tl.constexpr = WIDTH // 2
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     head, part = tl.program_id(0), tl.program_id(1)
@@ -315,7 +153,7 @@ def _attend_part(
 
 
 @triton.jit
-def _join_parts(
+def join_parts(
     entries: tl.tensor,
     found: tl.tensor,
     attended: tl.tensor,
@@ -324,6 +162,7 @@ def _join_parts(
     PART: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ) -> None:
+    """Write what a head's query finds in all parts."""
     head = tl.program_id(0)
     n_parts = tl.load(entries + 1).to(tl.int32) // PART + 1
     whole = tl.arange(0, WIDTH)

@@ -9,9 +9,9 @@ import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.supervision import encode_segments
 from llava.image_processing import open_image
-from llava.inference.chat import Chat, choose_token
+from llava.inference.chat import Chat, answer_one, choose_token
 from llava.inference.prompts import PromptError, ending_ids, next_turn_ids
-from llava.inference.session import Prompt, Sampling
+from llava.inference.session import Prompt, Request, Sampling
 
 GREEDY = Sampling(max_new_tokens=8)
 END = 2
@@ -168,6 +168,14 @@ def test_bad_questions_change_nothing(session, images):
 def test_beams_cannot_be_streamed(session):
     with pytest.raises(ValueError, match=re.escape("num_beams is 2, but a chat streams its answers; use 1")):
         Chat(session, Sampling(num_beams=2))
+
+
+def test_a_single_answer_is_that_of_a_batch(session, images):
+    for sampling in (GREEDY, Sampling(num_beams=3, max_new_tokens=8)):
+        for request in (Request("hello"), Request("Compare them", images)):
+            assert answer_one(session, request, sampling) == session.answer_batch([request], sampling)[0]
+    with pytest.raises(PromptError, match="more than the context of 512"):
+        answer_one(session, Request("long " * 500))
 
 
 def test_seeded_chance_repeats(session):

@@ -15,6 +15,7 @@ from llava.model.configuration import LlavaConfig
 from llava.model.quantization import (
     check_placement,
     choose_bits,
+    has_4bit_weights,
     import_bitsandbytes,
     is_quantized,
     narrow_dtypes,
@@ -112,6 +113,17 @@ def test_a_layer_computes_with_its_quantised_weight(bits):
         found = layers.eval()(rows)
     # On CPUs with bf16 instructions the 4-bit kernel rounds to bf16, and LLM.int8 rounds its inputs to 8 bit.
     torch.testing.assert_close(found, rows @ restored.T, atol=0.02 * float((rows @ restored.T).abs().max()), rtol=0)
+
+
+def test_which_layers_are_of_4_bit(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    for bits, is_4bit in ((4, True), (8, False), (None, False)):
+        layers = nn.Sequential(nn.Linear(64, 32, bias=False))
+        if bits:
+            quantize_linears(layers, bits, torch.float32)
+        assert has_4bit_weights(layers) == is_4bit
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not has_4bit_weights(layers)
 
 
 def test_eight_bit_says_nothing_about_casts(caplog):
