@@ -2,7 +2,7 @@
 """Measure how fast one chat's tokens come, against the speed at which the device can read the weights they need.
 
 The model is LLaVA-1.5-7B at its true sizes with random weights made on the device; one picture, one answer at a time.
-`tokens` compares ways to compute a token, `products` and `attention` time the kernels of a token alone.
+`tokens`, `tokens4` and `tokens8` (bits) compare ways to compute a token; `step` and `products` time its kernels alone.
 
 Example: python benchmarks/chat_speed.py --output chat_speed.json
          python benchmarks/chat_speed.py --tiny --device cpu
@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,12 @@ from llava.tokenization import load_tokenizer
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "data" / "goldens" / "llava-v1.5-golden"
 VOCABULARY = 32_000
-PARTS = ("tokens", "products", "attention")
 COPIED = 2**31
 """Bytes of the copy that shows the memory's speed."""
 FEW = 32
 """Tokens of the ways that take long."""
 TILES = ((1, 2048, 4), (1, 4096, 8), (2, 1024, 4), (2, 2048, 8), (4, 512, 4), (4, 1024, 4), (4, 1024, 8), (8, 512, 4))
+REPLAYS = 10
 LENGTHS = (640, 1_152, 4_096)
 """Positions in the cache."""
 
@@ -63,14 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     speed = copy_speed(device, COPIED >> 8 if options.tiny else COPIED)
     report["copy_bytes_per_second"] = speed
     print(f"copying: {speed / 1e12:.3f} TB/s read and written", flush=True)
-    measures = {"tokens": measure_tokens, "products": measure_products, "attention": measure_attention}
+    failed = 0
     for part in options.parts:
-        for row in measures[part](options, device, speed):
-            report["rows"].append(row)
-            print(json.dumps(row), flush=True)
-            if options.output:  # after each, so that nothing is lost
-                options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0
+        try:
+            for row in MEASURES[part](options, device, speed):
+                report["rows"].append(row)
+                print(json.dumps(row), flush=True)
+                if options.output:  # after each, so that nothing is lost
+                    options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except Exception:
+            traceback.print_exc()
+            failed = 1
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return failed
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,8 +85,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default=str(best_device()), help="default: %(default)s")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    add("--bits", nargs="+", type=int, choices=(16, 8, 4), default=(16,), help="for tokens (default: 16)")
+    add("--parts", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
     add("--new-tokens", type=int, default=512, help="of an answer, above 1 (default: %(default)s)")
     add("--runs", type=int, default=3, help="answers timed, whose median counts (default: %(default)s)")
     add("--tiny", action="store_true", help="a tiny model, to try the program out")
@@ -95,35 +101,25 @@ def copy_speed(device: torch.device, size: int) -> float:
     return 2 * size / statistics.median(seconds[2:])
 
 
-def measure_tokens(options: argparse.Namespace, device: torch.device, speed: float) -> Iterator[dict[str, Any]]:
+def measure_tokens(
+    options: argparse.Namespace, device: torch.device, speed: float, bits: int = 16
+) -> Iterator[dict[str, Any]]:
     """Answers, for each way to compute a token."""
-    for bits in options.bits:
-        session = build_session(device, bits=bits, tiny=options.tiny)
-        read, picture = bytes_per_token(session.model), Image.effect_noise(PICTURE, 64).convert("RGB")
-        length = session.spliced_length(session.prepare(QUESTION, [picture]))
-        for case, open_cache, sampling in cases(session, bits, options):
-            chat = Chat(session, sampling, open_cache() if open_cache else None)
-            seconds = {1: [], sampling.max_new_tokens: []}
-            answer_seconds(
-                chat, picture, length, sampling.max_new_tokens, sampling
-            )  # kernels are compiled, storage grows, steps are recorded
-            for _ in range(options.runs):
-                for n_tokens, times in seconds.items():
-                    times.append(answer_seconds(chat, picture, length, n_tokens, sampling))
-            first, whole = map(statistics.median, seconds.values())
-            rate = (sampling.max_new_tokens - 1) / (whole - first)
-            yield {
-                "part": "tokens",
-                "case": f"{bits} bit, {case}",
-                "new_tokens": sampling.max_new_tokens,
-                "first_token_seconds": round(first, 4),
-                "tokens_per_second": round(rate, 1),
-                "weights_read": read,
-                "share_of_limit": round(rate * read / speed, 3),
-            }
-        del session, chat
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    session = build_session(device, bits=bits, tiny=options.tiny)
+    read, picture = bytes_per_token(session.model), Image.effect_noise(PICTURE, 64).convert("RGB")
+    length = session.spliced_length(session.prepare(QUESTION, [picture]))
+    for case, open_cache, sampling in cases(session, bits, options):
+        chat = Chat(session, sampling, open_cache() if open_cache else None)
+        n_tokens = sampling.max_new_tokens
+        answer_seconds(chat, picture, length, n_tokens, sampling)  # kernels are compiled, steps recorded
+        first, whole = (
+            statistics.median(answer_seconds(chat, picture, length, number, sampling) for _ in range(options.runs))
+            for number in (1, n_tokens)
+        )
+        rate = (n_tokens - 1) / (whole - first)
+        row = {"part": "tokens", "case": f"{bits} bit, {case}", "new_tokens": n_tokens}
+        row |= {"first_token_seconds": round(first, 4), "tokens_per_second": round(rate, 1), "weights_read": read}
+        yield {**row, "share_of_limit": round(rate * read / speed, 3)}
 
 
 def cases(
@@ -133,14 +129,15 @@ def cases(
     greedy = Sampling(max_new_tokens=options.new_tokens)
     few = dataclasses.replace(greedy, max_new_tokens=min(FEW, options.new_tokens))
     is_cuda = session.model.device.type == "cuda"
-    yield "greedy", None, greedy
-    yield "temperature 0.2", None, dataclasses.replace(greedy, temperature=0.2, seed=0)
-    yield "temperature 0.2, top_p 0.9", None, dataclasses.replace(greedy, temperature=0.2, top_p=0.9, seed=0)
+    yield "greedy", None, few if bits == 8 and is_cuda else greedy
+    if bits != 8:
+        yield "temperature 0.2", None, dataclasses.replace(greedy, temperature=0.2, seed=0)
     if is_cuda and bits == 16:
+        yield "temperature 0.2, top_p 0.9", None, dataclasses.replace(greedy, temperature=0.2, top_p=0.9, seed=0)
         llama = FlatLlama(session.model)
         yield "layers, recorded", lambda: RowCache(llama, graphed=True), greedy
         yield "kernels, not recorded", lambda: RowCache(llama, fused=load_kernels(llama)), few
-    if is_cuda:
+    if is_cuda and bits != 8:
         yield "layers, not recorded", lambda: RowCache(FlatLlama(session.model)), few
     yield "transformers' forward", lambda: LibraryCache(session.model), few
 
@@ -219,12 +216,13 @@ def run_all(calls: Sequence[Callable[..., None]], **options: Any) -> None:
         call(**options)
 
 
-def measure_attention(options: argparse.Namespace, device: torch.device, speed: float) -> Iterator[dict[str, Any]]:
-    """Attention of a token and all else but the products, per layer: a token without its products with weights."""
+def measure_step(options: argparse.Namespace, device: torch.device, speed: float) -> Iterator[dict[str, Any]]:
+    """A token's attention, per layer, and the whole token, both recorded and without a chat around."""
     kernels = import_kernels(device)
     if kernels is None:
         return
-    llama = FlatLlama(build_session(device, bits=16, tiny=options.tiny).model)
+    model = build_session(device, bits=16, tiny=options.tiny).model
+    llama, read = FlatLlama(model), bytes_per_token(model)
     step = kernels.FusedStep(llama)
     heads, width = llama.key_shape
     for length in LENGTHS:
@@ -238,8 +236,11 @@ def measure_attention(options: argparse.Namespace, device: torch.device, speed: 
         attended = torch.empty_like(projected[: heads * width])
         calls = [functools.partial(step.attend, entries, projected, *layer, found, attended) for layer in cache]
         seconds = recorded_seconds(functools.partial(run_all, calls), device) / len(cache)
-        row = {"part": "attention", "case": f"{length} positions", "microseconds": round(seconds * 1e6, 2)}
+        row = {"part": "step", "case": f"attention, {length} positions", "microseconds": round(seconds * 1e6, 2)}
         yield {**row, "share_of_limit": round(2 * cache[0][0].nbytes / seconds / speed, 3)}
+        seconds = recorded_seconds(functools.partial(step, entries, cache), device)
+        row = {"part": "step", "case": f"token, {length} positions", "microseconds": round(seconds * 1e6, 2)}
+        yield {**row, "share_of_limit": round(read / seconds / speed, 3)}
 
 
 def import_kernels(device: torch.device) -> Any:
@@ -252,6 +253,7 @@ def import_kernels(device: torch.device) -> Any:
     return token_step
 
 
+@torch.no_grad()
 def recorded_seconds(compute: Callable[[], None], device: torch.device) -> float:
     """Return the seconds of work as a CUDA graph."""
     compute()
@@ -259,7 +261,8 @@ def recorded_seconds(compute: Callable[[], None], device: torch.device) -> float
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         compute()
-    return statistics.median([timed(graph.replay, device) for _ in range(12)][2:])
+    seconds = [timed(lambda: [graph.replay() for _ in range(REPLAYS)], device) / REPLAYS for _ in range(7)]
+    return statistics.median(seconds[2:])
 
 
 def timed(action: Callable[[], Any], device: torch.device) -> float:
@@ -277,6 +280,15 @@ def describe_machine(device: torch.device) -> str:
     return ", ".join(
         [name, *(f"{library} {importlib.metadata.version(library)}" for library in ("torch", "transformers"))]
     )
+
+
+MEASURES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "tokens": measure_tokens,
+    "step": measure_step,
+    "products": measure_products,
+    "tokens4": functools.partial(measure_tokens, bits=4),
+    "tokens8": functools.partial(measure_tokens, bits=8),
+}
 
 
 if __name__ == "__main__":
