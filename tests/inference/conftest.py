@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from llava.inference.session import Session
+from llava.image_processing import open_image
+from llava.inference.questions import Question
+from llava.inference.session import Request, Sampling, Session
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +19,31 @@ def session(goldens: Path) -> Session:
     """Return a tiny LLaVA with random weights, fp32 on the CPU; no test changes it."""
     torch.set_num_threads(1)  # more only wait for each other at this size
     return Session.load(str(goldens / "llava-v1.5-golden"), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def folder(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of pictures, of which torn.png is damaged and huge.png has more pixels than are read."""
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("landscape.jpg", "portrait.png", "square.png", "tiny.png"):
+        (folder / name).write_bytes((goldens / "images" / name).read_bytes())
+    (folder / "torn.png").write_bytes((folder / "portrait.png").read_bytes()[:200])
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answer_singly(session: Session, folder: Path) -> Callable[[Sequence[Question], Sampling], dict[int | str, str]]:
+    """Return the function (questions, sampling) -> answers by id, each question asked alone."""
+
+    def answer(questions: Sequence[Question], sampling: Sampling) -> dict[int | str, str]:
+        texts = {}
+        for question in questions:
+            pictures = [open_image(folder / name) for name in question.images]
+            [texts[question.question_id]] = session.answer_batch([Request(question.text, pictures)], sampling)
+        return texts
+
+    return answer
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,12 @@ import re
 
 import pytest
 import torch
-from PIL import Image
 
 from llava.image_processing import open_image
 from llava.inference import batch
 from llava.inference.batch import answer_questions, default_batch_size
 from llava.inference.questions import Question
-from llava.inference.session import Request, Sampling
+from llava.inference.session import Sampling
 
 GREEDY = Sampling(max_new_tokens=6)
 QUESTIONS = [
@@ -39,25 +38,9 @@ CODES = {
 
 
 @pytest.fixture(scope="module")
-def folder(goldens, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for name in ("landscape.jpg", "portrait.png", "square.png", "tiny.png"):
-        (folder / name).write_bytes((goldens / "images" / name).read_bytes())
-    (folder / "torn.png").write_bytes((folder / "portrait.png").read_bytes()[:200])
-    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def singly(session, folder):
+def singly(answer_singly):
     """Text of each good question, asked alone."""
-    good = [question for question in QUESTIONS if question.question_id not in CODES]
-    return {
-        question.question_id: session.answer_batch(
-            [Request(question.text, [open_image(folder / name) for name in question.images])], GREEDY
-        )[0]
-        for question in good
-    }
+    return answer_singly([question for question in QUESTIONS if question.question_id not in CODES], GREEDY)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 12, 50])

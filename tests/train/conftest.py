@@ -15,7 +15,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from llava.model.checkpoint import open_checkpoint, save_checkpoint
+from llava.model.checkpoint import open_checkpoint
+from llava.model.conversion import write_original
 from llava.train.train import main
 
 TINY = Path(__file__).parents[2] / "playground/llava-tiny"
@@ -25,16 +26,8 @@ TINY = Path(__file__).parents[2] / "playground/llava-tiny"
 def tiny_base(tmp_path_factory) -> Path:
     """Return a directory of llava-tiny in fp32, so that sums are not rounded to the fp16 it is released in."""
     directory = tmp_path_factory.mktemp("base") / "llava-tiny"
-    checkpoint = open_checkpoint(TINY)
     directory.mkdir()
-    save_checkpoint(
-        checkpoint.tensors,
-        checkpoint.config,
-        checkpoint.tokenizer,
-        checkpoint.image_processor,
-        directory,
-        dtype=torch.float32,
-    )
+    write_original(open_checkpoint(TINY), directory, torch.float32)
     return directory
 
 
