@@ -1,14 +1,105 @@
-"""Flags of validation and of the stages that don't fit each other, by the message that says so."""
+"""Flags that don't fit each other or have values that are not supported, by the message that says so."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from llava.model.quantization import DEVICES
 
 if TYPE_CHECKING:
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
 
 _METRICS = ("loss", "accuracy")
+
+
+def choice_refusals(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> dict[str, bool]:
+    """Return each message about a value that is none of the possible ones, with whether it applies."""
+    return {
+        "--mm_use_im_start_end True: LLaVA-1.5 has no such tokens; pass False": model.mm_use_im_start_end,
+        "--mm_use_im_patch_token True: LLaVA-1.5 has no such token; pass False": model.mm_use_im_patch_token,
+        f"--mm_patch_merge_type {model.mm_patch_merge_type}: only flat is supported": model.mm_patch_merge_type
+        not in (None, "flat"),
+        "--is_multimodal False: rows without image need no flag; leave it out": not data.is_multimodal,
+        "--lazy_preprocess False: images are read when needed; leave it out": not data.lazy_preprocess,
+        f"--image_aspect_ratio {data.image_aspect_ratio}: choose pad, square or anyres": data.image_aspect_ratio
+        not in (None, "pad", "square", "anyres"),
+        f"--on_bad_row {data.on_bad_row}: choose error or skip": data.on_bad_row not in ("error", "skip"),
+        f"--bits {training.bits}: choose 4, 8 or 16": training.bits not in (4, 8, 16),
+        f"--lora_bias {training.lora_bias}: choose none, lora_only or all": training.lora_bias
+        not in ("none", "lora_only", "all"),
+        "--double_quant False and --quant_type other than nf4 are not supported; leave them out": (
+            not training.double_quant or training.quant_type != "nf4"
+        ),
+    }
+
+
+def quantisation_refusals(model: ModelArguments, training: TrainingArguments, zero: int) -> dict[str, bool]:
+    """Return each message about 4 and 8 bit with whether it applies, `zero` being the ZeRO stage."""
+    return {
+        f"--bits {training.bits} holds the LLM frozen; add --lora_enable True": training.bits != 16
+        and not training.lora_enable
+        and not model.tune_mm_mlp_adapter,
+        f"--bits {training.bits} and --tune_mm_mlp_adapter exclude each other; leave --bits out": training.bits != 16
+        and model.tune_mm_mlp_adapter,
+        f"--bits {training.bits} runs on CUDA and the CPU, not on {training.device.type}; leave it out": (
+            training.bits != 16 and training.device.type not in DEVICES
+        ),
+        f"--bits {training.bits} can't be sharded by --fsdp; leave --fsdp out": training.bits != 16
+        and bool(training.fsdp),
+        f"--bits {training.bits} can't be partitioned by ZeRO-3; use scripts/zero2.json": training.bits != 16
+        and zero == 3,
+    }
+
+
+def layer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
+    """Return each message about how layers are run with whether it applies, `zero` being the ZeRO stage."""
+    return {
+        f"--compile_layers {training.compile_layers}: choose auto, on or off": training.compile_layers
+        not in ("auto", "on", "off"),
+        f"--fuse_lora {training.fuse_lora}: choose auto, on or off": training.fuse_lora not in ("auto", "on", "off"),
+        f"--checkpoint_layers {training.checkpoint_layers}: choose auto, all or a number": (
+            training.checkpoint_layers not in ("auto", "all") and not training.checkpoint_layers.isdecimal()
+        ),
+        "--fuse_lora on runs compiled on CUDA; leave --compile_layers off out": (
+            training.fuse_lora == "on" and training.compile_layers == "off" and training.device.type == "cuda"
+        ),
+        "--compile_layers on needs rows of few lengths; leave --share_image_prefix False out": (
+            training.compile_layers == "on" and not training.share_image_prefix
+        ),
+        "--compile_layers on can't trace layers that ZeRO-3 partitions; use scripts/zero2.json": (
+            training.compile_layers == "on" and zero == 3
+        ),
+    }
+
+
+def learning_refusals(model: ModelArguments, training: TrainingArguments) -> dict[str, bool]:
+    """Return each message about what learns with whether it applies."""
+    return {
+        "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,
+        "--tune_mm_mlp_adapter trains the projector alone; leave --lora_enable out": model.tune_mm_mlp_adapter
+        and training.lora_enable,
+        "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other": model.tune_mm_mlp_adapter
+        and training.freeze_mm_mlp_adapter,
+        "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train": model.freeze_backbone
+        and training.freeze_mm_mlp_adapter,
+    }
+
+
+def trainer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
+    """Return each message about the trainer's own flags with whether it applies, `zero` being the ZeRO stage."""
+    return {
+        "--bf16 and --fp16 exclude each other": training.bf16 and training.fp16,
+        f"--sanity_check {training.sanity_check}: pass the number of steps, or 0": training.sanity_check < 0,
+        "--sanity_check needs the whole model on each device; leave it out with --fsdp and ZeRO-3": (
+            training.sanity_check > 0 and (bool(training.fsdp) or zero == 3)
+        ),
+        "--neftune_noise_alpha can't be computed on rows with images; leave it out": bool(training.neftune_noise_alpha),
+        "--label_smoothing_factor can't be computed on images' patches; leave it out": bool(
+            training.label_smoothing_factor
+        ),
+        "--remove_unused_columns True would remove the images; leave it out": training.remove_unused_columns,
+    }
 
 
 def validation_refusals(data: DataArguments, training: TrainingArguments) -> dict[str, bool]:

@@ -17,11 +17,12 @@ from transformers import TrainerCallback
 
 from llava.data.dataset import ImageSettings
 from llava.model.checkpoint import Checkpoint
+from llava.model.configuration import LlavaConfig
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation, NamelessBuffers
 from llava.train.data_check import load_both
-from llava.train.packs import choose_feed, choose_order, features_per_image, prepare_model
+from llava.train.packs import Order, choose_feed, choose_order, features_per_image, prepare_model
 from llava.train.recipe import describe_memory, describe_run
 from llava.train.recompute import KeepActivations
 from llava.train.resume import find_resume_point
@@ -38,7 +39,7 @@ from llava.train.starting_point import (
     surroundings,
 )
 from llava.train.trainer import LOG_FILE, FileLog, LlavaTrainer
-from llava.train.validators import build_validator
+from llava.train.validators import Validator, build_validator
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +94,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     rank = adapter_rank(training_args) if kind == "lora" else 0
     order = choose_order(records, patches, training_args)
     if training_args.device.type == "cuda" and _is_first():
-        lengths = order.planned_lengths(training_args.train_batch_size)
-        free = free_memory(training_args.device)
-        print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
+        _print_memory(config, training_args, kind, rank, order)
     model = load_model(checkpoint, kind, model_args, training_args)
     beside = surroundings(checkpoint, base, model_args, data_args, training_args)
     facts = run_facts(records, kind=kind, base_fingerprint=base["base_model_fingerprint"], training_args=training_args)
@@ -116,16 +115,26 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         callbacks=[*_callbacks(training_args), KeepActivations(model, rank=rank, positions=feed.positions)],
     )
     if _is_first():
-        facts = _facts(checkpoint, kind, training_args)
-        facts += [("validation", validator.describe())] if validator else []
-        print(describe_run(model, records, checkpoint.tokenizer, facts), flush=True)
+        described = _facts(checkpoint, kind, training_args, validator)
+        print(describe_run(model, records, checkpoint.tokenizer, described), flush=True)
     resume_point = find_resume_point(training_args, beside.training, LOG_FILE)
-    if training_args.sanity_check and resume_point is None:
-        before, after = trainer.check_first_batch(training_args.sanity_check)
-        logger.info("first batch alone: loss %.4f, after %d steps %.4f", before, training_args.sanity_check, after)
+    if resume_point is None:
+        _check_sanity(trainer, training_args.sanity_check)
     trainer.train(resume_from_checkpoint=resume_point)
     trainer.save_state()
     trainer.save_model()
+
+
+def _print_memory(config: LlavaConfig, training_args: TrainingArguments, kind: str, rank: int, order: Order) -> None:
+    lengths = order.planned_lengths(training_args.train_batch_size)
+    free = free_memory(training_args.device)
+    print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
+
+
+def _check_sanity(trainer: LlavaTrainer, n_steps: int) -> None:
+    if n_steps:
+        before, after = trainer.check_first_batch(n_steps)
+        logger.info("first batch alone: loss %.4f, after %d steps %.4f", before, n_steps, after)
 
 
 def _callbacks(training_args: TrainingArguments) -> list[TrainerCallback]:
@@ -134,7 +143,9 @@ def _callbacks(training_args: TrainingArguments) -> list[TrainerCallback]:
     return [FileLog(), LastValidation(), *stopping, CurvePlot(), NamelessBuffers()]
 
 
-def _facts(checkpoint: Checkpoint, kind: str, training_args: TrainingArguments) -> list[tuple[str, str]]:
+def _facts(
+    checkpoint: Checkpoint, kind: str, training_args: TrainingArguments, validator: Validator | None
+) -> list[tuple[str, str]]:
     per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     return [
         ("output", f"{kind} -> {training_args.output_dir}"),
@@ -143,6 +154,7 @@ def _facts(checkpoint: Checkpoint, kind: str, training_args: TrainingArguments) 
         ("dtype", f"{training_args.weight_dtype} on {training_args.device}, {training_args.world_size} process(es)"),
         ("learning rate", f"{training_args.learning_rate}, projector {training_args.mm_projector_lr or 'the same'}"),
         ("rows a step", str(per_step)),
+        *([("validation", validator.describe())] if validator else []),
     ]
 
 
