@@ -59,7 +59,6 @@ class FlatLlama:
         dtype: of hidden states.
         cosine: (positions, 1, d) of the rotary embedding.
         sine: (positions, 1, d).
-        layers: of the LLM.
         norm: behind the last.
         head: gives the logits.
     """
@@ -73,7 +72,7 @@ class FlatLlama:
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         head_width = body.layers[0].self_attn.head_dim
         self.key_shape = (config.num_key_value_heads, head_width)
-        self.layers = list(body.layers)
+        self._layers = list(body.layers)
         self.norm, self.head = body.norm, model.get_output_embeddings()
         positions = torch.arange(config.max_position_embeddings, device=self.device)
         cosine, sine = body.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions[None])
@@ -86,6 +85,11 @@ class FlatLlama:
             for module in body.modules():
                 if isinstance(module, CLIPEncoderLayer):
                     module.compile(dynamic=False)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The LLM's, in the order of their use."""
+        return self._layers
 
     def fill_and_read(
         self,
@@ -110,7 +114,7 @@ class FlatLlama:
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
         turn = self.cosine[places.positions], self.sine[places.positions]
         hidden = embeds
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self._layers):
             attended = attend(number, project(layer, hidden, *turn, *cache[number], places.slots, places.places))
             if number == self.n_layers - 1:
                 hidden = hidden[kept]  # (M, D)
