@@ -125,6 +125,57 @@ def test_steps_ahead_that_are_not_wanted_leave_no_trace(session, sampling):
         assert ahead.fed_tokens == behind.fed_tokens > 0
 
 
+class Replayed:
+    """Does on the CPU what recorded steps do: their inputs and results stay where they were at first."""
+
+    def __init__(self):
+        self.recorded = {}
+
+    def __call__(self, compute, entries, shape):
+        if shape not in self.recorded:
+            taken = entries.clone()
+            keys = compute.__self__._layers[0][0]
+            self.recorded[shape] = taken, compute(taken, shape), keys.data_ptr()
+        taken, result, address = self.recorded[shape]
+        taken.copy_(entries)
+        assert compute.__self__._layers[0][0].data_ptr() == address
+        return result.copy_(compute(taken, shape))
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """All `Replayed` that are made in the place of graphs."""
+    made = []
+
+    def make(recorded_from):
+        assert recorded_from > 1
+        made.append(Replayed())
+        return made[-1]
+
+    monkeypatch.setattr(dialogue_cache, "StepGraphs", make)
+    return made
+
+
+@pytest.mark.parametrize("room, lengths", [(0, [[128], [256], [512], [CONTEXT]]), (CONTEXT - 5, [[512, CONTEXT]])])
+def test_steps_are_recorded_anew_when_the_storage_moves(model, tokens, expected, replayed, room, lengths):
+    cache = RowCache(FlatLlama(model), graphed=True)
+    cache.read(model.get_input_embeddings()(tokens[:5]).detach(), room=room)
+    for place in range(5, CONTEXT):
+        check(cache.step(tokens[place : place + 1]), expected[place])
+    assert [[shape.used for shape in graphs.recorded] for graphs in replayed] == lengths
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_a_chat_with_recorded_steps(session, sampling, is_ahead, replayed):
+    plain = Chat(session, sampling)
+    chat = Chat(session, sampling, RowCache(FlatLlama(session.model), graphed=True))
+    chat.is_ahead = is_ahead
+    for turn in TURNS:
+        assert "".join(chat.reply(turn)) == "".join(plain.reply(turn))
+    assert chat.ids == plain.ids
+    assert replayed
+
+
 @pytest.mark.parametrize("pieces", [(5,), (3, 1, 130, 2), (260, 60)])
 def test_logits_are_those_of_the_whole(open_kind, model, tokens, expected, pieces):
     cache, start = open_kind(model), 0
