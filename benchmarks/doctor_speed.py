@@ -8,7 +8,6 @@ Example: python benchmarks/doctor_speed.py --input playground/data_train/Train_Q
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
@@ -19,8 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLES = (ROOT.parent / "shared/data/Train_Qs.csv", ROOT / "playground/data_train/Train_Qs.csv")
+from preprocess_speed import ROOT, build_parser, parse
+
 MODEL = ROOT / "tests/data/goldens/llava-v1.5-golden"
 
 
@@ -82,18 +81,10 @@ def run_doctor(directory: Path, *flags: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print medians and ranges in seconds; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = next((path for path in TABLES if path.is_file()), TABLES[-1])
-    parser.add_argument("--input", type=Path, default=default, help="table to read (default: %(default)s)")
+    parser = build_parser(__doc__, runs=5)
     parser.add_argument("--model_name_or_path", default=str(MODEL), help="its tokenizer is used")
     parser.add_argument("--pictures", type=int, default=1000, help="pictures to decode (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each kind (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if not args.input.is_file():
-        parser.error(f"--input {args.input}: no such file")
-    if args.runs < 1:
-        parser.error(f"--runs {args.runs}: must be at least 1")
-
+    args = parse(parser, argv)
     sys.path.insert(0, str(ROOT))
     from llava.data.image_check import find_broken_images, usable_cores
 

@@ -30,18 +30,28 @@ def measure_seconds(action: Callable[[], object], runs: int) -> list[float]:
     return seconds
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print medians and ranges in seconds; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(description: str, runs: int) -> argparse.ArgumentParser:
+    """Return a parser of a table and of the number of runs, `runs` being the default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = next((path for path in TABLES if path.is_file()), TABLES[-1])
     parser.add_argument("--input", type=Path, default=default, help="table to read (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=9, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=runs, help="runs of each kind (default: %(default)s)")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what the command line says; it ends the program if there is no such table or nothing to run."""
     args = parser.parse_args(argv)
     if not args.input.is_file():
         parser.error(f"--input {args.input}: no such file")
     if args.runs < 1:
         parser.error(f"--runs {args.runs}: must be at least 1")
+    return args
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print medians and ranges in seconds; return the exit code."""
+    args = parse(build_parser(__doc__, runs=9), argv)
     sys.path.insert(0, str(ROOT))
     from llava.data.table import read_table
     from llava.data.table_json import COCO_IMAGE_NAME, build_image_namer, format_training_json
