@@ -146,8 +146,9 @@ class LlavaTokenizer(PreTrainedTokenizer):
         Ids behind the vocabulary that no token has (weights are padded to round numbers of rows) are empty text.
         """
         text, run = "", []
+        marks = {*self.all_special_tokens, *self.added_tokens_encoder}
         for token in tokens:
-            if token in self.all_special_tokens or token in self.added_tokens_encoder:
+            if token in marks:
                 text += self._join(run, at_start=not text) + token
                 run = []
             else:

@@ -34,6 +34,8 @@ class AnswerStream:
         self.ids: list[int] = []
         self._tokenizer = tokenizer
         self._stop_text = stop_text
+        self._tokens: list[str] = []
+        self._decoded = ""
         self._shown = 0
 
     @property
@@ -44,13 +46,14 @@ class AnswerStream:
     @property
     def has_stop_text(self) -> bool:
         """Whether the stop text was generated."""
-        return self._stop_text in self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        return self._stop_text in self._decoded
 
     def push(self, token: int) -> str:
         """Take the next id and return the text that is certain now, often none."""
         self.ids.append(token)
-        decoded = self._tokenizer.decode(self.ids, skip_special_tokens=True)
-        certain = decoded.rstrip(_UNFINISHED_CHARACTER)
+        self._tokens += self._tokenizer.convert_ids_to_tokens([token], skip_special_tokens=True)
+        self._decoded = self._tokenizer.convert_tokens_to_string(self._tokens)
+        certain = self._decoded.rstrip(_UNFINISHED_CHARACTER)
         if self._stop_text not in certain:
             certain = certain[: len(certain) - self._stop_overlap(certain)]
         return self._show(clean_answer(certain, self._stop_text))
