@@ -61,8 +61,8 @@ class Chat:
         self.turns: list[tuple[str, str]] = []
         self.ids: list[int] = []
         self.fed_tokens = 0
-        self._cache.cut(0)
-        self._unfed = Prompt([], [])  # the part of `ids` behind the cache
+        self._kept = 0  # positions of the cache that count
+        self._unfed = Prompt([], [])  # the part of `ids` behind them
 
     def reply(self, question: str, images: Sequence[Image.Image] = ()) -> Iterator[str]:
         """Ask, and return an iterator over the pieces of the answer.
@@ -80,7 +80,7 @@ class Chat:
         """
         turn = Prompt(self._turn_ids(question, len(images)), self.session.pixel_values(images))
         unfed = Prompt(self._unfed.input_ids + turn.input_ids, self._unfed.pixel_values + turn.pixel_values)
-        self.session.check_length(self._cache.length + self.session.spliced_length(unfed), self.sampling.max_new_tokens)
+        self.session.check_length(self._kept + self.session.spliced_length(unfed), self.sampling.max_new_tokens)
         return self._stream(question, turn, unfed)
 
     def _turn_ids(self, question: str, n_images: int) -> list[int]:
@@ -94,7 +94,8 @@ class Chat:
         """Feed the new part of the dialogue, then choose and feed tokens until the answer ends."""
         answer = AnswerStream(self.session.tokenizer, self.session.template.stop_text)
         stop_ids, stops_on_text = self.session.stop_ids, self.session.stops_on_text
-        start, is_ended, self.fed_tokens = self._cache.length, False, 0
+        is_ended, self.fed_tokens = False, 0
+        self._cache.cut(self._kept)
         try:
             for token in self._tokens(unfed):
                 piece = answer.push(token)
@@ -106,12 +107,9 @@ class Chat:
             if rest := answer.finish():
                 yield rest
         finally:
-            stop = start
             if answer.ids:
-                stop += self.session.spliced_length(unfed) + len(answer.ids) - 1  # the last token is not fed yet
-                self._close_turn(question, turn, answer, is_ended)
-            self._cache.cut(stop)
-            self.fed_tokens = stop - start
+                n_fed = self.session.spliced_length(unfed) + len(answer.ids) - 1  # the last token is not fed yet
+                self._close_turn(question, turn, answer, n_fed, is_ended)
 
     @torch.no_grad()
     def _tokens(self, prompt: Prompt) -> Iterator[int]:
@@ -145,11 +143,12 @@ class Chat:
             self._races.append(draw_race(logits.shape[-1], self._generator))
         return select_token(logits, self.sampling, send(self._races[n_ahead], logits.device))
 
-    def _close_turn(self, question: str, turn: Prompt, answer: AnswerStream, is_ended: bool) -> None:
+    def _close_turn(self, question: str, turn: Prompt, answer: AnswerStream, n_fed: int, is_ended: bool) -> None:
         end = [] if is_ended else ending_ids(self.session.template, self.session.tokenizer)
-        self.turns.append((question, answer.text))
-        self.ids += turn.input_ids + answer.ids + end
-        self._unfed = Prompt(answer.ids[-1:] + end, [])
+        turns, ids = [*self.turns, (question, answer.text)], [*self.ids, *turn.input_ids, *answer.ids, *end]
+        unfed, kept = Prompt(answer.ids[-1:] + end, []), self._kept + n_fed
+        # At once, so that there is next to no moment at which an interruption finds a part of the turn.
+        self.turns, self.ids, self._unfed, self._kept, self.fed_tokens = turns, ids, unfed, kept, n_fed
 
 
 def answer_one(session: Session, request: Request, sampling: Sampling | None = None) -> str:

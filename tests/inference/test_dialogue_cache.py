@@ -176,6 +176,28 @@ def test_a_chat_with_recorded_steps(session, sampling, is_ahead, replayed):
     assert replayed
 
 
+def test_a_second_interruption_while_the_first_is_dealt_with(session, sampling, monkeypatch):
+    chat, undisturbed = Chat(session, sampling), Chat(session, sampling)
+    chat.is_ahead = True
+    for each in (chat, undisturbed):
+        "".join(each.reply("Is there railing?"))
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    pieces = chat.reply("and now?")
+    next(pieces)
+    monkeypatch.setattr(chat, "_close_turn", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.close()
+    monkeypatch.undo()
+    assert chat.turns == undisturbed.turns
+    for each in (chat, undisturbed):
+        each.sampling = Sampling(max_new_tokens=6)
+    assert "".join(chat.reply("why?")) == "".join(undisturbed.reply("why?"))
+    assert chat.ids == undisturbed.ids
+
+
 @pytest.mark.parametrize("pieces", [(5,), (3, 1, 130, 2), (260, 60)])
 def test_logits_are_those_of_the_whole(open_kind, model, tokens, expected, pieces):
     cache, start = open_kind(model), 0

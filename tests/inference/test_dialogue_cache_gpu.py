@@ -7,11 +7,13 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from llava.inference.chat import Chat
-from llava.inference.dialogue_cache import RowCache, load_kernels
+from llava.inference.dialogue_cache import RowCache, load_kernels, open_cache
 from llava.inference.session import Sampling, Session
 from llava.model.flat_llama import FlatLlama
+from llava.model.quantization import quantize_linears, quantized_parameter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -83,6 +85,30 @@ def test_a_recorded_step_gives_the_same_bits(build, with_kernels):
         logits_of(RowCache(llama, graphed=graphed, fused=fused), model, tokens, 5) for graphed in (False, True)
     )
     assert torch.equal(plain, graphed)
+
+
+def quantise(model, bits):
+    layers = model.get_model().layers
+    weights = {name: module.weight.data for name, module in layers.named_modules() if type(module) is nn.Linear}
+    quantize_linears(layers, bits, model.dtype)
+    for name, weight in weights.items():
+        module = layers.get_submodule(name)
+        module.weight = quantized_parameter(module, weight, model.dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights(build, bits):
+    """4 bit is recorded, 8 bit is not."""
+    pytest.importorskip("bitsandbytes")
+    tokens = some_tokens(20)
+    model = build(torch.bfloat16, intermediate_size=1216)
+    quantise(model, bits)
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0, 4:].float()
+    found = logits_of(open_cache(model), model, tokens, 5).float()
+    plain = logits_of(RowCache(FlatLlama(model)), model, tokens, 5).float()
+    torch.testing.assert_close(found, plain, rtol=0, atol=0.01 * float(plain.abs().max()))
+    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.99
 
 
 @pytest.fixture(scope="module")
