@@ -223,7 +223,9 @@ def measure_step(options: argparse.Namespace, device: torch.device, speed: float
         return
     model = build_session(device, bits=16, tiny=options.tiny).model
     llama, read = FlatLlama(model), bytes_per_token(model)
-    step = kernels.FusedStep(llama)
+    steps = {"": kernels.FusedStep(llama)}
+    if torch.cuda.get_device_capability(device) >= (9, 0):
+        steps[", kernels started early"] = kernels.FusedStep(llama, early=True)
     heads, width = llama.key_shape
     for length in LENGTHS:
         cache = [
@@ -234,13 +236,15 @@ def measure_step(options: argparse.Namespace, device: torch.device, speed: float
         projected = torch.randn(3 * heads * width, device=device, dtype=llama.dtype)
         found = torch.empty(-(-length // kernels.PART), heads, width + 2, device=device)
         attended = torch.empty_like(projected[: heads * width])
-        calls = [functools.partial(step.attend, entries, projected, *layer, found, attended) for layer in cache]
-        seconds = recorded_seconds(functools.partial(run_all, calls), device) / len(cache)
-        row = {"part": "step", "case": f"attention, {length} positions", "microseconds": round(seconds * 1e6, 2)}
-        yield {**row, "share_of_limit": round(2 * cache[0][0].nbytes / seconds / speed, 3)}
-        seconds = recorded_seconds(functools.partial(step, entries, cache), device)
-        row = {"part": "step", "case": f"token, {length} positions", "microseconds": round(seconds * 1e6, 2)}
-        yield {**row, "share_of_limit": round(read / seconds / speed, 3)}
+        for case, step in steps.items():
+            calls = [functools.partial(step.attend, entries, projected, *layer, found, attended) for layer in cache]
+            seconds = recorded_seconds(functools.partial(run_all, calls), device) / len(cache)
+            row = {"part": "step", "case": f"attention, {length} positions{case}"}
+            row |= {"microseconds": round(seconds * 1e6, 2)}
+            yield {**row, "share_of_limit": round(2 * cache[0][0].nbytes / seconds / speed, 3)}
+            seconds = recorded_seconds(functools.partial(step, entries, cache), device)
+            row = {"part": "step", "case": f"token, {length} positions{case}", "microseconds": round(seconds * 1e6, 2)}
+            yield {**row, "share_of_limit": round(read / seconds / speed, 3)}
 
 
 def import_kernels(device: torch.device) -> Any:

@@ -1,9 +1,13 @@
-"""Triton's kernels of `llava/model/token_step.py`; the letters are explained there."""
+"""Triton's kernels of `llava/model/token_step.py`; the letters are explained there.
+
+`EARLY`: the programs may be there before the kernel in front has ended, and wait for that; so may those of the next.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -24,8 +28,12 @@ def multiply_rows(
     IS_ADDED: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Write ROWS products of a row of one to three weights, one behind the other, with `value`."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     start = tl.program_id(0) * ROWS
     weight, row = first, start
     if N_SECOND > 0:
@@ -69,8 +77,12 @@ def multiply_gated_rows(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Write ROWS products of the gate, activated, times those of `up`, of the norm of `value`."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     start = tl.program_id(0) * ROWS
     rows = tl.arange(0, ROWS)
     offsets = (start + rows)[:, None] * WIDTH
@@ -106,8 +118,12 @@ def attend_part(
     KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Note what a head's query finds in a part of the cache, into which the part that holds the place puts the key."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     HALF: tl.constexpr = WIDTH // 2
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     head, part = tl.program_id(0), tl.program_id(1)
@@ -161,8 +177,12 @@ def join_parts(
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Write what a head's query finds in all parts."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     head = tl.program_id(0)
     n_parts = tl.load(entries + 1).to(tl.int32) // PART + 1
     whole = tl.arange(0, WIDTH)

@@ -45,10 +45,11 @@ class FusedStep:
 
     Args:
         llama: on CUDA; `has_fused_form(llama)`.
+        early: start a kernel's programs before the kernel in front has ended; needs compute capability 9.0.
     """
 
-    def __init__(self, llama: FlatLlama) -> None:
-        self._llama = llama
+    def __init__(self, llama: FlatLlama, *, early: bool = False) -> None:
+        self._llama, self._early = llama, early
         attention = llama.layers[0].self_attn
         self._heads, self._key_heads = (
             len(layer.weight) // attention.head_dim for layer in (attention.q_proj, attention.k_proj)
@@ -61,7 +62,7 @@ class FusedStep:
             entries: (2,) int64, token and its place.
             cache: keys and values of each layer, (1, C, K, d).
         """
-        llama = self._llama
+        llama, early = self._llama, self._early
         hidden = llama.embed(entries[:1])  # (1, D), of this call, so it may be changed
         width = llama.layers[0].self_attn.head_dim
         projected = hidden.new_empty((self._heads + 2 * self._key_heads) * width)
@@ -72,13 +73,13 @@ class FusedStep:
         for layer, (keys, values) in zip(llama.layers, cache, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             inputs = attention.q_proj, attention.k_proj, attention.v_proj
-            multiply(hidden, inputs, projected, norm=layer.input_layernorm)
+            multiply(hidden, inputs, projected, norm=layer.input_layernorm, early=early)
             self.attend(entries, projected, keys, values, found, attended)
-            multiply(attended, [attention.o_proj], hidden, added=hidden)
-            multiply_gated(hidden, mlp.gate_proj, mlp.up_proj, active, norm=layer.post_attention_layernorm)
-            multiply(active, [mlp.down_proj], hidden, added=hidden)
+            multiply(attended, [attention.o_proj], hidden, added=hidden, early=early)
+            multiply_gated(hidden, mlp.gate_proj, mlp.up_proj, active, norm=layer.post_attention_layernorm, early=early)
+            multiply(active, [mlp.down_proj], hidden, added=hidden, early=early)
         logits = hidden.new_empty(1, len(llama.head.weight))
-        multiply(hidden, [llama.head], logits, norm=llama.norm)
+        multiply(hidden, [llama.head], logits, norm=llama.norm, early=early)
         return logits
 
     def attend(
@@ -95,7 +96,7 @@ class FusedStep:
             attended: (H d,), the result.
         """
         n_parts, heads, width = found.shape[0], found.shape[1], keys.shape[3]
-        sizes = {"HEADS": heads, "WIDTH": width, "PART": PART, "num_warps": _ATTENTION_WARPS}
+        sizes = {"HEADS": heads, "WIDTH": width, "PART": PART, "num_warps": _ATTENTION_WARPS, **_launched(self._early)}
         tables = self._llama.cosine, self._llama.sine
         attend_part[(heads, n_parts)](
             entries, projected, *tables, keys, values, found, width**-0.5, KEY_HEADS=self._key_heads, **sizes
@@ -134,6 +135,10 @@ def _is_plain(linear: nn.Module) -> bool:
     return weight is not None and linear.bias is None and weight.is_contiguous()
 
 
+def _launched(early: bool) -> dict[str, bool]:
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
 def multiply(
     value: Tensor,
     linears: Sequence[nn.Linear],
@@ -142,6 +147,7 @@ def multiply(
     norm: nn.Module | None = None,
     added: Tensor | None = None,
     tile: Tile = TILE,
+    early: bool = False,
 ) -> None:
     """Write the products of one to three weights with a vector, one behind the other.
 
@@ -152,6 +158,7 @@ def multiply(
         norm: RMSNorm of the vector before.
         added: N numbers, of a single weight; may be `result`.
         tile: divides the rows of each weight but a single one.
+        early: as in `FusedStep`.
     """
     weights = [linear.weight for linear in linears]
     first, second, third = (weights + weights[-1:] * 2)[:3]
@@ -174,11 +181,19 @@ def multiply(
         ROWS=tile.rows,
         STEP=tile.step,
         num_warps=tile.warps,
+        **_launched(early),
     )
 
 
 def multiply_gated(
-    value: Tensor, gate: nn.Linear, up: nn.Linear, result: Tensor, *, norm: nn.Module, tile: Tile = GATED_TILE
+    value: Tensor,
+    gate: nn.Linear,
+    up: nn.Linear,
+    result: Tensor,
+    *,
+    norm: nn.Module,
+    tile: Tile = GATED_TILE,
+    early: bool = False,
 ) -> None:
     """Write silu(gate x) * (up x), x being the RMSNorm of a vector; arguments as in `multiply`."""
     multiply_gated_rows[(len(gate.weight) // tile.rows,)](
@@ -192,4 +207,5 @@ def multiply_gated(
         ROWS=tile.rows,
         STEP=tile.step,
         num_warps=tile.warps,
+        **_launched(early),
     )

@@ -87,6 +87,22 @@ def test_a_recorded_step_gives_the_same_bits(build, with_kernels):
     assert torch.equal(plain, graphed)
 
 
+@pytest.mark.parametrize("graphed", [False, True])
+def test_kernels_that_start_early_give_the_same_bits(build, graphed):
+    from llava.model.token_step import FusedStep
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    tokens = some_tokens(700)
+    model = build(torch.bfloat16)
+    llama = FlatLlama(model)
+    late, early = (
+        logits_of(RowCache(llama, graphed=graphed, fused=FusedStep(llama, early=early)), model, tokens, 5)
+        for early in (False, True)
+    )
+    assert torch.equal(late, early)
+
+
 def quantise(model, bits):
     layers = model.get_model().layers
     weights = {name: module.weight.data for name, module in layers.named_modules() if type(module) is nn.Linear}
