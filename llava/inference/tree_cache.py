@@ -16,17 +16,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llava.constants import NO_GROUP, TRUNK
+from llava.constants import TRUNK
 from llava.inference.grouping import Branch, Group
 from llava.inference.step_graphs import StepGraphs, StepShape
 from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense
-from llava.model.tree_attention import later_mask, tree_mask
+from llava.model.tree_attention import branch_mask, later_mask
 
 NOBODY = -1
 """Branch number of a position that holds nothing."""
 MULTIPLE = 8
 """Lengths of masks are multiples of it, as fast kernels want; so are numbers of tokens, so that few shapes occur."""
+
+PREFILL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Without cuDNN's, which is planned anew for every new shape, for tens of milliseconds: each prefill has another."""
 
 
 @dataclass(eq=False)
@@ -123,36 +127,39 @@ class TreeCache:
         """
         stem, llama, n_rows = self._stem, self._llama, len(rows)
         trunk = max(row.trunk_length for row in rows)
-        branches = max(row.group.branch_length for row in rows)
-        length = round_up(stem + trunk + branches)  # L
-        branches = length - stem - trunk
+        length = round_up(stem + trunk + max(row.group.branch_length for row in rows))  # L
         slots = self._take(n_rows)
         for row, slot in zip(rows, slots, strict=True):
             row.slot, row.start, row.fill = slot, stem + row.trunk_length, length
             row.columns = {branch: number for number, branch in enumerate(row.group.branches, start=1)}
-        layout = lay_out(rows, stem, trunk, branches)
+        layout = lay_out(rows, stem, trunk, length)
         owners = send(layout.owners, llama.device)  # (r, L) int16
-        mask = tree_mask(torch.where(owners == NOBODY, NO_GROUP, 0), owners)[:, :, stem + trunk :]  # (r, 1, Q, L)
-        bias = additive(mask, llama.dtype)
         place = _as_slice(slots, llama.device)
         self._owners[place] = NOBODY
         self._owners[place, :length] = owners
-        kept_behind = send(layout.kept, llama.device)
+        kept, kept_behind = map(torch.clone, send(layout.kept, llama.device))
+        is_line = all(len(row.group.branches) == 1 and row.trunk_length == trunk for row in rows)
+        bias = None if is_line else additive(branch_mask(owners, stem + trunk), llama.dtype)  # (r, 1, Q, L)
 
         def attend(layer: int, query: Tensor) -> Tensor:
             keys, values = (part[place, :length] for part in self._layers[layer])
-            of_trunks, of_branches = query.split([n_rows * trunk, n_rows * branches])
-            behind = attend_dense(of_branches.unflatten(0, (n_rows, branches)), keys, values, bias)
-            if layer == llama.n_layers - 1:
+            query = query.unflatten(0, (n_rows, -1))  # (r, T + Q, H, d)
+            of_branches = query[:, trunk:]
+            is_last = layer == llama.n_layers - 1
+            if is_line:
+                attended = attend_causal(of_branches if is_last else query, keys, values)
+                return attended[kept_behind] if is_last else attended
+            behind = attend_dense(of_branches, keys, values, bias)
+            if is_last:
                 return behind[kept_behind]
-            if not trunk:
-                return behind
-            seen = (part[:, : stem + trunk] for part in (keys, values))
-            return torch.cat([attend_causal(of_trunks.unflatten(0, (n_rows, trunk)), *seen), behind])
+            front = attend_causal(query[:, :trunk], keys[:, : stem + trunk], values[:, : stem + trunk])
+            parts = (front.unflatten(0, (n_rows, trunk)), behind.unflatten(0, (n_rows, -1)))
+            return torch.cat(parts, dim=1).flatten(0, 1)
 
         places = Places(*map(torch.clone, send(layout.places, llama.device)))
         embeds = self._embed(rows, layout.branch_ids, trunk)
-        return llama.fill_and_read(embeds, places, self._layers, attend, kept_behind + n_rows * trunk)
+        with sdpa_kernel(PREFILL_KERNELS):
+            return llama.fill_and_read(embeds, places, self._layers, attend, kept)
 
     def step(self, live: Sequence[tuple[Row, Branch]]) -> Tensor:
         """Take the last token of each answer, and return the logits of the next, (M, W).
@@ -224,17 +231,17 @@ class TreeCache:
 
         embeds = llama.embed(torch.tensor(stem_ids, device=llama.device))
         places = Places(positions, torch.zeros_like(positions), positions)
-        llama.fill_and_read(embeds, places, self._layers, attend, positions[-1:], is_once=True)
+        with sdpa_kernel(PREFILL_KERNELS):
+            llama.fill_and_read(embeds, places, self._layers, attend, positions[-1:], is_once=True)
 
     def _embed(self, rows: Sequence[Row], branch_ids: Tensor, trunk: int) -> Tensor:
-        """Return the embeddings of all trunks and behind them of all branches, (r T + r Q, D)."""
-        behind = self._llama.embed(send(branch_ids, self._llama.device))  # (r Q, D)
-        fronts = []
-        for row in rows:
-            fronts.append(row.trunk_embeds)
-            if row.trunk_length < trunk:
-                fronts.append(row.trunk_embeds.new_zeros(trunk - row.trunk_length, row.trunk_embeds.shape[1]))
-        return torch.cat([*fronts, behind])
+        """Return the embeddings row by row, trunk and branches, (r (T + Q), D)."""
+        pieces = []
+        behind = self._llama.embed(send(branch_ids, self._llama.device))  # (r, Q, D)
+        for row, of_branches in zip(rows, behind, strict=True):
+            gap = row.trunk_embeds.new_zeros(trunk - row.trunk_length, behind.shape[-1])
+            pieces += [row.trunk_embeds, gap, of_branches]
+        return torch.cat([piece for piece in pieces if len(piece)])
 
     def _take(self, count: int) -> list[int]:
         """Return free rows, if possible neighbours, which need no copy to be read together."""
@@ -254,13 +261,13 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """Where the tokens of groups lie, on the CPU: all trunks, and behind them all branches.
+    """Where the tokens of groups lie, on the CPU: row by row, the trunk and behind it the branches.
 
     Attributes:
         owners: (r, L) int16, branch number of each position of the rows.
-        branch_ids: (r Q,) int64, token ids of the branches, 0 where there is none.
-        places: (3, r T + r Q) int64, position id, row of the cache, and place in it of each token.
-        kept: (M,) int64, indices into the branches of the positions whose logits are wanted.
+        branch_ids: (r, Q) int64, token ids of the branches, 0 where there is none.
+        places: (3, r (T + Q)) int64, position id, row of the cache, and place in it of each token.
+        kept: (2, M) int64, indices of the positions whose logits are wanted, among all tokens and among the branches'.
     """
 
     owners: Tensor
@@ -269,34 +276,33 @@ class Layout(NamedTuple):
     kept: Tensor
 
 
-def lay_out(rows: Sequence[Row], stem: int, trunk: int, branches: int) -> Layout:
-    """Return the layout of groups whose trunks are padded to `trunk` positions and their branches to `branches`."""
-    owners, ids, behind, kept = [], [], [], []
+def lay_out(rows: Sequence[Row], stem: int, trunk: int, length: int) -> Layout:
+    """Return the layout of groups whose trunks are padded to `trunk` positions and whose rows to `length`."""
+    width = length - stem - trunk  # Q
+    owners = torch.full((len(rows), length), NOBODY, dtype=torch.int16)
+    owners[:, : stem + trunk] = TRUNK
+    own, ids, behind, kept = [], [], [], []
     for number, row in enumerate(rows):
-        own, row_ids, positions = [], [], []
+        owners[number, row.start : stem + trunk] = NOBODY
+        row_own, row_ids, positions = [], [], []
         for branch, column in row.columns.items():
             tokens = branch.tokens
-            own += [column] * len(tokens)
+            row_own += [column] * len(tokens)
             row_ids += tokens
             positions += range(row.start, row.start + len(tokens))
-            end = number * branches + len(row_ids)
-            kept += range(end - branch.ask.n_kept, end)
-        padding = branches - len(row_ids)
-        gap = trunk - row.trunk_length
-        owners.append([TRUNK] * (stem + row.trunk_length) + [NOBODY] * gap + own + [NOBODY] * padding)
-        ids += row_ids + [0] * padding
-        behind += positions + [0] * padding
-    slots = torch.tensor([row.slot for row in rows])
-    front = torch.arange(stem, stem + trunk).repeat(len(rows))
-    back = torch.arange(stem + trunk, stem + trunk + branches).repeat(len(rows))
-    places = torch.stack(
-        [
-            torch.cat([front, torch.tensor(behind)]),
-            torch.cat([slots.repeat_interleave(trunk), slots.repeat_interleave(branches)]),
-            torch.cat([front, back]),
-        ]
-    )
-    return Layout(torch.tensor(owners, dtype=torch.int16), torch.tensor(ids), places, torch.tensor(kept))
+            end = number * width + len(row_ids)
+            kept += ((index + (number + 1) * trunk, index) for index in range(end - branch.ask.n_kept, end))
+        padding = width - len(row_ids)
+        own.append(row_own + [NOBODY] * padding)
+        ids.append(row_ids + [0] * padding)
+        behind.append(positions + [0] * padding)
+    owners[:, stem + trunk :] = torch.tensor(own, dtype=torch.int16)
+    back = torch.tensor(behind)
+    positions = torch.cat([torch.arange(stem, stem + trunk).expand(len(rows), -1), back], dim=1)
+    slots = torch.tensor([row.slot for row in rows])[:, None].expand_as(positions)
+    in_row = torch.arange(stem, length).expand_as(positions)
+    places = torch.stack([positions, slots, in_row]).flatten(1)
+    return Layout(owners, torch.tensor(ids), places, torch.tensor(kept).T.contiguous())
 
 
 def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:

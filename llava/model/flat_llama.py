@@ -164,12 +164,7 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Ten
 
 def attend_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return attention of queries that are the last of the keys; shapes as in `attend_dense`."""
-    queries, keys = query.shape[1], key.shape[1]
-    if query.device.type != "cuda":
-        return _attend(query, key, value, attn_mask=causal_lower_right(queries, keys)).flatten(0, 1)
-    # The fastest kernels know squares alone: queries are put in front whose results are thrown away.
-    square = nn.functional.pad(query, (0, 0, 0, 0, keys - queries, 0))
-    return _attend(square, key, value, is_causal=True)[:, keys - queries :].flatten(0, 1)
+    return _attend(query, key, value, attn_mask=causal_lower_right(query.shape[1], key.shape[1])).flatten(0, 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:

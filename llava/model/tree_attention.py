@@ -128,6 +128,21 @@ def _next(starts: Tensor) -> Tensor:
     return behind.flip(1).cummin(dim=1).values.flip(1)
 
 
+def branch_mask(branches: Tensor, first: int) -> Tensor:
+    """Return which keys the positions from `first` on see, in rows with one group each, (B, 1, S - first, S) bool.
+
+    Padding sees the trunk and other padding, so that every position sees something.
+
+    Args:
+        branches: (B, S): `TRUNK`, the number of the branch, or a negative number for padding.
+        first: length of stem and trunk.
+    """
+    length = branches.shape[1]
+    own, keys = branches[:, None, first:, None], branches[:, None, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()[first:]
+    return ((keys == TRUNK) | (keys == own)) & causal
+
+
 def later_mask(branches: Tensor, columns: int) -> Tensor:
     """Return which keys the next token of each branch of each row sees, (B, 1, columns, S) bool, True = sees.
 

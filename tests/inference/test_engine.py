@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.inference import backlog as backlog_module
 from llava.inference import engine as engine_module
+from llava.inference import tree_cache as tree_cache_module
 from llava.inference.backlog import Backlog, Failed
 from llava.inference.engine import Engine
 from llava.inference.grouping import Ask, plan_groups
@@ -93,6 +94,23 @@ def test_equals_generate_one_at_a_time(tiny_sessions, which, rows, new_tokens, m
     assert {key: branch.generated for key, branch in results.items()} == {
         ask.key: alone(session, ask, sampling) for ask in asks
     }
+
+
+def test_one_question_about_each_picture_needs_no_mask(tiny_sessions, monkeypatch):
+    """Rows that are no trees go through one causal attention, and give what trees give."""
+    session, sampling = tiny_sessions[0], Sampling(max_new_tokens=1)
+    asks = make_asks([([name], [3 + length] * length) for length, name in enumerate(NAMES, start=1)])
+    expected = {ask.key: alone(session, ask, sampling) for ask in asks}
+    another = asks[0]._replace(key=5, ids=[*asks[0].ids, 7])
+    masked = []
+    real = tree_cache_module.attend_dense
+    monkeypatch.setattr(tree_cache_module, "attend_dense", lambda *args: masked.append(len(args[0])) or real(*args))
+    lines = run(session, asks, sampling)
+    assert not masked
+    trees = run(session, [*asks, another], sampling)
+    assert masked
+    for results in (lines, trees):
+        assert {key: results[key].generated for key in expected} == expected
 
 
 def some_asks(count, seed=0):

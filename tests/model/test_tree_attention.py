@@ -16,6 +16,7 @@ from llava.model.tree_attention import (
     TRUNK,
     block_pack_mask,
     block_tree_mask,
+    branch_mask,
     later_mask,
     tree_mask,
     tree_mask_rows,
@@ -133,6 +134,25 @@ def test_flex_attention_gives_what_the_dense_mask_gives():
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=tree_mask(groups, branches))
     flexible = flex_attention(query, key, value, block_mask=block_tree_mask(groups, branches))
     torch.testing.assert_close(flexible, dense, rtol=0, atol=1e-12)
+
+
+def test_what_branches_see_written_out():
+    branches = torch.tensor([[TRUNK, TRUNK, -1, 1, 1, 2, -1, -1]], dtype=torch.int16)
+    expected = [
+        [1, 1, 0, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 0, 1, 1],
+    ]
+    assert branch_mask(branches, 3)[0, 0].int().tolist() == expected
+
+
+@given(st.integers(0, 4), st.integers(0, 2), st.lists(st.integers(1, 3), min_size=1, max_size=8))
+def test_branches_see_what_the_tree_lets_them_see(trunk, gap, behind):
+    row = torch.tensor([[TRUNK] * trunk + [-1] * gap + behind])
+    whole = tree_mask(torch.where(row < 0, NO_GROUP, 0), row)
+    assert torch.equal(branch_mask(row, trunk + gap), whole[:, :, trunk + gap :])
 
 
 def test_what_the_next_tokens_see_written_out():
