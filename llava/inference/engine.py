@@ -4,6 +4,9 @@
 first token of each answer. Step: every answer in the cache grows by a token. Retreat: what does not fit the memory
 goes back to the waiting groups, with the answers as far as they have come, and the next cache is smaller.
 
+A GPU gets each move before the tokens of the last one are looked at, so that it never waits: tokens stay there as the
+next step's input. An answer that turns out to be finished has then taken one step too many, which is dropped.
+
 Laws: an answer depends on its own prompt alone, whatever is computed beside it; each branch of the plan comes out once.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -30,6 +34,10 @@ logger = logging.getLogger(__name__)
 MAX_ROWS = {"cuda": 160, "cpu": 8, "mps": 16}
 PREFILL_POSITIONS = {"cuda": 16_384, "cpu": 2_048, "mps": 4_096}
 """Of a launch: enough to keep the linear layers busy."""
+MOVES_AHEAD = {"cuda": 1}
+"""Moves that a device is given before the tokens of an earlier one are waited for; beside a CPU it gains nothing."""
+LAUNCHES_OF_CACHE = 3
+"""At least so many launches fill a cache, so that one can wait behind the others."""
 FIRST_SPARE = 128
 """Positions that a row keeps for its answers at first; doubled when they turn out to be longer."""
 SCORED_AT_ONCE = 1_024
@@ -87,11 +95,13 @@ class Engine:
         kind = self._llama.device.type
         self._max_rows = MAX_ROWS.get(kind, MAX_ROWS["cpu"])
         self._positions = PREFILL_POSITIONS.get(kind, PREFILL_POSITIONS["cpu"])
+        self._ahead = MOVES_AHEAD.get(kind, 0)
         self._max_questions = max_questions or self._max_rows * 32
         self._stop_ids = frozenset(session.stop_ids)
         self._cache: TreeCache | None = None
         self._rows: list[Row] = []
-        self._selected: list[Selected] = []
+        self._has_stepped = False
+        self._selected: deque[Selected] = deque()
         self._finished: list[Branch] = []
         self.spare = FIRST_SPARE
 
@@ -106,38 +116,61 @@ class Engine:
         Raises:
             torch.OutOfMemoryError: if a single question does not fit.
         """
-        while backlog or self._rows or self._finished:
+        while backlog or self._rows or self._selected or self._finished:
             finished, self._finished = self._finished, []
+            has_more = False
             try:
-                self._launch(backlog)
+                has_more = self._launch(backlog)
             except torch.OutOfMemoryError as error:
                 self._retreat(backlog, error)
             failed, backlog.failed = backlog.failed, []
             yield from (*failed, *finished)  # what the caller does with them is done while the device computes
-            self._collect()
+            if self._selected and (len(self._selected) > self._ahead or not has_more):
+                self._collect(self._selected.popleft())
 
     @torch.no_grad()
-    def _launch(self, backlog: Backlog) -> None:
-        """Give the device work: as many prefills as fit, else a step."""
-        n_before = len(self._selected)
-        while rows := self._next_rows(backlog):
+    def _launch(self, backlog: Backlog) -> bool:
+        """Give the device a prefill or a step; return whether there was one to give."""
+        rows = self._next_rows(backlog)
+        if rows:
             self._prefill(rows)
-        if len(self._selected) > n_before:
-            return
-        self._make_room(backlog)
-        if live := [(row, branch) for row in self._rows for branch in row.group.branches]:
+        elif self._make_room(backlog) and (live := self._going_on()):
             self._select(live, self._cache.step(live))
-            backlog.prepare()
+        else:
+            return False
+        self._has_stepped = not rows
+        backlog.prepare()
+        return True
+
+    def _going_on(self, rows: Sequence[Row] | None = None) -> list[tuple[Row, Branch]]:
+        """Return the answers that may need a token more than those that are here or on their way."""
+        limit = self._sampling.max_new_tokens
+        return [
+            (row, branch)
+            for row in (self._rows if rows is None else rows)
+            for branch in row.group.branches
+            if not branch.ask.targets and len(branch.generated) + branch.n_coming < limit
+        ]
 
     def _next_rows(self, backlog: Backlog) -> list[Row]:
         """Take the groups of the next prefill; none if it should wait for more rows to become free."""
-        first = backlog.peek()
-        if first is None or not self._has_room(first, backlog):
-            return []
         rows: list[Row] = []
+        try:
+            first = backlog.peek()
+            if first is not None and self._has_room(first, backlog):
+                self._take(rows, backlog)
+        except torch.OutOfMemoryError:
+            for row in reversed(rows):
+                backlog.put_back(row)
+            raise
+        return rows
+
+    def _take(self, rows: list[Row], backlog: Backlog) -> None:
+        """Move groups from the backlog into the list, as many as fit a launch."""
         stem, trunk, branches = len(self._stem_ids), 0, 0
         asked = sum(len(row.group.branches) for row in self._rows)
-        while (row := backlog.peek()) and len(rows) < self._cache.n_free:
+        most = min(self._cache.n_free, self._rows_at_once(backlog))
+        while (row := backlog.peek()) and len(rows) < most:
             trunk, branches = max(trunk, row.trunk_length), max(branches, row.group.branch_length)
             length = round_up(stem + trunk + branches)
             asked += len(row.group.branches)
@@ -147,7 +180,6 @@ class Engine:
             if (rows or self._rows) and asked > self._max_questions:
                 break
             rows.append(backlog.take())
-        return rows
 
     def _has_room(self, first: Row, backlog: Backlog) -> bool:
         """Return whether a prefill that starts with this group should be launched now; make a cache if need be."""
@@ -164,7 +196,17 @@ class Engine:
             self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed, graphed=self._graphed)
         if needed > self._cache.capacity:
             return False
-        return not self._rows or self._cache.n_free >= min(at_once, len(backlog), self._cache.n_rows)
+        free, wanted = self._cache.n_free, min(at_once, self._rows_at_once(backlog))
+        if self._ahead and not self._has_stepped and free < len(backlog) and self._going_on():
+            wanted *= 2  # the last free rows are filled behind a step, while it is not known which rows it will free
+        return not self._rows or free >= wanted
+
+    def _rows_at_once(self, backlog: Backlog) -> int:
+        """Return the most rows that a launch fills."""
+        n_rows = self._cache.n_rows
+        if self._ahead:
+            n_rows = max(1, n_rows // LAUNCHES_OF_CACHE)
+        return min(n_rows, len(backlog))
 
     def _fitting_rows(self, capacity: int) -> int:
         """Return the rows of a capacity that the device has room for, beside what computing takes; at least 1."""
@@ -196,29 +238,34 @@ class Engine:
         """Choose the next token of each answer; `_collect` waits for it."""
         chances = None
         if self._sampling.temperature > 0:
-            chances = [self._chance_of(branch.ask.key, len(branch.generated)) for _, branch in branches]
+            steps = ((branch.ask.key, len(branch.generated) + branch.n_coming) for _, branch in branches)
+            chances = list(itertools.starmap(self._chance_of, steps))
         tokens = select_tokens(logits, self._sampling, chances)
         scores = score_tokens(logits, tokens) if self._with_scores else ()
+        self._cache.choose(branches, tokens)
         self._selected.append(Selected(branches, [tokens, *scores]))
+        for _, branch in branches:
+            branch.n_coming += 1
 
-    def _collect(self) -> None:
-        """Take the chosen tokens from the device, and let finished answers go."""
-        selected, self._selected = self._selected, []
-        for part in selected:
-            branches, columns = part.branches, part.wait()
-            if branches[0][1].ask.targets:
-                logprobs = iter(columns[0])
-                for row, branch in branches:
-                    branch.logprobs = list(itertools.islice(logprobs, len(branch.ask.targets)))
-                    self._finish(row, branch)
+    def _collect(self, selected: Selected) -> None:
+        """Take chosen tokens from the device, and let finished answers go."""
+        branches, columns = selected.branches, selected.wait()
+        if branches[0][1].ask.targets:
+            logprobs = iter(columns[0])
+            for row, branch in branches:
+                branch.logprobs = list(itertools.islice(logprobs, len(branch.ask.targets)))
+                self._finish(row, branch)
+            return
+        for (row, branch), token, *scores in zip(branches, *columns, strict=True):
+            branch.n_coming -= 1
+            if branch not in row.columns:  # finished, which was not known when this was launched
                 continue
-            for (row, branch), token, *scores in zip(branches, *columns, strict=True):
-                if scores:
-                    branch.logprobs.append(scores[0])
-                    branch.runner_up = branch.runner_up or (scores[1], scores[2])
-                branch.generated.append(token)
-                if self._is_finished(branch.generated):
-                    self._finish(row, branch)
+            if scores:
+                branch.logprobs.append(scores[0])
+                branch.runner_up = branch.runner_up or (scores[1], scores[2])
+            branch.generated.append(token)
+            if self._is_finished(branch.generated):
+                self._finish(row, branch)
 
     def _is_finished(self, ids: Sequence[int]) -> bool:
         if ids[-1] in self._stop_ids or len(ids) >= self._sampling.max_new_tokens:
@@ -236,9 +283,15 @@ class Engine:
             self._rows.remove(row)
             self._cache.release(row)
 
-    def _make_room(self, backlog: Backlog) -> None:
-        """Let rows without room for the next tokens wait again, and bring the others together when few are left."""
-        full = [row for row in self._rows if row.fill + len(row.group.branches) > self._cache.capacity]
+    def _make_room(self, backlog: Backlog) -> bool:
+        """Let rows without room for the next tokens wait again, and bring the others together when few are left.
+
+        Returns:
+            Whether that was possible: not while tokens of such rows are on their way.
+        """
+        full = [row for row in self._rows if row.fill + len(self._going_on([row])) > self._cache.capacity]
+        if full and self._selected:
+            return False
         for row in full:
             self._rows.remove(row)
             self._cache.release(row)
@@ -247,6 +300,7 @@ class Engine:
             self.spare *= 2
         if self._rows and not backlog and 2 * len(self._rows) <= 1 + max(row.slot for row in self._rows):
             self._cache.compact(self._rows)
+        return True
 
     def _retreat(self, backlog: Backlog, error: torch.OutOfMemoryError) -> None:
         """Begin again with half of everything, where the answers are."""
@@ -260,6 +314,9 @@ class Engine:
         backlog.encoder_batch = max(1, backlog.encoder_batch // 2)
         logger.warning("out of memory; going on with %d pictures at a time", self._max_rows)
         for row in reversed(self._rows):
+            for branch in row.group.branches:
+                branch.n_coming = 0
             backlog.put_back(row)
         backlog.forget_features()
-        self._rows, self._selected, self._cache = [], [], None
+        self._rows, self._cache = [], None
+        self._selected.clear()

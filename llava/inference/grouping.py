@@ -52,6 +52,7 @@ class Branch:
         generated: ids of the answer so far.
         logprobs: natural logarithm of the probability of each of them, or of each target.
         runner_up: the likeliest other first token and its logprob.
+        n_coming: tokens of the answer that are computed, but not here yet.
     """
 
     ask: Ask
@@ -59,6 +60,7 @@ class Branch:
     generated: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     runner_up: tuple[int, float] | None = None
+    n_coming: int = 0
 
     @property
     def tokens(self) -> list[int]:

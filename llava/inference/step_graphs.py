@@ -54,7 +54,7 @@ class StepGraphs:
         """Return the result, which lasts until the next call.
 
         Args:
-            compute: (entries (5, M), shape) -> (M, W), without any wait for the device; the same each time.
+            compute: (entries (4, M), shape) -> (M, W), without any wait for the device; the same each time.
             entries: of the step.
             shape: of the step.
         """

@@ -104,6 +104,7 @@ class TreeCache:
         ]
         self._owners = torch.full((n_rows, capacity), NOBODY, dtype=torch.int16, device=device)
         self._owners[:, : self._stem] = TRUNK
+        self._chosen = torch.zeros(n_rows, capacity, dtype=torch.int64, device=device)  # of each branch of each row
         self._free = list(range(n_rows))
         self._graphs = StepGraphs() if graphed else None
         if stem_ids:
@@ -161,16 +162,22 @@ class TreeCache:
         with sdpa_kernel(PREFILL_KERNELS):
             return llama.fill_and_read(embeds, places, self._layers, attend, kept)
 
+    def choose(self, branches: Sequence[tuple[Row, Branch]], tokens: Tensor) -> None:
+        """Say which token each answer goes on with, (M,); it may stay on the device."""
+        entries = torch.tensor([(row.slot, row.columns[branch] - 1) for row, branch in branches])
+        slots, columns = send(entries.T.contiguous(), self._llama.device)
+        self._chosen[slots, columns] = tokens
+
     def step(self, live: Sequence[tuple[Row, Branch]]) -> Tensor:
-        """Take the last token of each answer, and return the logits of the next, (M, W).
+        """Take the chosen token of each answer, and return the logits of the next, (M, W).
 
         Args:
-            live: answers that are not finished; their rows have room.
+            live: answers that go on; their rows have room.
         """
         entries = []
         for row, branch in live:
-            position = row.start + len(branch.tokens) - 1
-            entries.append((branch.generated[-1], position, row.slot, row.fill, row.columns[branch]))
+            position = row.start + len(branch.tokens) + branch.n_coming - 1
+            entries.append((position, row.slot, row.fill, row.columns[branch]))
             row.fill += 1
         shape = StepShape(
             n_answers=len(live),
@@ -182,14 +189,15 @@ class TreeCache:
             shape = shape.rounded(self.n_rows)
         shape = shape._replace(used=min(self.capacity, round_up(shape.used)))
         entries += entries[:1] * (shape.n_answers - len(live))  # computed again and not looked at
-        columns = torch.tensor(entries).T.contiguous()  # (5, M)
+        columns = torch.tensor(entries).T.contiguous()  # (4, M)
         sent = send(columns, self._llama.device)
         logits = self._graphs(self._compute_step, sent, shape) if self._graphs else self._compute_step(sent, shape)
         return logits[: len(live)]
 
     def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
-        """Return the logits of a step, (5, M) -> (M, W); entries are token, position, row, place and branch."""
-        tokens, positions, slots, places, columns = map(torch.clone, entries)
+        """Return the logits of a step, (4, M) -> (M, W); entries are position, row, place and branch."""
+        positions, slots, places, columns = map(torch.clone, entries)
+        tokens = self._chosen[slots, columns - 1]
         n_rows, n_columns, used = shape.n_rows, shape.n_columns, shape.used
         self._owners[slots, places] = columns.to(self._owners.dtype)
         bias = additive(later_mask(self._owners[:n_rows, :used], n_columns), self._llama.dtype)  # (R, 1, columns, L)
@@ -212,7 +220,7 @@ class TreeCache:
         """
         rows = sorted(rows, key=lambda row: row.slot)
         slots = torch.tensor([row.slot for row in rows], device=self._llama.device)
-        for part in (*itertools.chain(*self._layers), self._owners):
+        for part in (*itertools.chain(*self._layers), self._owners, self._chosen):
             part[: len(rows)] = part[slots]
         for number, row in enumerate(rows):
             row.slot = number

@@ -16,7 +16,7 @@ from llava.inference import backlog as backlog_module
 from llava.inference import engine as engine_module
 from llava.inference import tree_cache as tree_cache_module
 from llava.inference.backlog import Backlog, Failed
-from llava.inference.engine import Engine
+from llava.inference.engine import Engine, Selected
 from llava.inference.grouping import Ask, plan_groups
 from llava.inference.picture_source import PictureError
 from llava.inference.selection import chance
@@ -57,12 +57,13 @@ def make_asks(rows):
     return [Ask(key, [1, *[IMAGE] * len(images), *ids], tuple(images)) for key, (images, ids) in enumerate(rows)]
 
 
-def run(session, asks, sampling, *, max_branches=32, pieces=None, **options):
+def run(session, asks, sampling, *, max_branches=32, pieces=None, ahead=1, **options):
     """Run the engine; return branches and failures by key."""
     plan = plan_groups(asks, PATCHES, max_branches=max_branches)
     pictures = ([pixels_of(name) for name in group.images] for group in plan.groups)
     waiting = Backlog(session, len(plan.stem_ids), plan.groups, pictures, room=sampling.max_new_tokens, is_padded=False)
     engine = Engine(session, sampling, plan.stem_ids, **options)
+    engine._ahead = ahead
     if pieces is not None:
         engine._positions, engine.spare, engine._max_rows, waiting.encoder_batch = pieces
     results = list(engine.run(waiting))
@@ -84,13 +85,21 @@ questions = st.lists(
 pieces = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4))
 
 
-@given(st.integers(0, 2), questions, st.integers(1, 9), st.integers(1, 4), pieces, st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_equals_generate_one_at_a_time(tiny_sessions, which, rows, new_tokens, max_branches, pieces, limited):
+@given(
+    st.integers(0, 2),
+    questions,
+    st.integers(1, 9),
+    st.integers(1, 4),
+    pieces,
+    st.booleans(),
+    st.sampled_from((0, 1, 3)),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_generate_one_at_a_time(tiny_sessions, which, rows, new_tokens, max_branches, pieces, limited, ahead):
     session, sampling = tiny_sessions[which], Sampling(max_new_tokens=new_tokens)
     asks = make_asks(rows)
     limit = {"max_questions": 2} if limited else {}
-    results = run(session, asks, sampling, max_branches=max_branches, pieces=pieces, **limit)
+    results = run(session, asks, sampling, max_branches=max_branches, pieces=pieces, ahead=ahead, **limit)
     assert {key: branch.generated for key, branch in results.items()} == {
         ask.key: alone(session, ask, sampling) for ask in asks
     }
@@ -177,9 +186,11 @@ def test_moving_rows_together_changes_nothing(tiny_sessions):
         rows.append(waiting.take())
     with torch.no_grad():
         cache = TreeCache(FlatLlama(session.model), plan.stem_ids, len(rows), 96)
-        tokens = iter(cache.prefill(rows).argmax(-1).tolist())
-        for branch in itertools.chain(*(row.group.branches for row in rows)):
-            branch.generated.append(next(tokens))
+        tokens = cache.prefill(rows).argmax(-1)
+        branches = [(row, branch) for row in rows for branch in row.group.branches]
+        cache.choose(branches, tokens)
+        for (_, branch), token in zip(branches, tokens.tolist(), strict=True):
+            branch.generated.append(token)
         kept = [rows[1], rows[-1], rows[-2]]
         live = [(row, branch) for row in kept for branch in row.group.branches]
         before = cache.step(live)
@@ -194,17 +205,19 @@ def test_moving_rows_together_changes_nothing(tiny_sessions):
         assert torch.equal(cache.step(live), before)
 
 
-def test_memory_that_runs_out_while_encoding(tiny_sessions, whole, monkeypatch):
+@pytest.mark.parametrize("times", [(1, 2), (2, 9), (4, 5, 6)])
+@pytest.mark.parametrize("encoder_batch", [1, 4])
+def test_memory_that_runs_out_while_encoding(tiny_sessions, whole, monkeypatch, times, encoder_batch):
     model, calls = tiny_sessions[0].model, itertools.count()
     real = model.encode_images
 
     def sometimes(pixels):
-        if next(calls) in (1, 2):
+        if next(calls) in times:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(pixels)
 
     monkeypatch.setattr(model, "encode_images", sometimes)
-    monkeypatch.setattr(backlog_module, "ENCODER_BATCH", 4)
+    monkeypatch.setattr(backlog_module, "ENCODER_BATCH", encoder_batch)
     results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8))
     assert {key: branch.generated for key, branch in results.items()} == whole
 
@@ -223,6 +236,53 @@ def test_answers_longer_than_expected(tiny_sessions, whole, monkeypatch, spare):
     monkeypatch.setattr(engine_module, "FIRST_SPARE", spare)
     results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8))
     assert {key: branch.generated for key, branch in results.items()} == whole
+
+
+def moves_of(session, asks, sampling, monkeypatch, **options):
+    """Return for each wait of a run how many moves were launched behind the one that is waited for."""
+    behind, number_of = [], {}
+    moves = {name: getattr(TreeCache, name) for name in ("prefill", "step")}
+    n_moves, create, wait = 0, Selected.__init__, Selected.wait
+
+    def counted(move):
+        def launch(self, *args):
+            nonlocal n_moves
+            n_moves += 1
+            return move(self, *args)
+
+        return launch
+
+    def note(self, *args):
+        number_of[self] = n_moves
+        create(self, *args)
+
+    def wait_for(self):
+        behind.append(n_moves - number_of[self])
+        return wait(self)
+
+    with monkeypatch.context() as patch:
+        for name, move in moves.items():
+            patch.setattr(TreeCache, name, counted(move))
+        patch.setattr(Selected, "__init__", note)
+        patch.setattr(Selected, "wait", wait_for)
+        results = run(session, asks, sampling, **options)
+    return behind, results
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("max_rows", [3, 4, 8, 11])
+def test_the_device_always_has_a_move_in_front_of_it(tiny_sessions, monkeypatch, new_tokens, max_rows):
+    """While tokens are waited for, the next move is queued already, as long as there is any."""
+    asks = make_asks([([NAMES[number % 5]], [3 + number % 13, 3 + number // 3]) for number in range(36)])
+    sampling, pieces = Sampling(max_new_tokens=new_tokens), (20, 16, max_rows, 3)
+    options = {"pieces": pieces, "max_branches": 2}
+    behind, results = moves_of(tiny_sessions[0], asks, sampling, monkeypatch, **options)
+    assert max(behind) == 1
+    assert all(behind[:-1])
+    at_once = run(tiny_sessions[0], asks, sampling, **options, ahead=0)
+    assert {key: branch.generated for key, branch in results.items()} == {
+        key: branch.generated for key, branch in at_once.items()
+    }
 
 
 def test_long_answers_do_not_stall_short_ones(tiny_sessions):
