@@ -73,9 +73,11 @@ class Backlog:
         return self._n_coming + len(self._again) + len(self._ready)
 
     def prepare(self) -> None:
-        """Have the next pictures encoded, if none are."""
+        """Have the next pictures encoded, if none are; for when the device has something to do meanwhile."""
         if not self._ready and (self._again or self._n_coming):
             self._load()
+        if not self._n_coming:
+            next(self._coming, None)  # the processes that read pictures end
 
     def peek(self) -> Row | None:
         """Return the next group, or None if there is none."""
@@ -109,7 +111,7 @@ class Backlog:
     def _load(self) -> None:
         batch = [self._again.popleft() for _ in range(min(len(self._again), self.encoder_batch))]
         try:
-            for group, pixels in itertools.islice(self._coming, self.encoder_batch - len(batch)):
+            for group, pixels in itertools.islice(self._coming, min(self.encoder_batch - len(batch), self._n_coming)):
                 self._n_coming -= 1
                 if isinstance(pixels, PictureError):
                     self.failed += [Failed(branch, *pixels) for branch in group.branches]

@@ -85,6 +85,7 @@ def answer_batch(
     if any(group.images for group in groups) and session.image_processor is None:
         raise ValueError("the model has no image encoder; ask without images, or pass --vision-tower")
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    pictures = _read_pictures(session, groups, image_folder, workers)
     engine = Engine(
         session,
         sampling,
@@ -95,7 +96,6 @@ def answer_batch(
         compiled=_is_compiled(session, groups, patches, compile_mode),
         graphed=compile_mode != "off" and session.model.device.type == "cuda" and has_plain_weights(session.model),
     )
-    pictures = _read_pictures(session, groups, image_folder, workers)
     backlog = Backlog(
         session, len(plan.stem_ids), groups, pictures, room=sampling.max_new_tokens, is_padded=engine.is_compiled
     )

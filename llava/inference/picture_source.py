@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from llava.image_processing import CLIPPixels, ImageError, open_image, resolve_image
 from llava.mm_utils import process_images
 
-AHEAD = 2
+AHEAD = 4
 """Groups of pictures that each worker may be ahead."""
 FEW = 64
 """So many groups are not worth the start of processes."""
@@ -77,7 +77,7 @@ def default_workers(device: torch.device) -> int:
 def read_pictures(
     reader: PictureReader, rows: Sequence[Sequence[str]], *, workers: int, threads: int = 4
 ) -> Iterator[list[Tensor] | PictureError]:
-    """Yield the pixels of each row of names, in order, read ahead.
+    """Begin to read, and return an iterator over the pixels of each row of names, in order.
 
     Args:
         reader: turns names into pixels.
@@ -86,21 +86,31 @@ def read_pictures(
         threads: how many.
     """
     if workers and len(rows) > FEW:
-        yield from DataLoader(
+        loader = DataLoader(
             _Pictures(reader, rows),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD,
             pin_memory=torch.cuda.is_available(),
         )
-        return
-    ahead: deque[Any] = deque()
+        return _results(iter(loader))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+    n_ahead = AHEAD * threads
+    ahead = deque(pool.submit(reader.read, names) for names in rows[:n_ahead])
+    return _results_of_threads(pool, reader, ahead, rows[n_ahead:])
+
+
+def _results(started: Iterator[list[Tensor] | PictureError]) -> Iterator[list[Tensor] | PictureError]:
+    yield from started
+
+
+def _results_of_threads(
+    pool: ThreadPoolExecutor, reader: PictureReader, ahead: deque[Any], rest: Sequence[Sequence[str]]
+) -> Iterator[list[Tensor] | PictureError]:
     try:
-        for names in rows:
+        for names in rest:
             ahead.append(pool.submit(reader.read, names))
-            if len(ahead) > AHEAD * threads:
-                yield ahead.popleft().result()
+            yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
     finally:

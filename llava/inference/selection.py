@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.inference.session import Sampling
+from llava.inference.tree_cache import send
 
 
 def chance(seed: int, question_id: int | str, step: int) -> float:
@@ -38,7 +39,7 @@ def select_tokens(logits: Tensor, sampling: Sampling, chances: Sequence[float] |
     if sampling.top_p is not None:
         probabilities = probabilities.masked_fill(below >= sampling.top_p, 0)  # the first always stays
     reached = probabilities.double().cumsum(-1)
-    threshold = torch.tensor(chances, dtype=torch.float64, device=logits.device)[:, None] * reached[:, -1:]
+    threshold = send(torch.tensor(chances, dtype=torch.float64), logits.device)[:, None] * reached[:, -1:]
     place = (reached <= threshold).sum(-1, keepdim=True)
     return order.gather(-1, place)[:, 0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -71,12 +72,23 @@ class StepGraphs:
     def _record(
         self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """Record without `torch.cuda.graph`, which waits for the device and gives all spare memory back."""
         taken = entries.clone()
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying pictures meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = compute(taken, shape)
+        with torch.cuda.stream(_recording_stream()):
+            # Other threads go on copying pictures meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = compute(taken, shape)
+            finally:
+                graph.capture_end()
         return graph, taken, result
+
+
+@functools.cache
+def _recording_stream() -> torch.cuda.Stream:
+    """Return one stream for all: each that has multiplied matrices keeps memory for that."""
+    return torch.cuda.Stream()
 
 
 def _multiple(number: int, multiple: int) -> int:

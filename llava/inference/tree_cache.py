@@ -219,7 +219,7 @@ class TreeCache:
             rows: all that the cache holds.
         """
         rows = sorted(rows, key=lambda row: row.slot)
-        slots = torch.tensor([row.slot for row in rows], device=self._llama.device)
+        slots = send(torch.tensor([row.slot for row in rows]), self._llama.device)
         for part in (*itertools.chain(*self._layers), self._owners, self._chosen):
             part[: len(rows)] = part[slots]
         for number, row in enumerate(rows):
@@ -317,4 +317,4 @@ def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:
     """Return neighbouring rows as a slice, which is read in place, others as indices."""
     if list(slots) == list(range(slots[0], slots[0] + len(slots))):
         return slice(slots[0], slots[0] + len(slots))
-    return torch.tensor(slots, device=device)
+    return send(torch.tensor(slots), device)

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import itertools
 import random
+import types
 import weakref
 
 import pytest
@@ -21,6 +22,7 @@ from llava.inference.grouping import Ask, plan_groups
 from llava.inference.picture_source import PictureError
 from llava.inference.selection import chance
 from llava.inference.session import Prompt, Sampling
+from llava.inference.step_graphs import StepGraphs
 from llava.inference.tree_cache import TreeCache
 from llava.model.flat_llama import FlatLlama
 
@@ -174,6 +176,25 @@ def test_a_cache_that_is_dropped_gives_its_memory_back_at_once(tiny_sessions, mo
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_recorded_steps_give_the_same(tiny_sessions, whole, monkeypatch):
+    """A recorded step reads and writes the same places each time, and its shape is that of several steps."""
+    recorded = []
+
+    def record(self, compute, entries, shape):
+        taken = entries.clone()
+        result = compute(taken, shape)
+        recorded.append(shape)
+        graph = types.SimpleNamespace(replay=lambda: result.copy_(compute(taken, shape)))
+        return graph, taken, result
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(StepGraphs, "_record", record)
+    for ahead in (0, 1):
+        results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), graphed=True, ahead=ahead)
+        assert {key: branch.generated for key, branch in results.items()} == whole
+    assert 1 < len(recorded) < 10
 
 
 def test_moving_rows_together_changes_nothing(tiny_sessions):

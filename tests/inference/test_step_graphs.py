@@ -1,0 +1,80 @@
+"""Recorded steps: shapes are few and large enough, and a recording always ends."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava.inference import step_graphs
+from llava.inference.step_graphs import StepGraphs, StepShape
+
+ROWS = 108
+
+
+@given(st.integers(1, 900), st.integers(1, ROWS), st.integers(1, 32), st.integers(1, 1024))
+def test_rounded_shapes_hold_the_step(answers, rows, columns, used):
+    shape = StepShape(answers, rows, columns, used)
+    rounded = shape.rounded(ROWS)
+    assert all(size <= larger for size, larger in zip(shape, rounded, strict=True))
+    assert rounded.n_rows <= ROWS
+
+
+def test_rounded_shapes_are_few():
+    shapes = {StepShape(rows * 4, rows, 8, 700).rounded(ROWS) for rows in range(1, ROWS + 1)}
+    assert len(shapes) < 16
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """What is asked of CUDA, in order."""
+    moves = []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            moves.append(("begin", pool, capture_error_mode))
+
+        def capture_end(self):
+            moves.append("end")
+
+        def replay(self):
+            moves.append("replay")
+
+    @contextlib.contextmanager
+    def on(stream):
+        moves.append(stream)
+        yield
+        moves.append("back")
+
+    monkeypatch.setattr(torch, "cuda", types.SimpleNamespace(CUDAGraph=Graph, stream=on, graph_pool_handle=lambda: 7))
+    monkeypatch.setattr(step_graphs, "_recording_stream", lambda: "stream")
+    return moves
+
+
+def test_a_shape_is_recorded_when_it_comes_for_the_third_time(moves):
+    graphs, shape, computed = StepGraphs(), StepShape(1, 1, 1, 8), []
+
+    def compute(entries, shape):
+        computed.append((entries.tolist(), shape))
+        return entries + 1
+
+    for number in range(5):
+        graphs(compute, torch.tensor([[number]]), shape)
+    assert computed == [([[number]], shape) for number in range(3)]
+    assert moves == ["stream", ("begin", 7, "thread_local"), "end", "back", *["replay"] * 3]
+
+
+def test_a_recording_that_fails_ends(moves):
+    def compute(entries, shape):
+        if moves:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return entries
+
+    graphs = StepGraphs()
+    for _ in range(2):
+        graphs(compute, torch.tensor([[0]]), StepShape(1, 1, 1, 8))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        graphs(compute, torch.tensor([[0]]), StepShape(1, 1, 1, 8))
+    assert moves[:3] == ["stream", ("begin", 7, "thread_local"), "end"]
