@@ -3,9 +3,11 @@
 
 Questions are a sample of VQAv2's, with its numbers of questions per picture; pictures are drawn noise, 640 x 480 JPEG.
 Every answer has exactly three tokens, a caption 128. The same questions go to transformers'
-`LlavaForConditionalGeneration`, and a part of them one at a time to our own model, to count how often answers agree.
+`LlavaForConditionalGeneration`, to vLLM where it is installed, with the same weights, and a part of them one at a time
+to our own model, to count how often answers agree.
 
 Example: python benchmarks/infer_speed.py --output speed.json
+         python benchmarks/infer_speed.py --parts --profile      (only where the device waits)
          python benchmarks/infer_speed.py --tiny --images 20      (on a CPU, to try it out)
 """
 
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -34,10 +38,15 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from device_share import as_lines, device_share, device_spans
+from vllm_peer import Peer, export_hf, make_prompts
+
 from llava.constants import DEFAULT_TEMPLATE, IMAGE_TOKEN_INDEX
 from llava.conversation import get_template
 from llava.image_processing import CLIPPixels
-from llava.inference import step_graphs
+from llava.inference import step_graphs, tree_cache
 from llava.inference.answers import AnswersFile
 from llava.inference.backlog import Backlog
 from llava.inference.grouped import answer_batch
@@ -56,7 +65,7 @@ from llava.tokenization import load_tokenizer
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "benchmarks" / "vqa_sample.json"
 TOKENIZER = REPOSITORY / "tests" / "data" / "goldens" / "llava-v1.5-golden"
-PARTS = ("ceiling", "attention", "grouped", "shuffled", "single", "captions", "agreement", "transformers")
+PARTS = ("ceiling", "attention", "grouped", "shuffled", "single", "captions", "agreement", "transformers", "vllm")
 ANSWER_TOKENS, CAPTION_TOKENS = 3, 128
 SPREAD = 0.02
 CAPTION_PROMPT = "Describe the picture in detail."
@@ -83,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llava").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
     device = torch.device(options.device)
+    if options.trunks == "square":
+        tree_cache.attend_causal = attend_square
     report: dict[str, Any] = {"machine": describe_machine(device), "rows": []}
     print(report["machine"], flush=True)
     start = time.perf_counter()
@@ -120,18 +131,24 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
+    add("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
     add("--images", type=int, default=1500, help="pictures of the grouped parts (default: %(default)s)")
     add("--captions", type=int, nargs="+", default=[64, 128, 320], help="at once or in all (default: %(default)s)")
     add("--compared", type=int, default=96, help="questions asked one at a time as well (default: %(default)s)")
     add("--peer-images", type=int, default=120, help="pictures for transformers (default: %(default)s)")
     add("--peer-batches", type=int, nargs="+", default=[32, 64], help="its batch sizes (default: %(default)s)")
     add("--compile", choices=("on", "off"), help="default: on with CUDA")
+    add(
+        "--trunks",
+        choices=("lower-right", "square"),
+        default="lower-right",
+        help="how trunks attend: as the engine does, or padded to squares, which cuDNN takes (default: %(default)s)",
+    )
     add("--workers", type=int, help="processes that decode pictures (default: what suits the device)")
     add("--device", default=str(best_device()), help="default: %(default)s")
     add("--budget", type=float, default=480, help="seconds after which no further part starts (default: %(default)s)")
     add("--tiny", action="store_true", help="a tiny model in fp32 and tiny pictures")
-    add("--profile", action="store_true", help="print the kernels that take longest")
+    add("--profile", action="store_true", help="print how busy the device is, before what it waits, and its kernels")
     add("--verbose", action="store_true", help="print what the engine decides")
     add("--output", type=Path, help="JSON to write")
     return parser.parse_args(argv)
@@ -181,6 +198,17 @@ class Bench:
         """Return the sample's questions about so many pictures, picture by picture."""
         rows = [(number, text) for number in range(n_images) for text in self.texts[number % len(self.texts)]]
         return [Question(key, text, (picture_name(number),)) for key, (number, text) in enumerate(rows)]
+
+    def single_questions(self, n_images: int) -> list[Question]:
+        """Return the first question about each picture."""
+        return [
+            Question(number, self.texts[number % len(self.texts)][0], (picture_name(number),))
+            for number in range(n_images)
+        ]
+
+    def captions(self, n_images: int) -> list[Question]:
+        """Return the wish for a long answer about each picture."""
+        return [Question(number, CAPTION_PROMPT, (picture_name(number),)) for number in range(n_images)]
 
     def answer(self, questions: Sequence[Question], new_tokens: int, **more: Any) -> float:
         """Answer questions into a file on disk and return the seconds that took."""
@@ -303,8 +331,8 @@ def measure_attention(bench: Bench) -> Iterator[dict[str, Any]]:
     for case, (rows, queries, keys) in ATTENTION_CASES.items():
         ways = ways_to_attend(bench, 2 if bench.options.tiny else rows, queries, keys)
         for way, compute in ways.items():
-            taken = microseconds(compute, bench.device)
-            yield {"part": "attention", "case": f"{case}: {way}", "microseconds": taken}
+            first, taken = microseconds(compute, bench.device)
+            yield {"part": "attention", "case": f"{case}: {way}", "microseconds": taken, "first_microseconds": first}
 
 
 def ways_to_attend(bench: Bench, rows: int, queries: int, keys: int) -> dict[str, Callable[[], Any]]:
@@ -345,18 +373,32 @@ def in_backend(backend: SDPBackend, compute: Callable[[], Any]) -> Callable[[], 
     return run
 
 
-def microseconds(compute: Callable[[], Any], device: torch.device) -> float | None:
-    """Return the time of a call, None where it is not possible."""
+def attend_square(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Do what `attend_causal` does with queries in front whose results are thrown away, by cuDNN where it can."""
+    missing = key.shape[1] - query.shape[1]
+    padded = torch.nn.functional.pad(query, (0, 0, 0, 0, missing, 0))
+    heads = (part.transpose(1, 2) for part in (padded, key, value))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        attended = attend(*heads, is_causal=True)
+    return attended.transpose(1, 2)[:, missing:].flatten(2).flatten(0, 1)
+
+
+def microseconds(compute: Callable[[], Any], device: torch.device) -> tuple[float | None, float | None]:
+    """Return the times of the first call and of a later one, None where it is not possible."""
+    synchronize(device)
+    start = time.perf_counter()
     try:
         compute()
     except RuntimeError:
-        return None
+        return None, None
     synchronize(device)
+    first = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(20):
         compute()
     synchronize(device)
-    return (time.perf_counter() - start) / 20 * 1e6
+    return first * 1e6, (time.perf_counter() - start) / 20 * 1e6
 
 
 def measure_grouped(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -376,10 +418,8 @@ def measure_shuffled(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def measure_single(bench: Bench) -> Iterator[dict[str, Any]]:
     """One question per picture."""
-    texts = [questions[0] for questions in bench.texts]
-    count = max(1, bench.options.images * 2 // 3)
-    questions = [Question(key, texts[key % len(texts)], (picture_name(key),)) for key in range(count)]
-    bench.answer(questions[: count // 8 + 1], ANSWER_TOKENS)
+    questions = bench.single_questions(max(1, bench.options.images * 2 // 3))
+    bench.answer(questions[: len(questions) // 8 + 1], ANSWER_TOKENS)
     yield speed_row(bench, "single", "ours, one question per picture", questions, ANSWER_TOKENS)
 
 
@@ -387,7 +427,7 @@ def measure_captions(bench: Bench) -> Iterator[dict[str, Any]]:
     """Long answers."""
     for count in bench.options.captions:
         count = min(count, bench.options.images)
-        questions = [Question(key, CAPTION_PROMPT, (picture_name(key),)) for key in range(count)]
+        questions = bench.captions(count)
         bench.answer(questions, 8)
         yield speed_row(bench, "captions", f"ours, {count} captions", questions, CAPTION_TOKENS)
 
@@ -541,21 +581,72 @@ def generate_peer(model: torch.nn.Module, rows: Sequence[list[int]], pictures: S
     model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pixel_values=pixels, **tokens).cpu()
 
 
+def measure_vllm(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The same questions and weights through vLLM, where it is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        print("vllm: left out, it is not installed", flush=True)
+        return
+    session, images = bench.session, bench.options.images
+    in_order = bench.questions(images)
+    shuffled = random.Random(0).sample(in_order, len(in_order))
+    cases = {
+        "4.24 questions per picture": (in_order, ANSWER_TOKENS),
+        "the same shuffled": (shuffled, ANSWER_TOKENS),
+        "one question per picture": (bench.single_questions(max(1, images * 2 // 3)), ANSWER_TOKENS),
+    }
+    for count in bench.options.captions:
+        cases[f"{min(count, images)} captions"] = (bench.captions(min(count, images)), CAPTION_TOKENS)
+    prompts = {case: make_prompts(session, questions) for case, (questions, _) in cases.items()}
+    directory = bench.folder / "llava-hf"
+    directory.mkdir()
+    export_hf(session, directory)
+    longest = max(map(len, itertools.chain(*prompts.values()))) + session.model.get_vision_tower().num_patches
+    bench.free_session()
+    del session
+    peer = Peer(importlib.import_module("vllm"), directory, longest + CAPTION_TOKENS)
+    for case, (questions, new_tokens) in cases.items():
+        pictures = [bench.folder / question.images[0] for question in questions]
+        warm = max(1, len(questions) // 16)
+        peer.answer(prompts[case][-warm:], pictures[-warm:], new_tokens)
+        seconds = peer.answer(prompts[case], pictures, new_tokens)
+        yield {
+            "part": "vllm",
+            "case": f"vLLM, {case}",
+            "questions_per_second": len(questions) / seconds,
+            "tokens_per_second": len(questions) * new_tokens / seconds,
+            "seconds": seconds,
+        }
+    peer.close()
+
+
 def print_profile(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The kernels of short runs that take longest."""
+    """For how much of short runs the device works, before what it waits, and the kernels that take longest."""
     count = min(bench.options.images, 192)
-    captions = [Question(key, CAPTION_PROMPT, (picture_name(key),)) for key in range(min(count, 128))]
-    for case, questions, tokens in (("questions", bench.questions(count), ANSWER_TOKENS), ("captions", captions, 24)):
+    cases = {
+        "grouped": (bench.questions(count), ANSWER_TOKENS),
+        "single": (bench.single_questions(count), ANSWER_TOKENS),
+        "captions": (bench.captions(min(count, 64)), 48),
+    }
+    is_cuda = bench.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CUDA if is_cuda else torch.profiler.ProfilerActivity.CPU]
+    key = "self_cuda_time_total" if is_cuda else "self_cpu_time_total"
+    for case, (questions, tokens) in cases.items():
         bench.answer(questions, tokens)
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if bench.device.type == "cuda":
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
         with torch.profiler.profile(activities=kinds) as profiler:
             seconds = bench.answer(questions, tokens)
-        key = "self_cuda_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
-        print(f"profile of {len(questions)} {case} of {tokens} tokens in {seconds:.2f} s", flush=True)
-        print(profiler.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60), flush=True)
-        yield {"part": "profile", "case": f"ours, {len(questions)} {case}, profiled", "seconds": seconds}
+            synchronize(bench.device)
+        share = device_share(device_spans(profiler))
+        print(f"profile: {case}, {len(questions)} answers of {tokens} tokens", flush=True)
+        if is_cuda:
+            print(as_lines(share, seconds), flush=True)
+        print(profiler.key_averages().table(sort_by=key, row_limit=24, max_name_column_width=60), flush=True)
+        yield {
+            "part": "profile",
+            "case": f"ours, {len(questions)} answers of {tokens} tokens, {case}, profiled",
+            "seconds": seconds,
+            "device_busy_share": share.busy / seconds if is_cuda else None,
+            "seconds_before_the_device_works": share.first,
+        }
 
 
 def synchronize(device: torch.device) -> None:
@@ -593,6 +684,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "profile": print_profile,
     "agreement": measure_agreement,
     "transformers": measure_transformers,
+    "vllm": measure_vllm,
 }
 
 
