@@ -1,4 +1,4 @@
-"""`benchmarks/infer_speed.py` on the CPU: every part gives its figures, and vLLM would get the same weights and prompts."""
+"""`benchmarks/infer_speed.py` on the CPU: every part gives its figures; vLLM would get the same weights and prompts."""
 
 import importlib.machinery
 import json
@@ -33,7 +33,7 @@ class Library(types.ModuleType):
         self.answers = []
         self.SamplingParams = types.SimpleNamespace
 
-    def LLM(self, **settings):  # noqa: N802 (vLLM's name)
+    def LLM(self, **settings):
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
         assert settings["limit_mm_per_prompt"] == {"image": 1}
