@@ -129,3 +129,30 @@ def test_the_devices_share(share):
         "   2000.00 ms at   4.000 s: d .. e",
     ]
     assert share.device_share([]) == share.DeviceShare(0.0, 0.0, 0.0, [])
+
+
+def test_the_plot_shows_what_was_measured(load_program, tmp_path, request):
+    plot = load_program("benchmarks/infer_plot.py")
+    measured = request.config.rootpath / "benchmarks/results/infer_speed.json"
+    rows = json.loads(measured.read_text())["rows"]
+    assert plot.bars(rows, "tokens_per_second") == [
+        (row["case"], row["tokens_per_second"]) for row in rows if row["part"] == "captions"
+    ]
+    short = dict(plot.bars(rows, "questions_per_second"))
+    assert short["ours, one question per picture"] > short["transformers, batch 32"] > 0
+    assert plot.main(["--input", str(measured), "--output", str(tmp_path / "speed.svg")]) == 0
+    assert "<svg" in (tmp_path / "speed.svg").read_text()
+    with pytest.raises(ValueError, match="holds no speeds; measure the parts grouped, single or captions"):
+        plot.draw({"machine": "", "rows": rows[:1]}, tmp_path / "none.svg")
+
+
+@pytest.mark.slow
+def test_the_small_model_is_measured(load_program, tmp_path, capsys):
+    program = load_program("benchmarks/infer_tiny.py")
+    words = ["--scenes", "1", "--rounds", "1", "--output", str(tmp_path / "tiny.json")]
+    assert program.main(words) == 0
+    report = json.loads((tmp_path / "tiny.json").read_text())
+    assert report["pictures"] == 1 < report["questions"]
+    assert [row["same_answers"] for row in report["rows"]] == [1, 1, 1]
+    assert all(row["questions_per_second"] > 0 for row in report["rows"])
+    assert capsys.readouterr().out.count("100.00%") == 3
