@@ -1,6 +1,7 @@
 """`answer_batch` gives every question its answer or its error, whatever the order, the grouping and the share."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -10,7 +11,8 @@ from llava.image_processing import open_image
 from llava.inference.grouped import answer_batch
 from llava.inference.prompts import answered_ids
 from llava.inference.questions import Question
-from llava.inference.session import Request, Sampling
+from llava.inference.session import Request, Sampling, Session
+from llava.model.flat_llama import has_plain_weights
 
 GREEDY = Sampling(max_new_tokens=5)
 QUESTIONS = [
@@ -85,6 +87,29 @@ def test_an_adapter_that_is_not_merged(session, goldens, folder):
     [expected] = adapted.answer_batch([Request(QUESTIONS[0].text, pictures)], GREEDY)
     assert found[0] == expected
     assert found[0] != texts(answer_batch(session, QUESTIONS[:2], folder, GREEDY))[0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights(request, folder, bits):
+    pytest.importorskip("bitsandbytes")
+    path = str(request.config.rootpath / "playground/llava-tiny")
+    session = Session.load(path, bits=bits, device="cpu", dtype="float32")
+    asked = [
+        Question(key, text, (name,))
+        for key, (text, name) in enumerate(
+            itertools.product(
+                ("What is it?", "How many red shapes are there?", "Is there a circle?"), ("landscape.jpg", "square.png")
+            )
+        )
+    ]
+    found = texts(answer_batch(session, asked, folder, GREEDY))
+    for question in asked:
+        pictures = [open_image(folder / name) for name in question.images]
+        assert found[question.question_id] == session.answer_batch([Request(question.text, pictures)], GREEDY)[0]
+    assert len(set(found.values())) > 1
+    plain = Session.load(path, device="cpu", dtype="float32")
+    assert not has_plain_weights(session.model)
+    assert has_plain_weights(plain.model)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=1, seed=3), Sampling(temperature=1, seed=3, num_beams=2)])
