@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llava").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
     device = torch.device(options.device)
-    if options.trunks == "square":
-        tree_cache.attend_causal = attend_square
+    tree_cache.SQUARES = options.trunks == "square"
     report: dict[str, Any] = {"machine": describe_machine(device), "rows": []}
     print(report["machine"], flush=True)
     start = time.perf_counter()
@@ -142,7 +141,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trunks",
         choices=("lower-right", "square"),
         default="lower-right",
-        help="how trunks attend: as the engine does, or padded to squares, which cuDNN takes (default: %(default)s)",
+        help="how trunks attend: by flash attention, or as squares, which cuDNN takes (default: %(default)s)",
     )
     add("--workers", type=int, help="processes that decode pictures (default: what suits the device)")
     add("--device", default=str(best_device()), help="default: %(default)s")
@@ -371,17 +370,6 @@ def in_backend(backend: SDPBackend, compute: Callable[[], Any]) -> Callable[[], 
             return compute()
 
     return run
-
-
-def attend_square(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Do what `attend_causal` does with queries in front whose results are thrown away, by cuDNN where it can."""
-    missing = key.shape[1] - query.shape[1]
-    padded = torch.nn.functional.pad(query, (0, 0, 0, 0, missing, 0))
-    heads = (part.transpose(1, 2) for part in (padded, key, value))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        attended = attend(*heads, is_causal=True)
-    return attended.transpose(1, 2)[:, missing:].flatten(2).flatten(0, 1)
 
 
 def microseconds(compute: Callable[[], Any], device: torch.device) -> tuple[float | None, float | None]:

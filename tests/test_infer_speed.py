@@ -109,14 +109,6 @@ def test_parts_without_vllm(program, monkeypatch, capsys):
     assert "it is not installed" in capsys.readouterr().out
 
 
-def test_squares_attend_as_lower_right_does(program):
-    from llava.model.flat_llama import attend_causal
-
-    query, key, value = torch.randn(2, 3, 2, 16), torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16)
-    expected = attend_causal(query, key, value)
-    torch.testing.assert_close(program.attend_square(query, key, value), expected, rtol=0, atol=1e-5)
-
-
 def test_the_devices_share(share):
     spans = [share.Span(*row) for row in ((1.0, 2.0, "a"), (1.5, 3.0, "b"), (1.6, 1.7, "c"), (3.5, 4.0, "d"))]
     found = share.device_share([*spans, share.Span(6.0, 6.5, "e")])

@@ -15,7 +15,8 @@ from llava.inference.grouping import Branch, Group
 from llava.inference.picture_source import PictureError
 from llava.inference.prompts import PromptError
 from llava.inference.session import Session
-from llava.inference.tree_cache import Row, send
+from llava.inference.tree_cache import Row
+from llava.model.devices import send
 
 ENCODER_BATCH = 24
 """Pictures that go through the encoder together; also groups whose pictures are sent to the device together."""

@@ -25,8 +25,8 @@ from llava.inference.backlog import Backlog, Failed
 from llava.inference.grouping import Branch
 from llava.inference.selection import score_tokens, select_tokens
 from llava.inference.session import Sampling, Session
-from llava.inference.tree_cache import Row, TreeCache, round_up, row_bytes, send
-from llava.model.devices import free_memory
+from llava.inference.tree_cache import Row, TreeCache, round_up, row_bytes
+from llava.model.devices import free_memory, send
 from llava.model.flat_llama import FlatLlama
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.inference.session import Sampling
-from llava.inference.tree_cache import send
+from llava.model.devices import send
 
 
 def chance(seed: int, question_id: int | str, step: int) -> float:

@@ -9,6 +9,7 @@ Letters: `R` rows, `C` positions of a row, `P` of the stem, `T` of the longest t
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llava.constants import TRUNK
 from llava.inference.grouping import Branch, Group
 from llava.inference.step_graphs import StepGraphs, StepShape
-from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense
+from llava.model.devices import send
+from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense, attend_square
 from llava.model.tree_attention import branch_mask, later_mask
 
 NOBODY = -1
@@ -29,6 +31,9 @@ NOBODY = -1
 MULTIPLE = 8
 """Lengths of masks are multiples of it, as fast kernels want; so are numbers of tokens, so that few shapes occur."""
 
+SQUARES = False
+"""Whether trunks attend as squares, with queries in front whose results are thrown away: what cuDNN's kernel takes."""
+SQUARE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 PREFILL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN's, which is planned anew for every new shape, for tens of milliseconds: each prefill has another."""
 
@@ -75,6 +80,26 @@ def row_bytes(llama: FlatLlama, capacity: int) -> int:
     """Return the size of a row of so many positions."""
     keys, width = llama.key_shape
     return 2 * llama.n_layers * capacity * keys * width * llama.dtype.itemsize
+
+
+class Launch(NamedTuple):
+    """What attention needs to know of a prefill.
+
+    Attributes:
+        place: rows of the cache.
+        n_rows: r.
+        trunk: T.
+        length: L, positions of a row that are in use.
+        bias: (r, 1, Q, L), who sees whom among the branches; None = every row is one line, each sees all before it.
+        kept: (M,) int64, positions among the branches whose logits are wanted.
+    """
+
+    place: slice | Tensor
+    n_rows: int
+    trunk: int
+    length: int
+    bias: Tensor | None
+    kept: Tensor
 
 
 class TreeCache:
@@ -141,26 +166,38 @@ class TreeCache:
         kept, kept_behind = map(torch.clone, send(layout.kept, llama.device))
         is_line = all(len(row.group.branches) == 1 and row.trunk_length == trunk for row in rows)
         bias = None if is_line else additive(branch_mask(owners, stem + trunk), llama.dtype)  # (r, 1, Q, L)
-
-        def attend(layer: int, query: Tensor) -> Tensor:
-            keys, values = (part[place, :length] for part in self._layers[layer])
-            query = query.unflatten(0, (n_rows, -1))  # (r, T + Q, H, d)
-            of_branches = query[:, trunk:]
-            is_last = layer == llama.n_layers - 1
-            if is_line:
-                attended = attend_causal(of_branches if is_last else query, keys, values)
-                return attended[kept_behind] if is_last else attended
-            behind = attend_dense(of_branches, keys, values, bias)
-            if is_last:
-                return behind[kept_behind]
-            front = attend_causal(query[:, :trunk], keys[:, : stem + trunk], values[:, : stem + trunk])
-            parts = (front.unflatten(0, (n_rows, trunk)), behind.unflatten(0, (n_rows, -1)))
-            return torch.cat(parts, dim=1).flatten(0, 1)
-
+        launch = Launch(place, n_rows, trunk, length, bias, kept_behind)
         places = Places(*map(torch.clone, send(layout.places, llama.device)))
+        if SQUARES:
+            queries = torch.zeros(n_rows, length, *llama.query_shape, dtype=llama.dtype, device=llama.device)
+            numbers = torch.arange(n_rows, device=llama.device)[:, None].expand(-1, length - stem)
+            places = places._replace(queries=queries, rows=numbers.flatten())
         embeds = self._embed(rows, layout.branch_ids, trunk)
         with sdpa_kernel(PREFILL_KERNELS):
-            return llama.fill_and_read(embeds, places, self._layers, attend, kept)
+            return llama.fill_and_read(embeds, places, self._layers, functools.partial(self._attend, launch), kept)
+
+    def _attend(self, launch: Launch, layer: int, query: Tensor) -> Tensor:
+        """Return attention of trunks and branches, in the last layer of the kept positions alone."""
+        stem, n_rows, trunk = self._stem, launch.n_rows, launch.trunk
+        keys, values = (part[launch.place, : launch.length] for part in self._layers[layer])
+        whole, query = query, query[:, stem:] if SQUARES else query.unflatten(0, (n_rows, -1))  # (r, T + Q, H, d)
+        is_last = layer == self._llama.n_layers - 1
+        if launch.bias is not None:
+            behind = attend_dense(query[:, trunk:], keys, values, launch.bias)
+            if is_last or not trunk:
+                return behind[launch.kept] if is_last else behind
+        elif is_last:
+            return attend_causal(query[:, trunk:], keys, values)[launch.kept]
+        end = launch.length if launch.bias is None else stem + trunk
+        keys, values = keys[:, :end], values[:, :end]
+        if SQUARES:
+            with sdpa_kernel(SQUARE_KERNELS):
+                front = attend_square(whole[:, :end], keys, values).unflatten(0, (n_rows, end))[:, stem:]
+        else:
+            front = attend_causal(query[:, : end - stem], keys, values).unflatten(0, (n_rows, end - stem))
+        if launch.bias is not None:
+            front = torch.cat((front, behind.unflatten(0, (n_rows, -1))), dim=1)
+        return front.flatten(0, 1)
 
     def choose(self, branches: Sequence[tuple[Row, Branch]], tokens: Tensor) -> None:
         """Say which token each answer goes on with, (M,); it may stay on the device."""
@@ -259,13 +296,6 @@ class TreeCache:
         taken = free[first : first + count]
         self._free = free[:first] + free[first + count :]
         return taken
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device without waiting for what the device is doing."""
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class Layout(NamedTuple):

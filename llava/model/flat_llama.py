@@ -28,7 +28,7 @@ class Attend(Protocol):
     """Attention of one layer, whose keys and values are in the cache already."""
 
     def __call__(self, layer: int, query: Tensor) -> Tensor:
-        """Return what the queries of a layer attend to, (N, H, d) -> (M, H d)."""
+        """Return what the queries of a layer attend to, (N, H, d) or `Places.queries` -> (M, H d)."""
 
 
 class Places(NamedTuple):
@@ -38,11 +38,15 @@ class Places(NamedTuple):
         positions: (N,) int64, position ids.
         slots: (N,) int64, rows of the cache.
         places: (N,) int64, positions in these rows.
+        queries: (r, L, H, d), where queries are put too; None = they are handed on as they lie.
+        rows: (N,) int64, rows of `queries`; positions are `places`.
     """
 
     positions: Tensor
     slots: Tensor
     places: Tensor
+    queries: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class FlatLlama:
@@ -54,6 +58,7 @@ class FlatLlama:
 
     Attributes:
         n_layers: of the LLM.
+        query_shape: (H, d) of a query.
         key_shape: (K, d) of a cached key.
         device: of weights and tokens.
         dtype: of hidden states.
@@ -71,6 +76,7 @@ class FlatLlama:
         self.n_layers = len(body.layers)
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         head_width = body.layers[0].self_attn.head_dim
+        self.query_shape = (config.num_attention_heads, head_width)
         self.key_shape = (config.num_key_value_heads, head_width)
         self._layers = list(body.layers)
         self.norm, self.head = body.norm, model.get_output_embeddings()
@@ -115,7 +121,8 @@ class FlatLlama:
         turn = self.cosine[places.positions], self.sine[places.positions]
         hidden = embeds
         for number, layer in enumerate(self._layers):
-            attended = attend(number, project(layer, hidden, *turn, *cache[number], places.slots, places.places))
+            query = project(layer, hidden, *turn, *cache[number], *places[1:])
+            attended = attend(number, query)
             if number == self.n_layers - 1:
                 hidden = hidden[kept]  # (M, D)
             hidden = finish(layer, hidden, attended)
@@ -131,8 +138,23 @@ def project_heads(
     values: Tensor,
     slots: Tensor,
     places: Tensor,
+    queries: Tensor | None,
+    rows: Tensor | None,
 ) -> Tensor:
-    """Return the query of a layer, (N, D) -> (N, H, d), and put key and value into the cache, (R, C, K, d)."""
+    """Put key and value of a layer into the cache, (R, C, K, d), and return the query, (N, D) -> (N, H, d).
+
+    Args:
+        layer: of the LLM.
+        hidden: (N, D).
+        cosine: (N, 1, d).
+        sine: (N, 1, d).
+        keys: of the cache.
+        values: of the cache.
+        slots: as in `Places`.
+        places: as in `Places`.
+        queries: as in `Places`; filled and returned if not None.
+        rows: as in `Places`.
+    """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     heads = (-1, attention.head_dim)
@@ -141,7 +163,11 @@ def project_heads(
     value = attention.v_proj(normed).unflatten(-1, heads)
     keys[slots, places] = _rotate(key, cosine, sine)
     values[slots, places] = value
-    return _rotate(query, cosine, sine)
+    query = _rotate(query, cosine, sine)
+    if queries is None:
+        return query
+    queries[rows, places] = query
+    return queries
 
 
 def finish_layer(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -165,6 +191,11 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Ten
 def attend_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return attention of queries that are the last of the keys; shapes as in `attend_dense`."""
     return _attend(query, key, value, attn_mask=causal_lower_right(query.shape[1], key.shape[1])).flatten(0, 1)
+
+
+def attend_square(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return causal attention of as many queries as keys; shapes as in `attend_dense`."""
+    return _attend(query, key, value, is_causal=True).flatten(0, 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
