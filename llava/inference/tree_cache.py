@@ -170,7 +170,7 @@ class TreeCache:
         places = Places(*map(torch.clone, send(layout.places, llama.device)))
         if SQUARES:
             queries = torch.zeros(n_rows, length, *llama.query_shape, dtype=llama.dtype, device=llama.device)
-            numbers = torch.arange(n_rows, device=llama.device)[:, None].expand(-1, length - stem)
+            numbers = torch.arange(n_rows, device=llama.device)[:, None].repeat(1, length - stem)
             places = places._replace(queries=queries, rows=numbers.flatten())
         embeds = self._embed(rows, layout.branch_ids, trunk)
         with sdpa_kernel(PREFILL_KERNELS):

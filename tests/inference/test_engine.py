@@ -273,35 +273,32 @@ def test_answers_longer_than_expected(tiny_sessions, whole, monkeypatch, spare, 
     assert {key: branch.generated for key, branch in results.items()} == whole
 
 
-def moves_of(session, asks, sampling, monkeypatch, **options):
-    """Return for each wait of a run how many moves were launched behind the one that is waited for."""
-    behind, number_of = [], {}
-    moves = {name: getattr(TreeCache, name) for name in ("prefill", "step")}
-    n_moves, create, wait = 0, Selected.__init__, Selected.wait
+class Watch:
+    """Notes the moves of a run, and at each wait how many moves are behind the one that is waited for."""
 
-    def counted(move):
-        def launch(self, *args):
-            nonlocal n_moves
-            n_moves += 1
-            return move(self, *args)
+    def __init__(self, patch):
+        self.moves, self.behind = [], []
+        number_of, create, wait = {}, Selected.__init__, Selected.wait
 
-        return launch
+        def note(selected, *args):
+            number_of[selected] = len(self.moves)
+            create(selected, *args)
 
-    def note(self, *args):
-        number_of[self] = n_moves
-        create(self, *args)
+        def wait_for(selected):
+            self.behind.append(len(self.moves) - number_of[selected])
+            return wait(selected)
 
-    def wait_for(self):
-        behind.append(n_moves - number_of[self])
-        return wait(self)
-
-    with monkeypatch.context() as patch:
-        for name, move in moves.items():
-            patch.setattr(TreeCache, name, counted(move))
+        for name in ("prefill", "step"):
+            patch.setattr(TreeCache, name, self._noting(name, getattr(TreeCache, name)))
         patch.setattr(Selected, "__init__", note)
         patch.setattr(Selected, "wait", wait_for)
-        results = run(session, asks, sampling, **options)
-    return behind, results
+
+    def _noting(self, name, move):
+        def launch(cache, *args):
+            self.moves.append(name)
+            return move(cache, *args)
+
+        return launch
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 8])
@@ -311,13 +308,23 @@ def test_the_device_always_has_a_move_in_front_of_it(tiny_sessions, monkeypatch,
     asks = make_asks([([NAMES[number % 5]], [3 + number % 13, 3 + number // 3]) for number in range(36)])
     sampling, pieces = Sampling(max_new_tokens=new_tokens), (20, 16, max_rows, 3)
     options = {"pieces": pieces, "max_branches": 2}
-    behind, results = moves_of(tiny_sessions[0], asks, sampling, monkeypatch, **options)
-    assert max(behind) == 1
-    assert all(behind[:-1])
+    with monkeypatch.context() as patch:
+        watch = Watch(patch)
+        results = run(tiny_sessions[0], asks, sampling, **options)
+    assert max(watch.behind) == 1
+    assert all(watch.behind[:-1])
     at_once = run(tiny_sessions[0], asks, sampling, **options, ahead=0)
     assert {key: branch.generated for key, branch in results.items()} == {
         key: branch.generated for key, branch in at_once.items()
     }
+
+
+def test_the_last_rows_are_filled_behind_a_step(tiny_sessions, monkeypatch):
+    """What is free in the end waits for a step, which may free more; then it does not wait for answers to finish."""
+    asks = make_asks([([NAMES[number % 5]], [3 + number]) for number in range(12)])
+    watch = Watch(monkeypatch)
+    run(tiny_sessions[0], asks, Sampling(max_new_tokens=8), pieces=(20, 16, 4, 3))
+    assert watch.moves[:6] == ["prefill", "prefill", "prefill", "step", "prefill", "step"]
 
 
 def test_long_answers_do_not_stall_short_ones(tiny_sessions):
