@@ -6,6 +6,7 @@ import contextlib
 import secrets
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from llava.model.flat_llama import has_plain_weights, is_flat
 COMPILE_MODES = ("auto", "on", "off")
 COMPILE_FROM = 2_500_000
 """Positions from which on compiling pays, on CUDA."""
+_REMEMBERED_TEXTS = 64
+"""The text in front of the first image is that of the question before."""
 DIGITS = 4
 """Of logprobs in records."""
 
@@ -151,11 +154,14 @@ def _prepare(session: Session, questions: Sequence[Question], choices: Sequence[
     asks: list[Ask] = []
     bad: list[Answer] = []
     use_im_start_end = session.model.config.mm_use_im_start_end
+    encode_text = lru_cache(maxsize=_REMEMBERED_TEXTS)(session.tokenizer.encode_text)
     for key, question in enumerate(questions):
         n_images = len(question.images)
         try:
             if not choices:
-                asks.append(Ask(key, session.prompt_ids(question.text, n_images), question.images))
+                asks.append(
+                    Ask(key, session.prompt_ids(question.text, n_images, encode_text=encode_text), question.images)
+                )
                 continue
             for number, choice in enumerate(choices):
                 ids, targets = answered_ids(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation, Segment
 from llava.data.supervision import ASSISTANT, HUMAN, build_dialogue, encode_example, encode_segments
@@ -41,7 +43,13 @@ def place_question(question: str, n_images: int) -> str:
 
 
 def first_turn_ids(
-    question: str, n_images: int, template: Conversation, tokenizer: LlavaTokenizer, *, use_im_start_end: bool = False
+    question: str,
+    n_images: int,
+    template: Conversation,
+    tokenizer: LlavaTokenizer,
+    *,
+    use_im_start_end: bool = False,
+    encode_text: Callable[..., list[int]] | None = None,
 ) -> list[int]:
     """Return the ids of a dialogue that starts with this question and ends where the model answers.
 
@@ -51,6 +59,7 @@ def first_turn_ids(
         template: an empty dialogue.
         tokenizer: of the model.
         use_im_start_end: put `<im_start>` and `<im_end>` around each image.
+        encode_text: `tokenizer.encode_text`, which may remember texts that occur in every question.
 
     Returns:
         The ids that `encode_example` gives for the same question, up to the answer.
@@ -59,7 +68,7 @@ def first_turn_ids(
         PromptError: as `place_question`.
     """
     dialogue = _dialogue([place_question(question, n_images)], template, use_im_start_end)
-    return encode_segments(dialogue.segments(), tokenizer)[0]
+    return encode_segments(dialogue.segments(), tokenizer, encode_text)[0]
 
 
 def answered_ids(

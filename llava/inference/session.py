@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -166,18 +166,27 @@ class Session:
         marks = (*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab())
         return self.template.stop_text not in marks
 
-    def prompt_ids(self, question: str, n_images: int = 0) -> list[int]:
+    def prompt_ids(
+        self, question: str, n_images: int = 0, *, encode_text: Callable[..., list[int]] | None = None
+    ) -> list[int]:
         """Return the ids of a question, up to where the model answers, as in training.
 
         Args:
             question: text; its `<image>` marks say where the images go, without any they go in front.
             n_images: number of images.
+            encode_text: as in `first_turn_ids`.
 
         Raises:
             PromptError: if the question is empty or marks another number of images.
         """
-        use_im_start_end = self.model.config.mm_use_im_start_end
-        return first_turn_ids(question, n_images, self.template, self.tokenizer, use_im_start_end=use_im_start_end)
+        return first_turn_ids(
+            question,
+            n_images,
+            self.template,
+            self.tokenizer,
+            use_im_start_end=self.model.config.mm_use_im_start_end,
+            encode_text=encode_text,
+        )
 
     def pixel_values(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Return one (3, H, W), or for "anyres" (tiles, 3, H, W), tensor per picture.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -80,8 +81,11 @@ class StepGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = compute(taken, shape)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what was recorded so far can't be used, and CUDA says so
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph, taken, result
 
 

@@ -28,7 +28,13 @@ def test_rounded_shapes_are_few():
 
 
 @pytest.fixture
-def moves(monkeypatch):
+def failing():
+    """Not empty, if recordings can't be ended."""
+    return []
+
+
+@pytest.fixture
+def moves(monkeypatch, failing):
     """What is asked of CUDA, in order."""
     moves = []
 
@@ -38,6 +44,8 @@ def moves(monkeypatch):
 
         def capture_end(self):
             moves.append("end")
+            if failing:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
         def replay(self):
             moves.append("replay")
@@ -66,7 +74,10 @@ def test_a_shape_is_recorded_when_it_comes_for_the_third_time(moves):
     assert moves == ["stream", ("begin", 7, "thread_local"), "end", "back", *["replay"] * 3]
 
 
-def test_a_recording_that_fails_ends(moves):
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_recording_that_fails_ends(moves, failing, ends):
+    failing += [] if ends else ["out of memory"]
+
     def compute(entries, shape):
         if moves:
             raise torch.OutOfMemoryError("CUDA out of memory")
