@@ -30,12 +30,11 @@ NOBODY = -1
 """Branch number of a position that holds nothing."""
 MULTIPLE = 8
 """Lengths of masks are multiples of it, as fast kernels want; so are numbers of tokens, so that few shapes occur."""
-
 SQUARES = False
 """Whether trunks attend as squares, with queries in front whose results are thrown away: what cuDNN's kernel takes."""
 SQUARE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 PREFILL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN's, which is planned anew for every new shape, for tens of milliseconds: each prefill has another."""
+"""Without cuDNN's, which the host plans anew for every new shape, and each prefill has another."""
 
 
 @dataclass(eq=False)

@@ -51,6 +51,15 @@ def test_top_p_is_that_of_transformers():
             assert set(tokens.tolist()) <= set(allowed.nonzero().flatten().tolist())
 
 
+def test_shares_of_the_unit_interval_begin_with_their_first_number():
+    """Two tokens of probability 1/2, which is exact: each has a half, and the half without its end reaches 1/2."""
+    logits = torch.zeros(4, 2)
+    assert select_tokens(logits, Sampling(temperature=1), [0.0, 0.5 - 2**-52, 0.5, 1 - 2**-52]).tolist() == [0, 0, 1, 1]
+    for top_p, last in ((0.5, 0), (0.5 + 2**-20, 1)):
+        chosen = select_tokens(logits[:1], Sampling(temperature=1, top_p=top_p), [0.75])
+        assert chosen.tolist() == [last]
+
+
 def test_certainty_and_the_last_number_below_one():
     logits = torch.tensor([[0.0, 50.0, -50.0]] * 2)
     assert select_tokens(logits, Sampling(temperature=1), [0.0, 1 - 2**-52]).tolist() == [1, 1]
