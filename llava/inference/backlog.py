@@ -20,6 +20,8 @@ from llava.model.devices import send
 
 ENCODER_BATCH = 24
 """Pictures that go through the encoder together; also groups whose pictures are sent to the device together."""
+FIRST_BATCH = 8
+"""Groups of the first launch: the device should not wait for many pictures to be read."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,18 @@ class Backlog:
         self._n_coming = len(groups)
         self._again: deque[tuple[Group, list[Tensor]]] = deque()
         self._ready: deque[Row] = deque()
+        self._is_new = True
 
     def __bool__(self) -> bool:
         return bool(self._n_coming or self._again or self._ready)
 
     def __len__(self) -> int:
         return self._n_coming + len(self._again) + len(self._ready)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the pictures of the next group are encoded."""
+        return bool(self._ready)
 
     def prepare(self) -> None:
         """Have the next pictures encoded, if none are; for when the device has something to do meanwhile."""
@@ -110,9 +118,11 @@ class Backlog:
         self._ready.clear()
 
     def _load(self) -> None:
-        batch = [self._again.popleft() for _ in range(min(len(self._again), self.encoder_batch))]
+        size = min(self.encoder_batch, FIRST_BATCH) if self._is_new else self.encoder_batch
+        self._is_new = False
+        batch = [self._again.popleft() for _ in range(min(len(self._again), size))]
         try:
-            for group, pixels in itertools.islice(self._coming, min(self.encoder_batch - len(batch), self._n_coming)):
+            for group, pixels in itertools.islice(self._coming, min(size - len(batch), self._n_coming)):
                 self._n_coming -= 1
                 if isinstance(pixels, PictureError):
                     self.failed += [Failed(branch, *pixels) for branch in group.branches]

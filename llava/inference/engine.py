@@ -170,7 +170,7 @@ class Engine:
         stem, trunk, branches = len(self._stem_ids), 0, 0
         asked = sum(len(row.group.branches) for row in self._rows)
         most = min(self._cache.n_free, self._rows_at_once(backlog))
-        while (row := backlog.peek()) and len(rows) < most:
+        while len(rows) < most and (row := backlog.peek()):
             trunk, branches = max(trunk, row.trunk_length), max(branches, row.group.branch_length)
             length = round_up(stem + trunk + branches)
             asked += len(row.group.branches)
@@ -180,6 +180,8 @@ class Engine:
             if (rows or self._rows) and asked > self._max_questions:
                 break
             rows.append(backlog.take())
+            if not self._rows and not backlog.is_ready:
+                break  # the device has nothing to do yet
 
     def _has_room(self, first: Row, backlog: Backlog) -> bool:
         """Return whether a prefill that starts with this group should be launched now; make a cache if need be."""

@@ -16,7 +16,7 @@ from llava.inference.backlog import Backlog, Failed
 from llava.inference.batch import answer_questions, default_batch_size
 from llava.inference.engine import Engine
 from llava.inference.grouping import MAX_BRANCHES, Ask, Branch, Group, deal_groups, plan_groups, spliced_length
-from llava.inference.picture_source import PictureReader, default_workers, read_pictures
+from llava.inference.picture_source import THREADS, PictureReader, default_workers, read_pictures
 from llava.inference.prompts import PromptError, answered_ids
 from llava.inference.questions import Question
 from llava.inference.selection import chance
@@ -205,7 +205,8 @@ def _read_pictures(
     dtype = session.model.get_vision_tower().dtype if session.image_processor else session.model.dtype
     reader = PictureReader(Path(image_folder), session.image_processor, settings, dtype)
     n_workers = default_workers(device) if workers is None else workers
-    return read_pictures(reader, [group.images for group in groups], workers=n_workers)
+    threads = max(THREADS, default_workers(device))
+    return read_pictures(reader, [group.images for group in groups], workers=n_workers, threads=threads)
 
 
 def _as_answers(

@@ -22,6 +22,8 @@ AHEAD = 4
 FEW = 64
 """So many groups are not worth the start of processes."""
 MAX_WORKERS = 10
+THREADS = 4
+"""That decode where no processes do; the computing threads of a CPU need the rest."""
 
 
 class PictureError(NamedTuple):
@@ -75,7 +77,7 @@ def default_workers(device: torch.device) -> int:
 
 
 def read_pictures(
-    reader: PictureReader, rows: Sequence[Sequence[str]], *, workers: int, threads: int = 4
+    reader: PictureReader, rows: Sequence[Sequence[str]], *, workers: int, threads: int = THREADS
 ) -> Iterator[list[Tensor] | PictureError]:
     """Begin to read, and return an iterator over the pixels of each row of names, in order.
 

@@ -319,6 +319,25 @@ def test_the_device_always_has_a_move_in_front_of_it(tiny_sessions, monkeypatch,
     }
 
 
+def test_the_device_begins_when_few_pictures_are_read(tiny_sessions, monkeypatch):
+    session, asks = tiny_sessions[0], make_asks([(pair, [3, 4]) for pair in itertools.product(NAMES, NAMES)])
+    plan, read, at_prefill = plan_groups(asks, PATCHES), [], []
+    prefill = TreeCache.prefill
+
+    def pictures():
+        for group in plan.groups:
+            read.append(group)
+            yield [pixels_of(name) for name in group.images]
+
+    monkeypatch.setattr(TreeCache, "prefill", lambda *args: at_prefill.append(len(read)) or prefill(*args))
+    waiting = Backlog(session, len(plan.stem_ids), plan.groups, pictures(), room=2, is_padded=False)
+    engine = Engine(session, Sampling(max_new_tokens=2), plan.stem_ids)
+    engine._max_rows = 20
+    assert len([*engine.run(waiting)]) == 25
+    assert at_prefill[0] == backlog_module.FIRST_BATCH
+    assert len(at_prefill) < 5
+
+
 def test_the_last_rows_are_filled_behind_a_step(tiny_sessions, monkeypatch):
     """What is free in the end waits for a step, which may free more; then it does not wait for answers to finish."""
     asks = make_asks([([NAMES[number % 5]], [3 + number]) for number in range(12)])
