@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llava.constants import TRUNK
 from llava.inference.grouping import Branch, Group
 from llava.inference.step_graphs import StepGraphs, StepShape
+from llava.model.attention_kernels import without_plans
 from llava.model.devices import send
 from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense, attend_square
 from llava.model.tree_attention import branch_mask, later_mask
@@ -33,8 +34,6 @@ MULTIPLE = 8
 SQUARES = False
 """Whether trunks attend as squares, with queries in front whose results are thrown away: what cuDNN's kernel takes."""
 SQUARE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-PREFILL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN's, which the host plans anew for every new shape, and each prefill has another."""
 
 
 @dataclass(eq=False)
@@ -172,7 +171,7 @@ class TreeCache:
             numbers = torch.arange(n_rows, device=llama.device)[:, None].repeat(1, length - stem)
             places = places._replace(queries=queries, rows=numbers.flatten())
         embeds = self._embed(rows, layout.branch_ids, trunk)
-        with sdpa_kernel(PREFILL_KERNELS):
+        with without_plans():  # each prefill has another shape
             return llama.fill_and_read(embeds, places, self._layers, functools.partial(self._attend, launch), kept)
 
     def _attend(self, launch: Launch, layer: int, query: Tensor) -> Tensor:
@@ -275,7 +274,7 @@ class TreeCache:
 
         embeds = llama.embed(torch.tensor(stem_ids, device=llama.device))
         places = Places(positions, torch.zeros_like(positions), positions)
-        with sdpa_kernel(PREFILL_KERNELS):
+        with without_plans():
             llama.fill_and_read(embeds, places, self._layers, attend, positions[-1:], is_once=True)
 
     def _embed(self, rows: Sequence[Row], branch_ids: Tensor, trunk: int) -> Tensor:

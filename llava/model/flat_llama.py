@@ -120,6 +120,7 @@ class FlatLlama:
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
         turn = self.cosine[places.positions], self.sine[places.positions]
         hidden = embeds
+        turn = turn[0], signed(turn[1])
         for number, layer in enumerate(self._layers):
             query = project(layer, hidden, *turn, *cache[number], *places[1:])
             attended = attend(number, query)
@@ -147,7 +148,7 @@ def project_heads(
         layer: of the LLM.
         hidden: (N, D).
         cosine: (N, 1, d).
-        sine: (N, 1, d).
+        sine: (N, 1, d), `signed`.
         keys: of the cache.
         values: of the cache.
         slots: as in `Places`.
@@ -223,6 +224,13 @@ def has_plain_weights(model: LlavaLlamaForCausalLM) -> bool:
     return all(type(layer.self_attn.q_proj) is nn.Linear for layer in model.get_model().layers)
 
 
+def signed(sine: Tensor) -> Tensor:
+    """Return the sines of a rotary embedding, (..., d), with a negative first half, so that halves are only swapped."""
+    first, second = sine.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    """Return turned heads; a flip is read by an index alone where this is compiled."""
+    swapped = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return heads * cosine + swapped * sine
