@@ -103,6 +103,22 @@ def test_vllm_that_stops_early_is_not_measured(program, tmp_path):
         peer.Peer(library, tmp_path, 40).answer([[1, 2]], [tmp_path / "000000.jpg"], 3)
 
 
+def test_a_part_that_fails_is_tried_without_graphs(program, monkeypatch, capsys):
+    from llava.inference import tree_cache
+
+    tried = []
+
+    def fail(bench):
+        tried.append(tree_cache.StepGraphs)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(tree_cache, "StepGraphs", tree_cache.StepGraphs)
+    monkeypatch.setitem(program.MEASURES, "ceiling", fail)
+    assert program.main([*WORDS, "--parts", "ceiling"]) == 1
+    assert [made() if number else made for number, made in enumerate(tried)] == [tried[0], None]
+    assert capsys.readouterr().out.count("ceiling failed:") == 2
+
+
 def test_parts_without_vllm(program, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert list(program.measure_vllm(None)) == []
