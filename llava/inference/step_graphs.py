@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 RECORDED_FROM = 3
 """So often a shape has to occur unless said otherwise; recording costs about as much as a step."""
@@ -37,7 +40,7 @@ class StepShape(NamedTuple):
 
 
 class StepGraphs:
-    """Calls a function, recorded once its shape has occurred a few times.
+    """Calls a function, recorded once its shape has occurred a few times; where CUDA refuses that, unrecorded.
 
     It keeps no reference to the function: a cache whose step it is would live on until the next garbage collection,
     and with it the memory that the next cache needs.
@@ -51,6 +54,7 @@ class StepGraphs:
         self._seen: Counter[StepShape] = Counter()
         self._recorded: dict[StepShape, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._is_refused = False
 
     def __call__(self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> Tensor:
         """Return the result, which lasts until the next call.
@@ -61,10 +65,17 @@ class StepGraphs:
             shape: of the step.
         """
         self._seen[shape] += 1
-        if self._seen[shape] < self._recorded_from:
+        if self._seen[shape] < self._recorded_from or self._is_refused:
             return compute(entries, shape)
         if shape not in self._recorded:
-            self._recorded[shape] = self._record(compute, entries, shape)
+            try:
+                self._recorded[shape] = self._record(compute, entries, shape)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                logger.warning("steps are computed without being recorded, which is slower: %s", error)
+                self._is_refused = True
+                return compute(entries, shape)
         graph, taken, result = self._recorded[shape]
         taken.copy_(entries, non_blocking=True)
         graph.replay()

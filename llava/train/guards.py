@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from llava.files import atomic_write
@@ -110,7 +111,8 @@ def is_bad_step(batches: Sequence[MicroBatch], grad_norm: Tensor | float | None)
     """Tell whether a loss or the gradient's norm is no number; as a tensor, so that the device is not waited for."""
     numbers = [batch.loss.float() for batch in batches if batch.loss is not None]
     if isinstance(grad_norm, Tensor):
-        numbers.append(grad_norm.detach().float().to(numbers[0].device) if numbers else grad_norm.detach().float())
+        whole = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # FSDP's is spread
+        numbers.append(whole.detach().float().to(numbers[0].device) if numbers else whole.detach().float())
     elif grad_norm is not None and not math.isfinite(grad_norm):
         return True
     if not numbers:

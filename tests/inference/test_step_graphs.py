@@ -53,8 +53,10 @@ def moves(monkeypatch, failing):
     @contextlib.contextmanager
     def on(stream):
         moves.append(stream)
-        yield
-        moves.append("back")
+        try:
+            yield
+        finally:
+            moves.append("back")
 
     monkeypatch.setattr(torch, "cuda", types.SimpleNamespace(CUDAGraph=Graph, stream=on, graph_pool_handle=lambda: 7))
     monkeypatch.setattr(step_graphs, "_recording_stream", lambda: "stream")
@@ -89,3 +91,16 @@ def test_a_recording_that_fails_ends(moves, failing, ends):
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         graphs(compute, torch.tensor([[0]]), StepShape(1, 1, 1, 8))
     assert moves[:3] == ["stream", ("begin", 7, "thread_local"), "end"]
+
+
+def test_where_recording_is_refused_steps_go_on_without(moves, caplog):
+    def compute(entries, shape):
+        if moves and moves[-1] != "back":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return entries + 1
+
+    graphs, shape = StepGraphs(), StepShape(1, 1, 1, 8)
+    results = [graphs(compute, torch.tensor([[number]]), shape).item() for number in range(5)]
+    assert results == [1, 2, 3, 4, 5]
+    assert moves == ["stream", ("begin", 7, "thread_local"), "end", "back"]
+    assert "without being recorded, which is slower: operation not permitted" in caplog.text
