@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 MULTIPLE = 512
 """Attention of a step covers the positions in use rounded up to it, so that few shapes occur; others are masked."""
 _ROOM_MULTIPLE = 128
+TOLERATED = 0.25
+"""Of the distance of kernels' logits from the layers': far above what rounding gives, far below what an error does."""
 
 Storage: TypeAlias = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, (1, C, K, d)."""
@@ -86,7 +88,7 @@ def open_cache(model: LlavaLlamaForCausalLM) -> DialogueCache:
 
 
 def load_kernels(llama: FlatLlama) -> Step | None:
-    """Return the step in few kernels, if it can be had; what stands in the way on this machine is logged.
+    """Return the step in few kernels, if it can be had and does what the layers do; what stands in the way is logged.
 
     Args:
         llama: on CUDA.
@@ -100,7 +102,27 @@ def load_kernels(llama: FlatLlama) -> Step | None:
     if problem := token_step.find_problem(llama):
         logger.warning("Triton can't compile kernels here, so that tokens come more slowly: %s", problem)
         return None
-    return token_step.FusedStep(llama)
+    fused = token_step.FusedStep(llama)
+    if not (difference := distance_from_layers(llama, fused)) <= TOLERATED:
+        logger.warning(
+            "kernels compute something else than the layers here (relative distance %.2f), so that they are not used "
+            "and tokens come more slowly",
+            difference,
+        )
+        return None
+    return fused
+
+
+@torch.no_grad()
+def distance_from_layers(llama: FlatLlama, step: Step) -> float:
+    """Return how far the logits behind a few tokens are from those of the layers, relative to these; maybe NaN."""
+    logits = []
+    for cache in (RowCache(llama), RowCache(llama, fused=step)):
+        cache.read(llama.embed(torch.tensor([1], device=llama.device)))
+        tokens = torch.tensor([2, 3, 1], device=llama.device)
+        logits.append(torch.cat([cache.step(token).float() for token in tokens.split(1)]))  # (3, W)
+    expected, found = logits
+    return float((found - expected).norm() / expected.norm())
 
 
 class RowCache:

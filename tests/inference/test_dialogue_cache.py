@@ -3,16 +3,20 @@
 import copy
 import dataclasses
 import importlib.util
+import sys
+import types
 
 import pytest
 import torch
 
+import llava.model
 from llava.image_processing import open_image
 from llava.inference import dialogue_cache
 from llava.inference.chat import Chat
 from llava.inference.dialogue_cache import LibraryCache, RowCache, load_kernels, open_cache
 from llava.inference.prompts import next_turn_ids
 from llava.inference.session import Prompt, Sampling
+from llava.inference.step_graphs import StepShape
 from llava.model.flat_llama import FlatLlama
 
 CONTEXT = 700
@@ -295,6 +299,33 @@ def test_a_model_that_only_the_library_covers_chats_too(session, sampling, monke
     monkeypatch.setattr(dialogue_cache, "is_flat", lambda model: False)
     chat = Chat(session, sampling)
     assert ["".join(chat.reply(turn)) for turn in TURNS] == answers
+
+
+@pytest.mark.parametrize(
+    ("spoil", "is_used"),
+    [
+        (lambda entries, logits: logits, True),
+        (lambda entries, logits: 1.01 * logits, True),
+        (lambda entries, logits: logits.flip(-1), False),
+        (lambda entries, logits: logits * torch.where(entries[1] > 2, torch.nan, 1), False),
+    ],
+    ids=["the same", "rounded", "others", "no numbers behind the third"],
+)
+def test_kernels_that_compute_something_else_are_not_used(model, monkeypatch, caplog, spoil, is_used):
+    def build(llama):
+        def step(entries, layers):
+            cache = RowCache(llama)
+            cache._layers = list(layers)
+            return spoil(entries, cache._compute_step(entries, StepShape(1, 1, 1, cache.capacity)))
+
+        return step
+
+    stub = types.SimpleNamespace(has_fused_form=lambda _: True, find_problem=lambda _: None, FusedStep=build)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "llava.model.token_step", stub)
+    monkeypatch.setattr(llava.model, "token_step", stub, raising=False)
+    assert (load_kernels(FlatLlama(model)) is not None) is is_used
+    assert ("kernels compute something else than the layers here" in caplog.text) is not is_used
 
 
 def test_without_triton_there_are_no_kernels(model, monkeypatch):
