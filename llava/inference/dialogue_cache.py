@@ -39,7 +39,7 @@ MULTIPLE = 512
 """Attention of a step covers the positions in use rounded up to it, so that few shapes occur; others are masked."""
 _ROOM_MULTIPLE = 128
 TOLERATED = 0.25
-"""Of the distance of kernels' logits from the layers': far above what rounding gives, far below what an error does."""
+"""Relative distance of kernels' logits from the layers'; of logits that have nothing to do with them it is 1.4."""
 
 Storage: TypeAlias = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, (1, C, K, d)."""

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from llava.image_processing import open_image
+from llava.inference.prompts import next_turn_ids
 from llava.inference.questions import Question
 from llava.inference.session import Request, Sampling, Session
 
@@ -57,3 +58,15 @@ def swap_words() -> Callable[[Session, int, int], Session]:
         return dataclasses.replace(session, model=model)
 
     return swap
+
+
+@pytest.fixture(scope="session")
+def turn_ids() -> Callable[..., list[int]]:
+    """Return the function (session, question, number of pictures, is_first=) -> ids of a turn of a dialogue."""
+
+    def ids(session: Session, question: str, n_images: int, *, is_first: bool) -> list[int]:
+        if is_first:
+            return session.prompt_ids(question, n_images)
+        return next_turn_ids(question, n_images, session.template, session.tokenizer)
+
+    return ids

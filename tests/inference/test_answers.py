@@ -184,12 +184,17 @@ def test_processes_share_a_run(tmp_path, n_ranks):
     assert fill(path, 5) == whole  # and the journals of the others are of no further use
 
 
-def test_a_smaller_number_of_processes_goes_on(tmp_path):
-    path = tmp_path / "answers.jsonl"
+def break_off_two(path, text):
+    """Leave the journals of two processes, of which the second has answered question 3."""
     with AnswersFile(path, QUESTIONS, RUN) as first, AnswersFile(path, QUESTIONS, RUN, rank=1, n_ranks=2) as second:
         first.begin()
         second.begin()
-        second.write(Answer(QUESTIONS[3], "ä 3"), "model")
+        second.write(Answer(QUESTIONS[3], text), "model")
+
+
+def test_a_smaller_number_of_processes_goes_on(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    break_off_two(path, "ä 3")
     whole = fill(tmp_path / "whole.jsonl", 5)
     assert fill(path, 5) == whole
     assert not list(tmp_path.glob("*.journal*"))
@@ -197,10 +202,7 @@ def test_a_smaller_number_of_processes_goes_on(tmp_path):
 
 def test_starting_anew_forgets_the_journals_of_all(tmp_path):
     path = tmp_path / "answers.jsonl"
-    with AnswersFile(path, QUESTIONS, RUN) as first, AnswersFile(path, QUESTIONS, RUN, rank=1, n_ranks=2) as second:
-        first.begin()
-        second.begin()
-        second.write(Answer(QUESTIONS[3], "old"), "model")
+    break_off_two(path, "old")
     with AnswersFile(path, QUESTIONS, RUN, overwrite=True) as answers:
         answers.begin()
     with AnswersFile(path, QUESTIONS, RUN) as answers:

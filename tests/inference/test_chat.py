@@ -27,18 +27,13 @@ def say(chat, question, images=()):
     return "".join(chat.reply(question, images))
 
 
-def test_each_turn_is_one_shot_generation_on_the_whole_dialogue(session, images):
+def test_each_turn_is_one_shot_generation_on_the_whole_dialogue(session, images, turn_ids):
     chat = Chat(session, GREEDY)
     ids, pixels = [], []
     turns = [("Is there railing?", images[:1]), ("and now?", []), ("Compare it with this", images[1:]), ("why?", [])]
     for question, new_images in turns:
         answer = say(chat, question, new_images)
-        n_images = len(new_images)
-        ids += (
-            next_turn_ids(question, n_images, session.template, session.tokenizer)
-            if ids
-            else session.prompt_ids(question, n_images)
-        )
+        ids += turn_ids(session, question, len(new_images), is_first=not ids)
         pixels += session.pixel_values(new_images)
         [expected] = session.generate_ids([Prompt(list(ids), list(pixels))], GREEDY)
         assert answer == session.decode(expected)

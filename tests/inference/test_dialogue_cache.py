@@ -14,7 +14,6 @@ from llava.image_processing import open_image
 from llava.inference import dialogue_cache
 from llava.inference.chat import Chat
 from llava.inference.dialogue_cache import LibraryCache, RowCache, load_kernels, open_cache
-from llava.inference.prompts import next_turn_ids
 from llava.inference.session import Prompt, Sampling
 from llava.inference.step_graphs import StepShape
 from llava.model.flat_llama import FlatLlama
@@ -93,7 +92,7 @@ def answer_plainly(session, prompt, sampling, generator):
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("is_ahead", [False, True])
-def test_a_chat_says_what_the_whole_dialogue_gives(session, goldens, sampling, seed, is_ahead):
+def test_a_chat_says_what_the_whole_dialogue_gives(session, goldens, turn_ids, sampling, seed, is_ahead):
     session = random_session(session, seed)
     pictures = [open_image(goldens / "images" / name) for name in ("landscape.jpg", "portrait.png")]
     chat = Chat(session, sampling)
@@ -101,12 +100,7 @@ def test_a_chat_says_what_the_whole_dialogue_gives(session, goldens, sampling, s
     generator = torch.Generator().manual_seed(11)
     ids, pixels = [], []
     for turn, images in zip(TURNS, (pictures[:1], [], pictures[1:], []), strict=True):
-        n_images = len(images)
-        ids += (
-            next_turn_ids(turn, n_images, session.template, session.tokenizer)
-            if ids
-            else session.prompt_ids(turn, n_images)
-        )
+        ids += turn_ids(session, turn, len(images), is_first=not ids)
         pixels += session.pixel_values(images)
         expected = answer_plainly(session, Prompt(ids, pixels), sampling, generator)
         assert "".join(chat.reply(turn, images)) == session.decode(expected)
