@@ -15,9 +15,10 @@ from vqa_workload import make_records, model_config, random_model
 from llava.data.dataset import SupervisedCollator
 from llava.data.packed_dataset import PackCollator, PackedRow
 from llava.data.records import EncodedRecord
+from llava.model.configuration import features_per_image
 from llava.model.pack import attend_in_blocks
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import features_per_image, fuse_model
+from llava.train.packs import fuse_model
 
 QUESTIONS = [[(14, 3), (11, 2), (17, 4), (12, 2)], [(13, 3), (15, 2), (12, 3)]]
 LAYERS = 8
@@ -45,7 +46,7 @@ def measure_agreement(tiny: bool) -> dict[str, Any]:
     records = make_records(QUESTIONS, [Path("a"), Path("b")], config.vocab_size)
     side = config.mm_vision_config["image_size"]
     pixels = {Path(name): torch.randn(3, side, side) for name in "ab"}
-    patches = features_per_image(config)
+    patches = features_per_image(config, config.mm_vision_config)
     rows = [PackedRow(record, [pixels[path] for path in record.images]) for record in records]
     pack = to_device(PackCollator(patches, side, budget=None, multiple=128)(rows), device)
 

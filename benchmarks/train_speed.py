@@ -36,10 +36,11 @@ from llava.data.dataset import ImageSettings
 from llava.data.records import EncodedRecord
 from llava.image_processing import CLIPPixels
 from llava.model import adapted_linear, attention_kernels, fused_layers
+from llava.model.configuration import features_per_image
 from llava.model.memory import ModelSizes
 from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import Feed, choose_feed, choose_order, features_per_image, prepare_model
+from llava.train.packs import Feed, choose_feed, choose_order, prepare_model
 from llava.train.trainer import LlavaTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -215,7 +216,7 @@ def measure_ours(variant: Variant, options: argparse.Namespace, stem_copies: int
         questions = [[question] for image in questions for question in image][: len(questions)]
     records = make_records(questions, write_images(options.work, len(questions)), config.vocab_size)
     processor = CLIPPixels(config.mm_vision_config["image_size"])
-    order = choose_order(records, features_per_image(config), args)
+    order = choose_order(records, features_per_image(config, config.mm_vision_config), args)
     feed = choose_feed(order, processor, ImageSettings("pad"), 0, args, layers_run)
     clock = Clock(args.device.type == "cuda", options.profile, options.warm_up + options.steps)
     options.profile = None

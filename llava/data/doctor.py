@@ -118,6 +118,7 @@ def _examine(files: Sequence[DataFile], options: argparse.Namespace, facts: Mode
 def _read_model(name: str, version: str | None, vision_tower: str | None) -> ModelFacts:
     # Here, for without a model there is no need to wait until all of this is imported.
     from llava.model.checkpoint import open_checkpoint
+    from llava.model.configuration import features_per_image
     from llava.model.hub import resolve_directory
     from llava.model.plan import config_of
     from llava.model.vision_tower import VIT_L_14_336
@@ -127,7 +128,7 @@ def _read_model(name: str, version: str | None, vision_tower: str | None) -> Mod
     if version and template and get_template(version) != get_template(template):
         raise ValueError(f"--version {version}: the model was trained with {template}; leave the flag out")
     vision = config.mm_vision_config or VIT_L_14_336
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    patches = features_per_image(config, vision)
     return ModelFacts(load_tokenizer(resolve_directory(name)), template or version or DEFAULT_TEMPLATE, patches)
 
 

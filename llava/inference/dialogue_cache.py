@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 MULTIPLE = 512
 """Attention of a step covers the positions in use rounded up to it, so that few shapes occur; others are masked."""
 _ROOM_MULTIPLE = 128
+_TRIED = 66
+"""Tokens by which kernels are compared with the layers: a part of their attention, and the beginning of a second."""
 TOLERATED = 0.25
 """Relative distance of kernels' logits from the layers'; of logits that have nothing to do with them it is 1.4."""
 
@@ -99,11 +101,15 @@ def load_kernels(llama: FlatLlama) -> Step | None:
 
     if not token_step.has_fused_form(llama):
         return None
-    if problem := token_step.find_problem(llama):
-        logger.warning("Triton can't compile kernels here, so that tokens come more slowly: %s", problem)
-        return None
     fused = token_step.FusedStep(llama)
-    if not (difference := distance_from_layers(llama, fused)) <= TOLERATED:
+    try:
+        difference = distance_from_layers(llama, fused)
+    except torch.OutOfMemoryError:
+        raise
+    except token_step.FAILURES as error:
+        logger.warning("Triton can't compile kernels here, so that tokens come more slowly: %s", error)
+        return None
+    if not difference <= TOLERATED:
         logger.warning(
             "kernels compute something else than the layers here (relative distance %.2f), so that they are not used "
             "and tokens come more slowly",
@@ -118,9 +124,9 @@ def distance_from_layers(llama: FlatLlama, step: Step) -> float:
     """Return how far the logits behind a few tokens are from those of the layers, relative to these; maybe NaN."""
     logits = []
     for cache in (RowCache(llama), RowCache(llama, fused=step)):
-        cache.read(llama.embed(torch.tensor([1], device=llama.device)))
-        tokens = torch.tensor([2, 3, 1], device=llama.device)
-        logits.append(torch.cat([cache.step(token).float() for token in tokens.split(1)]))  # (3, W)
+        tokens = torch.arange(_TRIED, device=llama.device) % 3 + 1
+        cache.read(llama.embed(tokens[:-4]))
+        logits.append(torch.cat([cache.step(token).float() for token in tokens[-4:].split(1)]))  # (4, W)
     expected, found = logits
     return float((found - expected).norm() / expected.norm())
 

@@ -64,6 +64,10 @@ class StepGraphs:
             entries: of the step.
             shape: of the step.
         """
+        with torch.cuda.device_of(entries):
+            return self._compute(compute, entries, shape)
+
+    def _compute(self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> Tensor:
         self._seen[shape] += 1
         if self._seen[shape] < self._recorded_from or self._is_refused:
             return compute(entries, shape)
@@ -87,7 +91,7 @@ class StepGraphs:
         """Record without `torch.cuda.graph`, which waits for the device and gives all spare memory back."""
         taken = entries.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_recording_stream()):
+        with torch.cuda.stream(_recording_stream(entries.device)):
             # Other threads go on copying pictures meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -101,9 +105,9 @@ class StepGraphs:
 
 
 @functools.cache
-def _recording_stream() -> torch.cuda.Stream:
-    """Return one stream for all: each that has multiplied matrices keeps memory for that."""
-    return torch.cuda.Stream()
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a device's one stream for all recordings: each that has multiplied matrices keeps memory for that."""
+    return torch.cuda.Stream(device)
 
 
 def _multiple(number: int, multiple: int) -> int:

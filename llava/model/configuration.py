@@ -117,3 +117,14 @@ def save_config(config: LlavaConfig, directory: str | Path) -> None:
     """Write `config.json`."""
     text = json.dumps(config_settings(config), indent=2, sort_keys=True) + "\n"
     (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def features_per_image(config: LlavaConfig, vision: Mapping[str, Any]) -> int:
+    """Return the number of positions that a picture, or each of its tiles, takes in the LLM.
+
+    Args:
+        config: whose features are taken, with the class token or without.
+        vision: sizes of the image encoder.
+    """
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    return patches + (config.mm_vision_select_feature == "cls_patch")

@@ -221,7 +221,13 @@ def is_flat(model: nn.Module) -> bool:
 
 def has_plain_weights(model: LlavaLlamaForCausalLM) -> bool:
     """Return whether the LLM's linear layers are just that: neither quantised nor with an adapter."""
-    return all(type(layer.self_attn.q_proj) is nn.Linear for layer in model.get_model().layers)
+    modules = (
+        module
+        for layer in model.get_model().layers
+        for part in (layer.self_attn, layer.mlp)
+        for module in part.children()
+    )
+    return all(type(module) is nn.Linear for module in modules if hasattr(module, "weight"))
 
 
 def signed(sine: Tensor) -> Tensor:

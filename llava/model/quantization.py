@@ -208,11 +208,12 @@ def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -
 
 
 def has_4bit_weights(layers: nn.Module) -> bool:
-    """Return whether `layers` hold linear layers of 4 bit."""
+    """Return whether `layers` hold linear layers of 4 bit, and none with an adapter."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     kind = import_bitsandbytes().nn.Linear4bit
-    return any(isinstance(module, kind) for module in layers.modules())
+    modules = list(layers.modules())
+    return any(isinstance(module, kind) for module in modules) and not any(hasattr(part, "lora_A") for part in modules)
 
 
 def _is_other_message(record: logging.LogRecord) -> bool:

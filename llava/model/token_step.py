@@ -22,6 +22,9 @@ from triton.errors import TritonError
 from llava.model.flat_llama import FlatLlama
 from llava.model.token_kernels import attend_part, join_parts, multiply_gated_rows, multiply_rows
 
+FAILURES = (RuntimeError, OSError, subprocess.SubprocessError, TritonError)
+"""What a step raises where its kernels can't be compiled."""
+
 
 class Tile(NamedTuple):
     """What a program of a product computes: rows, so many columns at a time, with so many warps."""
@@ -116,18 +119,6 @@ def has_fused_form(llama: FlatLlama) -> bool:
         if width < 16 or width & (width - 1) or any(len(linear.weight) % TILE.rows for linear in linears):
             return False
     return _is_plain(llama.head)
-
-
-def find_problem(llama: FlatLlama) -> Exception | None:
-    """Return what keeps Triton from compiling for this device and dtype, found out by trying; None if it works."""
-    options = {"device": llama.device, "dtype": llama.dtype}
-    linear = nn.utils.skip_init(nn.Linear, 16, 8, bias=False, **options)  # takes no random numbers
-    try:
-        with torch.cuda.device(llama.device):
-            multiply(torch.ones(16, **options), [linear], torch.empty(8, **options))
-    except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as error:
-        return error
-    return None
 
 
 def _is_plain(linear: nn.Module) -> bool:

@@ -90,7 +90,7 @@ def refuse_full_disk(tensors: LazyTensors, dtype: torch.dtype | None, target: Pa
     """
     sizes = (entry.shape.numel() * (dtype or entry.dtype).itemsize for entry in tensors.entries.values())
     needed = sum(sizes)
-    place = next(parent for parent in target.absolute().parents if parent.exists())
+    place = next(parent for parent in target.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(

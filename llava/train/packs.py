@@ -17,7 +17,6 @@ from llava.data.packing import BLOCK, padded_length
 from llava.data.records import EncodedRecord, spliced_length
 from llava.data.sharing import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
 from llava.image_processing import CLIPPixels
-from llava.model.configuration import LlavaConfig
 from llava.model.fused_layers import FusedLayers, why_not_fused
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.pack import attend_in_blocks, compile_layers
@@ -45,13 +44,6 @@ class Feed(NamedTuple):
     collator: Callable[[Sequence[Any]], dict[str, Any]]
     sampler: Sampler | None
     positions: int
-
-
-def features_per_image(config: LlavaConfig) -> int:
-    """Return the number of positions that a picture takes in the LLM."""
-    vision = config.mm_vision_config
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    return patches + (config.mm_vision_select_feature == "cls_patch")
 
 
 class Order(NamedTuple):
@@ -95,7 +87,7 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayersR
     """
     if not shares_prefix(training_args):
         return LayersRun(in_blocks=False, compiled=False)
-    llava = _llava(model)
+    llava = inner_llava(model)
     on_cuda = training_args.device.type == "cuda"
     width = llava.config.head_dim
     in_blocks = on_cuda and width >= 16 and width.bit_count() == 1  # others FlexAttention's kernels don't take
@@ -137,14 +129,15 @@ def fuse_model(model: nn.Module, *, compiled: bool) -> str | None:
         model: a `LlavaLlamaForCausalLM`, or one with adapters.
         compiled: compile them.
     """
-    llava = _llava(model)
+    llava = inner_llava(model)
     reason = why_not_fused(llava)
     if reason is None:
         llava.fused_layers = FusedLayers(llava, compiled=compiled)
     return reason
 
 
-def _llava(model: nn.Module) -> LlavaLlamaForCausalLM:
+def inner_llava(model: nn.Module) -> LlavaLlamaForCausalLM:
+    """Return the LLaVA in a model that may be wrapped."""
     return next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
 
 

@@ -79,10 +79,12 @@ def learning_refusals(model: ModelArguments, training: TrainingArguments) -> dic
         "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,
         "--tune_mm_mlp_adapter trains the projector alone; leave --lora_enable out": model.tune_mm_mlp_adapter
         and training.lora_enable,
-        "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other": model.tune_mm_mlp_adapter
+        "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other; leave one out": model.tune_mm_mlp_adapter
         and training.freeze_mm_mlp_adapter,
-        "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train": model.freeze_backbone
-        and training.freeze_mm_mlp_adapter,
+        "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train; leave one out": model.freeze_backbone
+        and training.freeze_mm_mlp_adapter
+        and not training.lora_enable
+        and not model.unfreeze_mm_vision_tower,
     }
 
 

@@ -11,6 +11,7 @@ from llava.train.arguments import TrainingArguments
 from llava.train.checkpoints import (
     MANIFEST_FILE,
     STATE_FILE,
+    DamagedCheckpoint,
     clear_leftovers,
     newest_valid,
     set_aside,
@@ -85,7 +86,14 @@ def _named(checkpoint: Path) -> Path:
             f"--resume_from_checkpoint {checkpoint}: there is no such directory; pass auto for the newest one of "
             "--output_dir, or none to start anew"
         )
-    if not verify(checkpoint):
+    try:
+        is_checked = verify(checkpoint)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(
+            f"--resume_from_checkpoint {checkpoint}: {error}; pass auto for the newest whole one of --output_dir, or "
+            "none to start anew"
+        ) from error
+    if not is_checked:
         logger.warning("%s has no %s (an older version wrote it); it can't be checked", checkpoint, MANIFEST_FILE)
     return checkpoint
 

@@ -22,7 +22,7 @@ DECISIVE = {
     "TrainingArguments": (
         "seed", "data_seed", "group_by_modality_length", "train_sampling_strategy", "dataloader_drop_last",
         "freeze_mm_mlp_adapter", "lora_enable", "lora_r", "lora_alpha", "lora_weight_path", "bits", "bf16", "fp16",
-        "optim", "lora_target_modules", "use_dora", "use_rslora", "share_image_prefix",
+        "optim", "lora_target_modules", "lora_bias", "use_dora", "use_rslora", "share_image_prefix",
     ),
 }  # fmt: skip
 """What a run can't go on with when it is another: the data, their order, the model, and what of it learns."""
@@ -103,10 +103,12 @@ def compare_runs(former: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
         for key, before, after in _differences(former, now, group, keys)
     ]
     processes = _differences(former, now, "run", ("processes",))
-    warned = [
-        f"{key} {before} stays, {after} has no effect"
-        for key, before, after in _differences(former, now, "TrainingArguments", KEPT_BY_OPTIMIZER)
-    ]
+    warned = []
+    for key, before, after in _differences(former, now, "TrainingArguments", KEPT_BY_OPTIMIZER):
+        if None in (before, after):  # a rate of its own makes a group of parameters of its own
+            refused.append(f"{key} was {before}, now {after}")
+        else:
+            warned.append(f"{key} {before} stays, {after} has no effect")
     warned += [
         f"{key} was {before}, now {after}"
         for key, before, after in _differences(former, now, "TrainingArguments", FREE)

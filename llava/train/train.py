@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 
 from llava.data.dataset import ImageSettings
 from llava.model.checkpoint import Checkpoint
-from llava.model.configuration import LlavaConfig
+from llava.model.configuration import LlavaConfig, features_per_image
 from llava.model.devices import free_memory
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation, NamelessBuffers
 from llava.train.data_check import load_both
-from llava.train.packs import Order, choose_feed, choose_order, features_per_image, prepare_model
+from llava.train.packs import Order, choose_feed, choose_order, prepare_model
 from llava.train.recipe import describe_memory, describe_run
 from llava.train.recompute import KeepActivations
 from llava.train.resume import find_resume_point
@@ -83,7 +83,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     config = checkpoint.config
     config.tokenizer_model_max_length = training_args.model_max_length
     checkpoint.tokenizer.model_max_length = training_args.model_max_length
-    patches = features_per_image(config)
+    patches = features_per_image(config, config.mm_vision_config)
     records, validation = load_both(data_args, training_args, checkpoint, patches, is_first=_is_first())
     base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
     checkpoint = add_projector(checkpoint, model_args, training_args.seed)

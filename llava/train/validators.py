@@ -20,11 +20,11 @@ from llava.inference.engine import Engine
 from llava.inference.grouping import Ask, Group, deal_groups, plan_groups
 from llava.inference.session import Sampling, Session
 from llava.model.checkpoint import Checkpoint
+from llava.model.configuration import features_per_image
 from llava.model.flat_llama import is_flat
-from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.pack import uncompiled_packs
 from llava.train.arguments import DataArguments, TrainingArguments
-from llava.train.packs import holds_all_weights, shares_prefix
+from llava.train.packs import holds_all_weights, inner_llava, shares_prefix
 from llava.train.validation import Validator, choose_questions, find_questions, moved
 
 
@@ -57,7 +57,7 @@ def build_validator(
             "it or pass --metric_for_best_model eval_loss"
         )
     settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
-    patches, size = model.get_vision_tower().num_patches, processor.crop_size["height"]
+    patches, size = features_per_image(config, config.mm_vision_config), processor.crop_size["height"]
     parts = (records, processor, settings, patches)
     if shares_prefix(training_args) and holds_all_weights(training_args):
         kind, rows = SharedValidator, PackedDataset(*parts)
@@ -85,7 +85,7 @@ class SharedValidator(Validator):
     """
 
     def _loss(self, model: nn.Module, device: torch.device, rank: int, processes: int) -> tuple[float, int]:
-        llava = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+        llava = inner_llava(model)
         total, tokens = 0.0, 0
         with uncompiled_packs(llava):
             for batch in self._batches(self.rows, neighbours(self.rows, rank, processes), self.collator):

@@ -295,15 +295,23 @@ def test_a_model_that_only_the_library_covers_chats_too(session, sampling, monke
     assert ["".join(chat.reply(turn)) for turn in TURNS] == answers
 
 
+def have_triton(monkeypatch, build):
+    """As though Triton were there, with other kernels: (llama) -> step."""
+    stub = types.SimpleNamespace(has_fused_form=lambda _: True, FAILURES=(OSError, RuntimeError), FusedStep=build)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "llava.model.token_step", stub)
+    monkeypatch.setattr(llava.model, "token_step", stub, raising=False)
+
+
 @pytest.mark.parametrize(
     ("spoil", "is_used"),
     [
         (lambda entries, logits: logits, True),
         (lambda entries, logits: 1.01 * logits, True),
         (lambda entries, logits: logits.flip(-1), False),
-        (lambda entries, logits: logits * torch.where(entries[1] > 2, torch.nan, 1), False),
+        (lambda entries, logits: logits * torch.where(entries[1] > 64, torch.nan, 1), False),
     ],
-    ids=["the same", "rounded", "others", "no numbers behind the third"],
+    ids=["the same", "rounded", "others", "no numbers in a second part"],
 )
 def test_kernels_that_compute_something_else_are_not_used(model, monkeypatch, caplog, spoil, is_used):
     def build(llama):
@@ -314,12 +322,23 @@ def test_kernels_that_compute_something_else_are_not_used(model, monkeypatch, ca
 
         return step
 
-    stub = types.SimpleNamespace(has_fused_form=lambda _: True, find_problem=lambda _: None, FusedStep=build)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setitem(sys.modules, "llava.model.token_step", stub)
-    monkeypatch.setattr(llava.model, "token_step", stub, raising=False)
+    have_triton(monkeypatch, build)
     assert (load_kernels(FlatLlama(model)) is not None) is is_used
     assert ("kernels compute something else than the layers here" in caplog.text) is not is_used
+
+
+def test_kernels_that_do_not_compile_are_not_used(model, monkeypatch, caplog):
+    error = OSError("no compiler")
+
+    def step(entries, layers):
+        raise error
+
+    have_triton(monkeypatch, lambda llama: step)
+    assert load_kernels(FlatLlama(model)) is None
+    assert caplog.messages == ["Triton can't compile kernels here, so that tokens come more slowly: no compiler"]
+    error = torch.OutOfMemoryError("no room")
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        load_kernels(FlatLlama(model))
 
 
 def test_without_triton_there_are_no_kernels(model, monkeypatch):

@@ -44,6 +44,7 @@ def logits_of(cache, model, tokens, first):
     """The logits behind the first tokens, read at once, and behind each of the others, (N, W)."""
     found = [cache.read(model.get_input_embeddings()(tokens[:first]).detach()).clone()]
     found += [cache.step(token).clone() for token in tokens[first:].split(1)]
+    assert not cache._graphed or cache._graphs._recorded  # a recording that is refused would be no fault otherwise
     return torch.cat(found)
 
 
@@ -68,7 +69,9 @@ def test_kernels_are_no_further_from_the_truth_than_layers(build, dtype):
     tokens = some_tokens(900)
     model = build(dtype)
     llama = FlatLlama(model)
-    found = [logits_of(RowCache(llama, fused=fused), model, tokens, 600) for fused in (None, load_kernels(llama))]
+    kernels = load_kernels(llama)
+    assert kernels is not None
+    found = [logits_of(RowCache(llama, fused=fused), model, tokens, 600) for fused in (None, kernels)]
     with torch.no_grad():
         truth = model.float()(tokens[None]).logits[0, 599:]
     by_layers, by_kernels = ((logits.float() - truth).pow(2).mean().sqrt() for logits in found)
@@ -81,6 +84,7 @@ def test_a_recorded_step_gives_the_same_bits(build, with_kernels):
     model = build(torch.bfloat16)
     llama = FlatLlama(model)
     fused = load_kernels(llama) if with_kernels else None
+    assert (fused is not None) is with_kernels
     plain, graphed = (
         logits_of(RowCache(llama, graphed=graphed, fused=fused), model, tokens, 5) for graphed in (False, True)
     )
@@ -121,7 +125,9 @@ def test_quantised_weights(build, bits):
     quantise(model, bits)
     with torch.no_grad():
         expected = model(tokens[None]).logits[0, 4:].float()
-    found = logits_of(open_cache(model), model, tokens, 5).float()
+    cache = open_cache(model)
+    assert cache._graphed is (bits == 4)
+    found = logits_of(cache, model, tokens, 5).float()
     plain = logits_of(RowCache(FlatLlama(model)), model, tokens, 5).float()
     torch.testing.assert_close(found, plain, rtol=0, atol=0.01 * float(plain.abs().max()))
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.99

@@ -50,6 +50,9 @@ def moves(monkeypatch, failing):
         def replay(self):
             moves.append("replay")
 
+    def on_device_of(entries):
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def on(stream):
         moves.append(stream)
@@ -58,8 +61,12 @@ def moves(monkeypatch, failing):
         finally:
             moves.append("back")
 
-    monkeypatch.setattr(torch, "cuda", types.SimpleNamespace(CUDAGraph=Graph, stream=on, graph_pool_handle=lambda: 7))
-    monkeypatch.setattr(step_graphs, "_recording_stream", lambda: "stream")
+    monkeypatch.setattr(
+        torch,
+        "cuda",
+        types.SimpleNamespace(CUDAGraph=Graph, stream=on, graph_pool_handle=lambda: 7, device_of=on_device_of),
+    )
+    monkeypatch.setattr(step_graphs, "_recording_stream", lambda device: f"stream of {device}")
     return moves
 
 
@@ -73,7 +80,7 @@ def test_a_shape_is_recorded_when_it_comes_for_the_third_time(moves):
     for number in range(5):
         graphs(compute, torch.tensor([[number]]), shape)
     assert computed == [([[number]], shape) for number in range(3)]
-    assert moves == ["stream", ("begin", 7, "thread_local"), "end", "back", *["replay"] * 3]
+    assert moves == ["stream of cpu", ("begin", 7, "thread_local"), "end", "back", *["replay"] * 3]
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -90,7 +97,7 @@ def test_a_recording_that_fails_ends(moves, failing, ends):
         graphs(compute, torch.tensor([[0]]), StepShape(1, 1, 1, 8))
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         graphs(compute, torch.tensor([[0]]), StepShape(1, 1, 1, 8))
-    assert moves[:3] == ["stream", ("begin", 7, "thread_local"), "end"]
+    assert moves[:3] == ["stream of cpu", ("begin", 7, "thread_local"), "end"]
 
 
 def test_where_recording_is_refused_steps_go_on_without(moves, caplog):
@@ -102,5 +109,5 @@ def test_where_recording_is_refused_steps_go_on_without(moves, caplog):
     graphs, shape = StepGraphs(), StepShape(1, 1, 1, 8)
     results = [graphs(compute, torch.tensor([[number]]), shape).item() for number in range(5)]
     assert results == [1, 2, 3, 4, 5]
-    assert moves == ["stream", ("begin", 7, "thread_local"), "end", "back"]
+    assert moves == ["stream of cpu", ("begin", 7, "thread_local"), "end", "back"]
     assert "without being recorded, which is slower: operation not permitted" in caplog.text

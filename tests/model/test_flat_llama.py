@@ -71,7 +71,7 @@ def test_which_models_are_flat(tiny_model):
 def test_which_weights_are_plain(tiny_model):
     import peft
 
-    model = tiny_model()
-    assert has_plain_weights(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
-    assert not has_plain_weights(adapted)
+    assert has_plain_weights(tiny_model())
+    for name in ("q_proj", "v_proj", "down_proj"):
+        adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=[name], r=2))
+        assert not has_plain_weights(adapted)

@@ -122,6 +122,8 @@ def test_which_layers_are_of_4_bit(monkeypatch):
         if bits:
             quantize_linears(layers, bits, torch.float32)
         assert has_4bit_weights(layers) == is_4bit
+        layers[0].lora_A = nn.ModuleDict()  # as peft's layers around them have it
+        assert not has_4bit_weights(layers)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not has_4bit_weights(layers)
 

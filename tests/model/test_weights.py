@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.model import weight_writer, weights
 from llava.model.lazy_tensors import LazyTensor, LazyTensors, fingerprint
-from llava.model.weight_writer import write_weights
+from llava.model.weight_writer import refuse_full_disk, write_weights
 from llava.model.weights import open_tensor_file, open_weights
 
 TENSORS = {
@@ -376,3 +377,19 @@ def test_a_dtype_that_is_not_supported(tmp_path):
         ValueError, match=r"holds tensors of dtype F8_E4M3, which is not supported; use 16-bit weights$"
     ):
         open_weights(tmp_path)
+
+
+def test_room_is_looked_for_where_a_link_leads(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(4)}, tmp_path / "a.safetensors")
+    (tmp_path / "large" / "disk").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "large" / "disk")
+    free = {tmp_path / "large": 15, tmp_path: 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 0, free[place]))
+    tensors = open_tensor_file(tmp_path / "a.safetensors")
+    message = (
+        f"^{re.escape(str(tmp_path))}/link needs 0.0 GB, but {re.escape(str(tmp_path))}/large has 0.0 GB; free some"
+    )
+    with pytest.raises(OSError, match=message):
+        refuse_full_disk(tensors, None, tmp_path / "link")
+    free[tmp_path / "large"] = 16
+    refuse_full_disk(tensors, None, tmp_path / "link")

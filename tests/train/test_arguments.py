@@ -187,11 +187,11 @@ def write_zero(tmp_path, stage):
         ),
         (
             ["--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"],
-            "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other",
+            "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter exclude each other; leave one out",
         ),
         (
             ["--freeze_backbone", "True", "--freeze_mm_mlp_adapter", "True"],
-            "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train",
+            "--freeze_backbone and --freeze_mm_mlp_adapter leave nothing to train; leave one out",
         ),
         (["--remove_unused_columns", "True"], "--remove_unused_columns True would remove the images; leave it out"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor can't be computed on images' patches; leave"),
@@ -252,3 +252,10 @@ def test_the_command_line_is_read_when_nothing_is_given(monkeypatch):
 
 def test_a_subclass_of_transformers_arguments():
     assert issubclass(TrainingArguments, transformers.TrainingArguments)
+
+
+@pytest.mark.parametrize("learns", [["--lora_enable", "True"], ["--unfreeze_mm_vision_tower", "True"]])
+def test_what_is_frozen_leaves_something_to_train(learns):
+    model, _, training = parse("--freeze_backbone", "True", "--freeze_mm_mlp_adapter", "True", *learns)
+    assert model.freeze_backbone
+    assert training.freeze_mm_mlp_adapter

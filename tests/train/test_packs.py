@@ -18,6 +18,7 @@ from llava.data.packing import padded_length
 from llava.data.records import EncodedRecord
 from llava.data.sharing import SharedPrefixSampler, find_sharing
 from llava.image_processing import CLIPPixels
+from llava.model.configuration import features_per_image
 from llava.model.pack import compile_layers
 from llava.model.weights import open_tensor_file
 from llava.train.lora import add_lora, choose_trainable
@@ -26,7 +27,6 @@ from llava.train.packs import (
     choose_feed,
     choose_order,
     describe_sharing,
-    features_per_image,
     few_lengths,
     prepare_model,
 )
@@ -295,6 +295,6 @@ def test_layers_are_compiled_once_for_packs_alone(tiny_model):
 
 def test_positions_of_an_image(tiny_model):
     config = tiny_model().config
-    assert features_per_image(config) == 4
+    assert features_per_image(config, config.mm_vision_config) == 4
     config.mm_vision_select_feature = "cls_patch"
-    assert features_per_image(config) == 5
+    assert features_per_image(config, config.mm_vision_config) == 5

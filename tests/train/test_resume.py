@@ -113,7 +113,11 @@ def test_a_named_checkpoint(train, whole, out, tmp_path, capsys):
     assert_same(tmp_path / "new", whole)
     (out / "checkpoint-2" / "scheduler.pt").unlink()
     assert train(tmp_path / "other", *SAVED, "--resume_from_checkpoint", str(out / "checkpoint-2")) == 1
-    assert capsys.readouterr().err == f"error: {out / 'checkpoint-2' / 'scheduler.pt'} is missing\n"
+    damaged = out / "checkpoint-2"
+    assert capsys.readouterr().err == (
+        f"error: --resume_from_checkpoint {damaged}: {damaged / 'scheduler.pt'} is missing; pass auto for the newest "
+        "whole one of --output_dir, or none to start anew\n"
+    )
     assert train(tmp_path / "other", *SAVED, "--resume_from_checkpoint", "nowhere") == 1
     message = "error: --resume_from_checkpoint nowhere: there is no such directory; pass auto for the newest one of "
     assert capsys.readouterr().err == f"{message}--output_dir, or none to start anew\n"

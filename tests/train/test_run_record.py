@@ -60,6 +60,8 @@ def test_the_digest_sees_ids_labels_images_and_order_but_no_folder():
 REFUSED = [
     (["--seed", "1"], {}, "seed was 42, now 1"),
     (["--lora_r", "8"], {}, "lora_r was 64, now 8"),
+    (["--mm_projector_lr", "1e-5"], {}, "mm_projector_lr was None, now 1e-05"),
+    (["--lora_bias", "all"], {}, "lora_bias was none, now all"),
     (["--group_by_modality_length", "True"], {}, "group_by_modality_length was False, now True"),
     (["--image_aspect_ratio", "square"], {}, "image_aspect_ratio was None, now square"),
     ([], {"data_digest": "x"}, f"data_digest was {digest_records(RECORDS)}, now x"),

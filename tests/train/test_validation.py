@@ -348,8 +348,13 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(learnt, read_log):
 
 
 @pytest.mark.slow
-def test_over_what_rows_share_the_figures_are_the_same(train_tiny, read_log, held_out, goldens, tmp_path, monkeypatch):
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_over_what_rows_share_the_figures_are_the_same(train_tiny, held_out, goldens, tmp_path, monkeypatch, feature):
     """Loss over packs, answers by the engine; also where some questions are left out, and of images and text mixed."""
+    shutil.copytree(goldens / "llava-v1.5-golden", tmp_path / "base")
+    shutil.copytree(goldens / "clip-vit-tiny-patch14-56", tmp_path / "clip-vit-tiny-patch14-56")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "mm_vision_select_feature": feature}))
     runs, answer, given, count = [], Engine.run, [], Validator._count
     monkeypatch.setattr(Engine, "run", lambda engine, backlog: runs.append(len(backlog)) or answer(engine, backlog))
     monkeypatch.setattr(
@@ -360,7 +365,7 @@ def test_over_what_rows_share_the_figures_are_the_same(train_tiny, read_log, hel
     flags += ["--eval_max_new_tokens", "6", "--per_device_eval_batch_size", "3"]
     for name, share in (("shared", "True"), ("apart", "False")):
         words = [*flags, "--share_image_prefix", share]
-        assert train_tiny(tmp_path / name, ROWS, *words, base=goldens / "llava-v1.5-golden") == 0
+        assert train_tiny(tmp_path / name, ROWS, *words, base=tmp_path / "base") == 0
     assert runs == [4]  # groups: three pictures, and text
     assert given[0] == given[1]
     assert sorted(given[0]) == list(range(7))
