@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Time FlexAttention over a pack of VQA questions, forward and backward, for copies of the stem and kernel options.
+"""Time FlexAttention over a pack of VQA questions, forward and backward, for masks and kernel options.
 
-The mask is that of a real pack: 11 images, 4 or 5 questions behind each, LLaVA-1.5-7B's heads. The best options are
-printed and written as JSON; `train_speed.py --attention FILE` trains with them.
+The mask is that of a real pack: 11 images, 4 or 5 questions behind each, LLaVA-1.5-7B's heads. The fastest
+options are printed and written as JSON; training takes the defaults.
 
 Example: python benchmarks/attention_speed.py --output attention_speed.json
          python benchmarks/attention_speed.py --tiny
@@ -18,23 +18,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from llava.data.packing import pack_records
-from llava.model import fused_layers
-from llava.model.fused_layers import attend
-from llava.model.tree_attention import STEM_BLOCK, block_pack_mask, block_tree_mask
+from llava.model.tree_attention import block_pack_mask, block_tree_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_report import machine
 from vqa_workload import make_records
 
 IMAGES, PATCHES, HEADS, WIDTH = 11, 576, 32, 128
-COPIES = (0, 8, 4, 2)
 BACKWARD = [  # BLOCK_M1, BLOCK_N1, BLOCK_M2, BLOCK_N2, num_stages, num_warps
     (64, 128, 128, 64, 2, 8),
     (64, 64, 64, 64, 3, 4),
@@ -78,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = choice | trial.measure(choice)
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
-        usable = [row for row in report["rows"] if "both_ms" in row and not {"mask", "blocks"} & set(row)]
+        usable = [row for row in report["rows"] if "both_ms" in row and "mask" not in row]
         write(min(usable, key=lambda row: row["both_ms"], default={}))
         return row
 
     def write(best: dict[str, Any]) -> None:
-        report["best"] = {key: best[key] for key in ("stem_copies", "options", "both_ms") if key in best}
+        report["best"] = {key: best[key] for key in ("options", "both_ms") if key in best}
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -102,18 +98,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def choose(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Measure masks, then copies, then backward and forward options on top of the best so far; return the best."""
-    measure({"mask": "lookups of groups and branches", "stem_copies": 0, "options": {}})
-    best: dict[str, Any] = {"both_ms": float("inf"), "stem_copies": 0, "options": {}}
-    for copies in COPIES:
-        best = _better(best, measure({"stem_copies": copies, "options": {}}))
+    """Measure masks, then backward and forward options on top of the best so far; return the best."""
+    measure({"mask": "lookups of groups and branches", "options": {}})
+    best = measure({"options": {}})
     for stage in (_backward_options(), _forward_options(), FURTHER):
         start = best["options"]
         for further in stage:
             # Further options are independent of each other; block sizes replace one another.
             base = best["options"] if stage is FURTHER else start
-            best = _better(best, measure({"stem_copies": best["stem_copies"], "options": base | further}))
-    measure({"stem_copies": best["stem_copies"], "options": best["options"], "blocks": 64})
+            best = _better(best, measure({"options": base | further}))
     return best
 
 
@@ -163,13 +156,13 @@ class Trial:
         torch._dynamo.reset()
         try:
             mask = self._mask(choice)
-            with mock.patch.object(fused_layers, "ATTENTION_OPTIONS", choice["options"]):
-                compiled = torch.compile(attend, dynamic=False) if self.on_cuda else attend
-                both = functools.partial(self._run, compiled, mask)
-                results = both()
-                times = {"both_ms": self._time(both)}
-                if self.on_cuda:
-                    times["forward_ms"] = self._time(functools.partial(compiled, *self.tensors, mask))
+            compute = torch.compile(flex_attention, dynamic=False) if self.on_cuda else flex_attention
+            compute = functools.partial(compute, block_mask=mask, kernel_options=dict(choice["options"]))
+            both = functools.partial(self._run, compute)
+            results = both()
+            times = {"both_ms": self._time(both)}
+            if self.on_cuda:
+                times["forward_ms"] = self._time(functools.partial(compute, *self.tensors))
         except Exception as error:  # Triton, inductor and CUDA refuse options in ways of their own
             return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}"}
         self.reference = self.reference or results
@@ -183,18 +176,12 @@ class Trial:
     def _mask(self, choice: dict[str, Any]) -> BlockMask:
         if "mask" in choice:
             return block_tree_mask(self.groups, self.branches)
-        mask = block_pack_mask(self.groups, self.branches, choice["stem_copies"])
-        if "blocks" not in choice:
-            return mask
-        length = self.groups.shape[1]
-        keys = length + choice["stem_copies"] * STEM_BLOCK
-        size = choice["blocks"]
-        return create_block_mask(mask.mask_mod, 1, None, length, keys, device=self.groups.device, BLOCK_SIZE=size)
+        return block_pack_mask(self.groups, self.branches)
 
-    def _run(self, compiled: Callable[..., Tensor], mask: BlockMask) -> list[Tensor]:
+    def _run(self, compute: Callable[..., Tensor]) -> list[Tensor]:
         if not self.on_cuda:
-            return [compiled(*self.tensors, mask)]
-        output = compiled(*self.tensors, mask)
+            return [compute(*self.tensors)]
+        output = compute(*self.tensors)
         return [output.detach(), *torch.autograd.grad(output, self.tensors, self.upstream)]
 
     def _time(self, run: Callable[[], Any], repeats: int = 20) -> float:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -74,8 +73,9 @@ def measure(widths: Sequence[int], into: int, rank: int, positions: int) -> dict
     weight, downs = draw(sum(widths), into), draw(rank * len(widths), into)
     ups = [draw(width, rank) for width in widths]
     starts = [sum(widths[:index]) for index in range(len(widths))]
-    forward = functools.partial(torch.ops.llava.adapted_linear, inputs, None, low, weight, downs, ups, starts)
-    backward = functools.partial(torch.ops.llava.adapted_linear_input_gradient, gradient, low, weight, downs)
+    add = adapted_linear._sum_of_products
+    forward = functools.partial(add, inputs, weight.t(), low, [up.t() for up in ups], starts)
+    backward = functools.partial(add, gradient, weight, low, [downs], [0])
 
     def apart() -> Tensor:
         parts = zip(low.split(rank, dim=1), ups, strict=True)
@@ -88,9 +88,8 @@ def measure(widths: Sequence[int], into: int, rank: int, positions: int) -> dict
         "backward, apart": milliseconds(lambda: gradient @ weight + low @ downs),
     }
     for order, is_first in (("adapters second", False), ("adapters first", True)):
-        with mock.patch.object(adapted_linear, "ADAPTERS_FIRST", is_first):
-            times[f"forward, {order}"] = milliseconds(forward)
-            times[f"backward, {order}"] = milliseconds(backward)
+        times[f"forward, {order}"] = milliseconds(functools.partial(forward, low_first=is_first))
+        times[f"backward, {order}"] = milliseconds(functools.partial(backward, low_first=is_first))
     return dict(sorted(times.items(), reverse=True))
 
 

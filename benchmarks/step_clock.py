@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device_share import as_lines, device_share, device_spans
 from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
@@ -54,7 +55,9 @@ class Clock(TrainerCallback):
             if self.profile:
                 averages = self.profiler.key_averages()
                 by = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
-                self.profile.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
+                table = averages.table(sort_by=by, row_limit=60, max_name_column_width=90)
+                share = device_share(device_spans(self.profiler))
+                self.profile.write_text(f"{as_lines(share, self.profiled_ms / 1000, count=40)}\n\n{table}")
             self.profiler = None
         if state.is_world_process_zero:
             print(f"  step {state.global_step}", flush=True)

@@ -28,14 +28,12 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava.data.dataset import ImageSettings
 from llava.data.records import EncodedRecord
 from llava.image_processing import CLIPPixels
-from llava.model import adapted_linear, attention_kernels, fused_layers
+from llava.model import attention_kernels
 from llava.model.configuration import features_per_image
 from llava.model.memory import ModelSizes
 from llava.train.arguments import TrainingArguments
@@ -65,11 +63,7 @@ class Variant:
         fuse: `--fuse_lora`.
         checkpointing: `--gradient_checkpointing`.
         alone: one question per image.
-        tower: compile the image encoder's layers too.
         planned: let cuDNN plan attention anew for every number of images and of supervised tokens.
-        attention: as `--attention` says; without it, with copies of the stem's keys.
-        tuned: let inductor try several configurations of each pointwise kernel, which takes it longer.
-        adapters_first: see `llava.model.adapted_linear.ADAPTERS_FIRST`.
     """
 
     batch: int
@@ -79,22 +73,14 @@ class Variant:
     fuse: str = "on"
     checkpointing: bool = False
     alone: bool = False
-    tower: bool = False
     planned: bool = False
-    attention: bool = False
-    tuned: bool = False
-    adapters_first: bool = adapted_linear.ADAPTERS_FIRST
 
 
 VARIANTS = {
+    "shared_fused_largest": Variant(64),
     "shared_fused_large": Variant(48),
     "shared_fused": Variant(24),
     "one_question_fused": Variant(8, alone=True),
-    "shared_fused_large_attention": Variant(48, attention=True),
-    "shared_fused_large_adapters": Variant(48, adapters_first=not adapted_linear.ADAPTERS_FIRST),
-    "shared_fused_large_tower": Variant(48, tower=True),
-    "shared_fused_large_all": Variant(48, attention=True, tower=True),
-    "shared_fused_large_tuned": Variant(48, tuned=True),
     "shared_fused_large_planned": Variant(48, planned=True),
     "shared_fused_dropout": Variant(24, dropout=0.05),
     "shared_compiled": Variant(24, fuse="off"),
@@ -106,7 +92,7 @@ VARIANTS = {
 }
 PEERS = {"peer_batch_6": (6, False), "peer_batch_16_checkpointing": (16, True), "peer_batch_4": (4, False)}
 AGREEMENT = "agreement"
-ORDER = [*list(VARIANTS)[:3], *list(PEERS)[:2], AGREEMENT, *list(VARIANTS)[3:], *list(PEERS)[2:]]
+ORDER = [*list(VARIANTS)[:4], *list(PEERS)[:2], AGREEMENT, *list(VARIANTS)[4:], *list(PEERS)[2:]]
 """What tells most comes first, for runs with `--limit`."""
 
 
@@ -158,7 +144,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="questions a step and device, instead of each run's own")
     add("--gpus", type=int, default=1, help="processes, one for each GPU (default: %(default)s)")
     add("--workers", type=int, default=6, help="processes that read images, for each GPU (default: %(default)s)")
-    add("--attention", type=Path, metavar="FILE", help="report of attention_speed.py, for runs with its best options")
     add("--profile", type=Path, metavar="FILE", help="write the kernels of one more step of our first run there")
     add("--limit", type=float, default=float("inf"), help="seconds after which no further run starts (default: none)")
     add("--output", type=Path, metavar="FILE", help="JSON file to write")
@@ -177,26 +162,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return measure_peer(options.batch or batch, checkpointing, options)
     variant = VARIANTS[name]
     kernels = [*attention_kernels.WITHOUT_PLANS, *([SDPBackend.CUDNN_ATTENTION] if variant.planned else [])]
-    attention = attention_choice(variant, options.attention)
-    with (
-        mock.patch.object(attention_kernels, "WITHOUT_PLANS", kernels),
-        mock.patch.object(fused_layers, "ATTENTION_OPTIONS", attention["options"]),
-        mock.patch.object(adapted_linear, "ADAPTERS_FIRST", variant.adapters_first),
-        inductor.patch(coordinate_descent_tuning=variant.tuned, max_autotune_pointwise=variant.tuned),
-    ):
-        return measure_ours(variant, options, attention["stem_copies"])
+    with mock.patch.object(attention_kernels, "WITHOUT_PLANS", kernels):
+        return measure_ours(variant, options)
 
 
-def attention_choice(variant: Variant, report: Path | None) -> dict[str, Any]:
-    """Return copies of the stem and FlexAttention's options for a run."""
-    if not variant.attention:
-        return {"stem_copies": 0, "options": fused_layers.ATTENTION_OPTIONS}
-    if report is None:
-        return {"stem_copies": 8, "options": fused_layers.ATTENTION_OPTIONS}
-    return json.loads(report.read_text(encoding="utf-8"))["best"]
-
-
-def measure_ours(variant: Variant, options: argparse.Namespace, stem_copies: int) -> dict[str, Any]:
+def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any]:
     """Train for a few steps and return samples a second, counted TFLOP/s and peak memory of one device."""
     config = model_config(tiny=options.tiny)
     batch = options.batch or variant.batch
@@ -206,11 +176,6 @@ def measure_ours(variant: Variant, options: argparse.Namespace, stem_copies: int
     model = add_lora(model, rank=rank, alpha=2 * rank, dropout=variant.dropout, bias="none", base_name="random")
     choose_trainable(model, lora=True, projector=True, backbone=False, dtype=torch.float32)
     layers_run = prepare_model(model, args)
-    fused = model.base_model.model.fused_layers
-    if fused is not None:
-        fused.stem_copies = stem_copies
-    if variant.tower:
-        compile_tower(model)
     questions = table_questions()
     if variant.alone:
         questions = [[question] for image in questions for question in image][: len(questions)]
@@ -251,14 +216,6 @@ def measure_ours(variant: Variant, options: argparse.Namespace, stem_copies: int
         "peak_gb": peak_memory(),
         "mean_loss": trainer.state.log_history[-1].get("train_loss"),
     }
-
-
-def compile_tower(model: nn.Module) -> None:
-    """Compile the image encoder's layers, for any number of images."""
-    tower = model.base_model.model.get_vision_tower()
-    for layer in tower.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
 
 
 def training_arguments(variant: Variant, batch: int, options: argparse.Namespace) -> TrainingArguments:

@@ -1,8 +1,11 @@
 """Frozen linear layers of one input with their LoRA adapters, as one operation with its own backward pass.
 
-The adapters' products are added where the layers' own product lies, by the matrix products themselves: no pass over all
+The adapters' products and the layers' own are added where they lie, by the matrix products themselves: no pass over all
 positions and widths is left that only adds or puts matrices together, neither forward nor backward. To
 `torch.compile` the operation is one node.
+
+The product that comes second reads what the first has written. A small one waits for that, a large one computes
+meanwhile; `benchmarks/linear_speed.py` times both orders.
 
 Letters: `N` positions, whatever their dimensions; `I` width of the input; `O` widths of all outputs together; `r` ranks
 of all adapters together.
@@ -15,12 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-ADAPTERS_FIRST = False
-"""Whether the layers' product is added to the adapters' or they to it; `benchmarks/linear_speed.py` times both orders.
-
-The product that comes second reads what the first has written: a small one waits for that, a large one computes.
-"""
 
 
 @torch.library.custom_op(
@@ -51,7 +48,7 @@ def adapted_linear(
         ups: of each adapter, (outputs of the layer, its rank), `B` times its factor.
         starts: the first column of each adapter's layer.
     """
-    return _sum_of_products(inputs, weight.t(), low, [up.t() for up in ups], starts)
+    return _sum_of_products(inputs, weight.t(), low, [up.t() for up in ups], starts, low_first=True)
 
 
 @torch.library.custom_op(
@@ -68,27 +65,29 @@ def input_gradient(gradient: Tensor, low_gradient: Tensor, weight: Tensor, downs
         weight: (O, I).
         downs: (r, I).
     """
-    return _sum_of_products(gradient, weight, low_gradient, [downs], [0])
+    low_first = len(weight) <= weight.shape[1]  # measured at LLaVA-1.5-7B's sizes: else the other order is no slower
+    return _sum_of_products(gradient, weight, low_gradient, [downs], [0], low_first=low_first)
 
 
 def _sum_of_products(
-    left: Tensor, right: Tensor, low: Tensor, factors: Sequence[Tensor], starts: Sequence[int]
+    left: Tensor, right: Tensor, low: Tensor, factors: Sequence[Tensor], starts: Sequence[int], *, low_first: bool
 ) -> Tensor:
     flat = left.reshape(-1, left.shape[-1])
     parts = low.reshape(-1, low.shape[-1]).split([len(factor) for factor in factors], dim=1)
     width = right.shape[1]
-    if ADAPTERS_FIRST:
-        is_covered = sum(factor.shape[1] for factor in factors) == width
-        result = (flat.new_empty if is_covered else flat.new_zeros)(len(flat), width)
-    else:
+    if not low_first:
         result = flat @ right
+    elif sum(factor.shape[1] for factor in factors) == width:
+        result = flat.new_empty(len(flat), width)
+    else:
+        result = flat.new_zeros(len(flat), width)
     for part, factor, start in zip(parts, factors, starts, strict=True):
         columns = result[:, start : start + factor.shape[1]]
-        if ADAPTERS_FIRST:
+        if low_first:
             torch.mm(part, factor, out=columns)
         else:
             columns.addmm_(part, factor)
-    if ADAPTERS_FIRST:
+    if low_first:
         result.addmm_(flat, right)
     return result.view(*left.shape[:-1], width)
 

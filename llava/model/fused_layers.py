@@ -10,8 +10,8 @@ Letters: `R` rows, `S` positions, `D` width, `K` positions whose output is wante
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -21,14 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from llava.model.adapted_linear import adapted_linear
 from llava.model.attention_kernels import without_plans
-from llava.model.tree_attention import with_stem_copies
+from llava.model.rotary import rotate, rotated_heads, signed, split_heads
 
 if TYPE_CHECKING:
     from llava.model.llava_llama import LlavaLlamaForCausalLM
-
-
-ATTENTION_OPTIONS: Mapping[str, Any] = {}
-"""FlexAttention's `kernel_options`; `benchmarks/attention_speed.py` compares them."""
 
 
 class Adapter(NamedTuple):
@@ -88,14 +84,12 @@ class FusedLayers:
 
     Attributes:
         compiled: as above.
-        stem_copies: how often FlexAttention is given the keys that all positions of a row see; see `with_stem_copies`.
     """
 
     def __init__(self, model: LlavaLlamaForCausalLM, *, compiled: bool) -> None:
         self.body = model.model
         config = model.config
         self.compiled = compiled
-        self.stem_copies = 0
         self.shape = Shape(config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps)
         self.weights = [_layer_weights(layer) for layer in self.body.layers]
         self.run: Callable[..., Tensor] = torch.compile(run_layer, dynamic=False) if compiled else run_layer
@@ -148,10 +142,8 @@ def run_layer(
 ) -> Tensor:
     """Run one layer, (R, S, D) -> (R, S, D)."""
     normed = norm(hidden, weights.attention_norm, shape.epsilon)
-    query, key, value = linear(normed, weights.qkv, training)
-    query = rotate(split_heads(query, shape.heads), rotary)  # (R, heads, S, width)
-    key = rotate(split_heads(key, shape.key_value_heads), rotary)
-    attended = attend(query, key, split_heads(value, shape.key_value_heads), mask)
+    joined = joined_linear(normed, weights.qkv, training)
+    attended = attend(*rotated_heads(joined, rotary, shape.heads, shape.key_value_heads), mask)  # (R, heads, S, width)
     return finish_layer(hidden, attended, weights, shape, training)
 
 
@@ -197,10 +189,15 @@ def finish_layer(hidden: Tensor, attended: Tensor, weights: LayerWeights, shape:
 
 
 def linear(inputs: Tensor, joined: Joined, training: bool) -> tuple[Tensor, ...]:
-    """Return the outputs of layers with one input, adapters added; see `adapted_linear`."""
+    """Return the outputs of layers with one input, adapters added."""
+    return joined_linear(inputs, joined, training).split(joined.widths, dim=-1)
+
+
+def joined_linear(inputs: Tensor, joined: Joined, training: bool) -> Tensor:
+    """Return the outputs of layers with one input, adapters added, one behind the other; see `adapted_linear`."""
     adapters = [adapter for adapter in joined.adapters if adapter is not None]
     if not adapters:
-        return nn.functional.linear(inputs, joined.weight).split(joined.widths, dim=-1)
+        return nn.functional.linear(inputs, joined.weight)
     dtype = product_dtype(inputs)
     values = inputs.to(dtype)
     drops = training and adapters[0].dropout > 0
@@ -210,8 +207,7 @@ def linear(inputs: Tensor, joined: Joined, training: bool) -> tuple[Tensor, ...]
     with torch.no_grad():
         low = nn.functional.linear(values if dropped is None else dropped, downs)
     starts = [sum(joined.widths[:index]) for index, adapter in enumerate(joined.adapters) if adapter is not None]
-    outputs = adapted_linear(values, dropped, low, joined.weight.to(dtype), downs, ups, starts)
-    return outputs.split(joined.widths, dim=-1)
+    return adapted_linear(values, dropped, low, joined.weight.to(dtype), downs, ups, starts)
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
@@ -227,35 +223,11 @@ def norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * scaled.to(hidden.dtype)
 
 
-def split_heads(values: Tensor, heads: int) -> Tensor:
-    """(R, S, heads x width) -> (R, heads, S, width)."""
-    return values.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return transformers' tables (R, S, width of a head) for `rotate`: the first half of the sines is negative."""
-    first, second = sin.chunk(2, dim=-1)
-    return cos, torch.cat([-first, second], dim=-1)
-
-
-def rotate(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Return (R, heads, S, width) turned by their positions.
-
-    Halves are swapped by a flip, which compiled code reads by an index alone, forward and backward.
-    """
-    cos, sin = (table.unsqueeze(1) for table in rotary)
-    swapped = values.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return values * cos + swapped * sin
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask) -> Tensor:
-    """Return what each query sees, (R, heads, S, width); masks over more keys than queries want copies of the stem."""
+    """Return what each query sees, (R, heads, S, width)."""
     is_grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
-        copies = mask.seq_lengths[1] - query.shape[2]
-        key, value = with_stem_copies(key, copies), with_stem_copies(value, copies)
-        options = dict(ATTENTION_OPTIONS)
-        return flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped, kernel_options=options)
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=is_grouped)
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=is_grouped)
 
 

@@ -17,8 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from llava.constants import NO_GROUP, STEM, TRUNK
 
-STEM_BLOCK = 128
-"""Keys of a copy of a row's stem, a block of FlexAttention's."""
+BLOCK = 128
+"""Positions that FlexAttention handles at once."""
 
 
 def tree_mask(groups: Tensor, branches: Tensor) -> Tensor:
@@ -67,57 +67,59 @@ def block_tree_mask(groups: Tensor, branches: Tensor) -> BlockMask:
     return create_block_mask(sees, rows, None, length, length, device=groups.device)
 
 
-def block_pack_mask(groups: Tensor, branches: Tensor, stem_copies: int = 0) -> BlockMask:
+def block_pack_mask(groups: Tensor, branches: Tensor) -> BlockMask:
     """Return `block_tree_mask` of rows in which stem, groups, trunks and branches are each in one piece, in this order.
 
-    Each key is then seen by one stretch of queries, which begins with the key itself: two comparisons in each block.
+    Each key is then seen by one stretch of queries, which begins with the key itself: two comparisons in each block,
+    and which blocks anybody sees follows from where those stretches end, without a look at every pair of positions.
 
     Args:
         groups: as in `tree_mask`, padding behind everything else.
         branches: as in `tree_mask`.
-        stem_copies: for keys of `with_stem_copies`: each copy is seen by an equal part of the queries behind the stem.
     """
-    rows, length = groups.shape
-    firsts, stops = (bound.to(torch.int32) for bound in _audience(groups, branches, stem_copies))
+    length = groups.shape[1]
+    stops = _audience_end(groups, branches).to(torch.int32)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= (firsts[batch, key] if stem_copies else key)) & (query < stops[batch, key])
+        return (query >= key) & (query < stops[batch, key])
 
-    return create_block_mask(sees, rows, None, length, firsts.shape[1], device=groups.device)
+    is_seen, is_full = _seen_blocks(stops)
+    some, whole = (_numbers(blocks) for blocks in (is_seen & ~is_full, is_full))
+    return BlockMask.from_kv_blocks(*some, *whole, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length))
 
 
-def with_stem_copies(values: Tensor, positions: int) -> Tensor:
-    """Return keys or values (B, heads, S, width) behind copies of their first `STEM_BLOCK`, so many positions of them.
+def _seen_blocks(stops: Tensor) -> tuple[Tensor, Tensor]:
+    """Return of which blocks any, and of which every, query sees a key, (B, 1, blocks, blocks) bool, queries first.
 
-    What all queries see would be one thread block's work in FlexAttention's backward pass, block of queries after
-    block, while others look at five or six; copies divide it.
+    Args:
+        stops: (B, S), see `_audience_end`.
     """
-    if not positions:
-        return values
-    front = values[:, :, :STEM_BLOCK]
-    return torch.cat([front.repeat(1, 1, positions // front.shape[2], 1), values], dim=2)
+    rows, length = stops.shape
+    count = -(-length // BLOCK)
+    in_blocks = torch.nn.functional.pad(stops, (0, count * BLOCK - length)).view(rows, 1, 1, count, BLOCK)
+    first, last = in_blocks.amin(dim=-1), in_blocks.amax(dim=-1)  # (B, 1, 1, blocks)
+    queries = torch.arange(count, device=stops.device, dtype=stops.dtype)[:, None]
+    keys = torch.arange(count, device=stops.device, dtype=stops.dtype)
+    is_seen = ((queries > keys) & (last > queries * BLOCK)) | (queries == keys)
+    is_full = (queries > keys) & (first >= (queries + 1) * BLOCK)
+    return is_seen, is_full
 
 
-def _audience(groups: Tensor, branches: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-    """Return the first query that sees each key and the first behind it that doesn't, (B, keys) each."""
-    length = groups.shape[1]
-    positions = torch.arange(length, device=groups.device).expand_as(groups)
+def _numbers(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks of keys each block of queries has, (B, 1, blocks), and their numbers before the others."""
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32), order.to(torch.int32)
+
+
+def _audience_end(groups: Tensor, branches: Tensor) -> Tensor:
+    """Return the first query behind each key's last one, (B, S)."""
     starts_group = torch.ones_like(groups, dtype=torch.bool)
     starts_group[:, 1:] = (groups[:, 1:] != groups[:, :-1]) | (groups[:, 1:] == NO_GROUP)
     starts_branch = starts_group.clone()
     starts_branch[:, 1:] |= branches[:, 1:] != branches[:, :-1]
     stops = torch.where(branches == TRUNK, _next(starts_group), _next(starts_branch))
-    is_stem, real = groups == STEM, (groups != NO_GROUP).sum(dim=1, keepdim=True)
-    stops = torch.where(is_stem, real, stops)
-    if not copies:
-        return positions, stops
-    stem, front = is_stem.sum(dim=1, keepdim=True), is_stem[:, :STEM_BLOCK]
-    share = -(-length // (copies * STEM_BLOCK)) * STEM_BLOCK  # queries of a copy
-    bounds = torch.arange(copies, device=groups.device)[:, None] * share  # (copies, 1)
-    copy_firsts = torch.maximum(bounds, stem[:, :, None]).expand(-1, -1, front.shape[1])  # (B, copies, STEM_BLOCK)
-    copy_stops = torch.minimum(bounds + share, real[:, :, None]) * front[:, None]
-    stops[:, :STEM_BLOCK] = torch.where(front, stem, stops[:, :STEM_BLOCK])
-    return torch.cat([copy_firsts.flatten(1), positions], dim=1), torch.cat([copy_stops.flatten(1), stops], dim=1)
+    real = (groups != NO_GROUP).sum(dim=1, keepdim=True)
+    return torch.where(groups == STEM, real, stops)
 
 
 def _next(starts: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
-import llava.model.adapted_linear
 from llava.model.adapted_linear import adapted_linear
 from llava.model.fused_layers import Adapter, Joined, linear
 
@@ -19,7 +18,7 @@ WIDTHS, RANKS, INPUT, SCALE = (5, 6, 3), (2, None, 1), 4, 0.7
 """The layer in the middle has no adapter."""
 
 
-def make(dropout=0.0, dtype=torch.float64):
+def make(dropout=0.0, dtype=torch.float64, width=INPUT):
     """Inputs, frozen weights, and `A` and `B` of the adapters one after the other."""
     generator = torch.Generator().manual_seed(0)
 
@@ -27,10 +26,10 @@ def make(dropout=0.0, dtype=torch.float64):
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
     adapters = []
-    for width, rank in zip(WIDTHS, RANKS, strict=True):
-        pair = rank and (draw(rank, INPUT).requires_grad_(), draw(width, rank).requires_grad_())
+    for output, rank in zip(WIDTHS, RANKS, strict=True):
+        pair = rank and (draw(rank, width).requires_grad_(), draw(output, rank).requires_grad_())
         adapters.append(Adapter(*pair, SCALE, dropout) if pair else None)
-    return draw(2, 7, INPUT).requires_grad_(), Joined(draw(sum(WIDTHS), INPUT), WIDTHS, tuple(adapters))
+    return draw(2, 7, width).requires_grad_(), Joined(draw(sum(WIDTHS), width), WIDTHS, tuple(adapters))
 
 
 def learned(joined):
@@ -64,10 +63,9 @@ def compare(compute, inputs, joined, **tolerance):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("adapters_first", [False, True])
-def test_values_and_gradients_are_those_of_layers_one_by_one(dropout, adapters_first, monkeypatch):
-    monkeypatch.setattr(llava.model.adapted_linear, "ADAPTERS_FIRST", adapters_first)
-    compare(linear, *make(dropout), rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("width", [INPUT, 2 * sum(WIDTHS)], ids=["wide outputs", "wide inputs"])
+def test_values_and_gradients_are_those_of_layers_one_by_one(dropout, width):
+    compare(linear, *make(dropout, width=width), rtol=1e-10, atol=1e-12)
 
 
 def test_gradients_are_the_differences_of_values():

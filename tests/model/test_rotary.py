@@ -1,0 +1,63 @@
+"""Joined queries, keys and values are turned as transformers turns them, and so are their gradients, in one piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llava.model.rotary import joined_gradient, rotated_heads, signed, split_heads
+
+ROWS, POSITIONS, WIDTH = 2, 5, 8
+HEADS = [(2, 2), (4, 2), (3, 1)]
+"""Of queries, and of keys and values."""
+
+
+def make(heads, key_value_heads):
+    """Joined values, and transformers' tables."""
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.randn(ROWS, POSITIONS, WIDTH // 2, generator=generator, dtype=torch.float64).repeat(1, 1, 2)
+    width = (heads + 2 * key_value_heads) * WIDTH
+    joined = torch.randn(ROWS, POSITIONS, width, generator=generator, dtype=torch.float64)
+    return joined.requires_grad_(), (angles.cos(), angles.sin())
+
+
+def as_transformers(joined, tables, heads, key_value_heads):
+    widths = [number * WIDTH for number in (heads, key_value_heads, key_value_heads)]
+    query, key, value = (
+        split_heads(part, part.shape[-1] // WIDTH) for part in joined.split(widths, dim=-1)
+    )  # (R, H, S, W)
+    return *apply_rotary_pos_emb(query, key, *tables), value
+
+
+@pytest.mark.parametrize(("heads", "key_value_heads"), HEADS)
+def test_values_and_gradients_are_those_of_transformers(heads, key_value_heads):
+    joined, tables = make(heads, key_value_heads)
+    found = rotated_heads(joined, signed(*tables), heads, key_value_heads)
+    expected = as_transformers(joined, tables, heads, key_value_heads)
+    upstream = [torch.randn_like(part) for part in expected]
+    (gradient,) = torch.autograd.grad(found, joined, upstream)
+    (its,) = torch.autograd.grad(expected, joined, upstream)
+    for one, other in zip([*found, gradient], [*expected, its], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "key_value_heads"), HEADS)
+def test_the_operation_is_what_pytorch_expects_of_one(heads, key_value_heads):
+    joined, tables = make(heads, key_value_heads)
+    parts = [part.detach() for part in as_transformers(joined, tables, heads, key_value_heads)]
+    torch.library.opcheck(joined_gradient, (*parts, *signed(*tables)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("heads", "key_value_heads"), HEADS)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_the_kernel_computes_the_same(heads, key_value_heads, is_transposed):
+    joined, tables = make(heads, key_value_heads)
+    parts = [part.detach().float() for part in as_transformers(joined, tables, heads, key_value_heads)]
+    if is_transposed:
+        parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
+    tables = [table.float() for table in signed(*tables)]
+    found = joined_gradient(*(tensor.cuda() for tensor in [*parts, *tables])).cpu()
+    torch.testing.assert_close(found, joined_gradient(*parts, *tables), rtol=0, atol=1e-6)
