@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llava.model.adapted_linear import adapted_linear
 from llava.model.attention_kernels import without_plans
+from llava.model.few_queries import attend_few
 from llava.model.rotary import rotate, rotated_heads, signed, split_heads
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def run_last_layer(
     queries, _ = weights.qkv.divide()
     (query,) = linear(normed[:, wanted], queries, training)
     query = rotate(split_heads(query, shape.heads), tuple(table[:, wanted] for table in rotary))  # (1, heads, K, width)
-    attended = attend(query, key, value, wanted_mask)
+    attended = attend_few(query, key, value, wanted_mask)
     return finish_layer(hidden[:, wanted], attended, weights, shape, training)[0]
 
 
