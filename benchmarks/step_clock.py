@@ -11,6 +11,18 @@ from device_share import as_lines, device_share, device_spans
 from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
+KINDS = (
+    (("flex_attention",), "FlexAttention"),
+    (("flash", "fmha", "cudnn", "softmax"), "other attention"),
+    (("nvjet", "gemm", "cutlass", "splitK"), "matrix products"),
+    (("join_gradients",), "rotary gradient"),
+    (("silu",), "SwiGLU"),
+    (("triton_red", "triton_per", "layer_norm"), "norms"),
+    (("flip",), "rotary"),
+    (("multi_tensor",), "optimizer, clipping"),
+)
+"""Words in the names of kernels, and what the kernels are for; the first that fits counts."""
+
 
 class Clock(TrainerCallback):
     """Notes when the device is done with each step, without making the program wait for it, and profiles one step.
@@ -23,6 +35,7 @@ class Clock(TrainerCallback):
     Attributes:
         kernels_ms: of the profiled step, time in which the device ran anything; None without CUDA.
         profiled_ms: time of that step, which profiling makes longer.
+        kinds_ms: time of that step's kernels by `kind_of`.
     """
 
     def __init__(self, on_cuda: bool, profile: Path | None, profiled_step: int) -> None:
@@ -31,6 +44,7 @@ class Clock(TrainerCallback):
         self.profiler: torch.profiler.profile | None = None
         self.kernels_ms: float | None = None
         self.profiled_ms: float | None = None
+        self.kinds_ms: dict[str, float] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the profiler before the step that is profiled."""
@@ -51,7 +65,11 @@ class Clock(TrainerCallback):
                 torch.cuda.synchronize()
             self.profiled_ms += 1000 * time.perf_counter()
             self.profiler.stop()
-            self.kernels_ms = device_time(self.profiler) if self.on_cuda else None
+            if self.on_cuda:
+                self.kernels_ms = device_time(self.profiler)
+                for span in device_spans(self.profiler):
+                    kind = kind_of(span.name)
+                    self.kinds_ms[kind] = self.kinds_ms.get(kind, 0.0) + 1000 * (span.end - span.start)
             if self.profile:
                 averages = self.profiler.key_averages()
                 by = "self_device_time_total" if self.on_cuda else "self_cpu_time_total"
@@ -81,6 +99,11 @@ class Clock(TrainerCallback):
             return [end - start for start, end in pairs]
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+
+def kind_of(kernel: str) -> str:
+    """Return what a kernel of a training step is for, from its name."""
+    return next((kind for words, kind in KINDS if any(word in kernel for word in words)), "other")
 
 
 def device_time(profiler: torch.profiler.profile) -> float:

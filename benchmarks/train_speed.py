@@ -208,6 +208,9 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
         "samples_per_s_mean": round(batch * args.world_size * len(seconds) / sum(seconds), 1),
         "kernels_ms": clock.kernels_ms and round(clock.kernels_ms, 1),
         "profiled_ms": clock.profiled_ms and round(clock.profiled_ms, 1),
+        "kinds_ms": {
+            kind: round(value, 1) for kind, value in sorted(clock.kinds_ms.items(), key=lambda kind: -kind[1])
+        },
         "busy": clock.kernels_ms and round(clock.kernels_ms / clock.profiled_ms, 3),
         "step_s": [round(value, 4) for value in steps],
         "positions_per_step": round(positions),
