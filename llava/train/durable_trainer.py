@@ -24,7 +24,8 @@ _DISK_FULL = ("PytorchStreamWriter", "unexpected pos", "No space left")
 class DurableTrainer(Trainer):
     """A Trainer with whole checkpoints, an exact resume, an end on signals and a guard against non-finite losses.
 
-    In a step that is not logged it waits for the device once, between the backward pass and the update.
+    In a step that is not logged it waits for the device once, to see that loss and gradient are numbers: behind the
+    update where the optimizer leaves out a bad one by itself, so that the device computes meanwhile, else before it.
 
     Args:
         data_collator: makes batches of rows.
@@ -38,6 +39,7 @@ class DurableTrainer(Trainer):
         self._resumed_from: Path | None = None
         self._written_in: Path | None = None
         self._batches: list[guards.MicroBatch] = []
+        self._unread: tuple[Tensor | list[float], Tensor | float | None] | None = None  # flags, gradient's norm
         self._watch = _StepWatch(self)
         self.add_callback(self._watch)
 
@@ -82,12 +84,35 @@ class DurableTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         # The loss scaling of fp16 meets infinite gradients in its search, and passes over those steps itself.
         is_bad = guards.is_bad_step(self._batches, None if self.args.fp16 else norm)
-        bad, signal = guards.agree([is_bad, self.stop_request.number], self.args.device)
+        flags = guards.combine([is_bad, self.stop_request.number], self.args.device)
+        self._unread = flags, norm
+        optimizer = self._optimizer_that_skips()
+        if optimizer is None or not isinstance(flags, Tensor):
+            self.read_flags()
+        else:
+            optimizer.found_inf = flags[0]
+        return norm
+
+    def _optimizer_that_skips(self) -> torch.optim.Optimizer | None:
+        """Return the optimizer if it leaves out an update whose `found_inf` is 1, as for PyTorch's loss scaling."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.fp16:
+            return None
+        optimizer = self.optimizer.optimizer  # inside accelerate's
+        return optimizer if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"] else None
+
+    def read_flags(self) -> None:
+        """Wait for the flags of the step, if they are not read yet, and stop if its loss or gradient is no number."""
+        if self._unread is None:
+            return
+        (flags, norm), self._unread = self._unread, None
+        bad, signal = flags.tolist() if isinstance(flags, Tensor) else flags
+        optimizer = self._optimizer_that_skips()
+        if optimizer is not None:
+            optimizer.found_inf = None
         if bad:
             self._stop_at_bad_step(norm)
         self.ending = int(signal)
         self._batches = []
-        return norm
 
     def _stop_at_bad_step(self, norm: Tensor | float | None) -> NoReturn:
         step = self.state.global_step + 1
@@ -247,6 +272,11 @@ class _StepWatch(TrainerCallback):
             self.randomness = randomness.capture()
         self._is_epochs_first = False
         self.unlogged_loss = self.trainer.clone_unlogged_loss()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.read_flags()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.ending:

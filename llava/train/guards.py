@@ -79,9 +79,16 @@ class NumberedCollator:
 
 
 def agree(flags: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """Return `combine`'s values as numbers, for which it waits for the device once if they are a tensor."""
+    values = combine(flags, device)
+    return values.tolist() if isinstance(values, Tensor) else values
+
+
+def combine(flags: Sequence[float | Tensor], device: torch.device) -> Tensor | list[float]:
     """Return the largest value of each flag over all processes; every process must call it.
 
-    Waits for the device once, whatever tensors there are; not at all if there are none and no other processes.
+    The device is not waited for. The result is a tensor (flags,) in fp32 on it; a list if there are no tensors and no
+    other processes.
     """
     is_alone = not torch.distributed.is_initialized()
     if is_alone and not any(isinstance(flag, Tensor) for flag in flags):
@@ -95,7 +102,7 @@ def agree(flags: Sequence[float | Tensor], device: torch.device) -> list[float]:
     )
     if not is_alone:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-    return values.tolist()
+    return values
 
 
 def gather(value: object) -> list[Any]:

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoints import numbered, verify
 from llava.train.durable_trainer import DurableTrainer
+from llava.train.guards import NonFiniteError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -86,6 +87,56 @@ def test_a_step_waits_for_the_device_once(build, monkeypatch):
     with Reads(monkeypatch) as reads:
         trainer.train()
     assert [after - before for before, after in pairwise(seen)] == [1, 1]
+
+
+def test_an_update_that_leaves_itself_out_is_not_waited_for(build, monkeypatch):
+    trainer = build(save_strategy="no", logging_strategy="no", max_steps=3, optim="adamw_torch_fused")
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            seen.append(("before the update", reads.times - self.start))
+
+        def on_step_begin(self, *_, **__):
+            self.start = reads.times
+
+    trainer.add_callback(Watch())
+    with Reads(monkeypatch) as reads:
+        trainer.train()
+    assert seen == [("before the update", 0)] * 3
+    assert reads.times >= 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "sgd"])
+def test_a_bad_step_changes_nothing(build, optimizer):
+    trainer = build(save_strategy="no", optim=optimizer)
+    states = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, *_, **__):
+            inner = trainer.optimizer.optimizer
+            states.append([*map(torch.clone, tensors(trainer.model.state_dict(), inner.state_dict()["state"]))])
+            if state.global_step == 2:
+                trainer.model.slope.register_hook(lambda gradient: gradient * torch.nan)
+
+    trainer.add_callback(Watch())
+    with pytest.raises(NonFiniteError, match=r"step 3: .* gradient's norm nan"):
+        trainer.train()
+    after = tensors(trainer.model.state_dict(), trainer.optimizer.optimizer.state_dict()["state"])
+    assert len(states) == 3
+    for one, other in zip(after, states[-1], strict=True):
+        assert torch.equal(one, other)
+    assert any(not torch.equal(one, other) for one, other in zip(states[-1], states[-2], strict=True))
+
+
+def tensors(*states):
+    """All tensors of nested dictionaries."""
+    for state in states:
+        for value in state.values():
+            if isinstance(value, dict):
+                yield from tensors(value)
+            elif isinstance(value, torch.Tensor):
+                yield value
 
 
 def test_batches_are_copied_while_the_device_works_where_memory_is_pinned(build):
