@@ -49,6 +49,7 @@ def measure_peer(batch: int, checkpointing: bool, options: argparse.Namespace) -
     sizes = ModelSizes.of(model_config(tiny=options.tiny))
     flops = counted_flops(sizes, 4 if options.tiny else 128, rows["input_ids"].numel(), batch)
     return {
+        "case": f"transformers + peft, batches of {batch}{', activations computed again' if checkpointing else ''}",
         "variant": {"batch": batch, "checkpointing": checkpointing},
         "samples_per_s": round(batch / median, 1),
         "tflops": round(flops / median / 1e12, 1),

@@ -31,14 +31,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 
 from llava.data.dataset import ImageSettings
-from llava.data.records import EncodedRecord
 from llava.image_processing import CLIPPixels
 from llava.model import attention_kernels
 from llava.model.configuration import features_per_image
 from llava.model.memory import ModelSizes
 from llava.train.arguments import TrainingArguments
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import Feed, choose_feed, choose_order, prepare_model
+from llava.train.packs import Feed, Order, choose_feed, choose_order, prepare_model
 from llava.train.trainer import LlavaTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,13 +74,27 @@ class Variant:
     alone: bool = False
     planned: bool = False
 
+    def describe(self) -> str:
+        """Return in words what tells the run from others, for plots."""
+        words = {
+            "one question per image": self.alone,
+            "images not shared": not self.share and not self.alone,
+            f"dropout {self.dropout}": self.dropout > 0,
+            "layers not compiled": self.compile == "off",
+            "adapters not fused": self.compile == "on" and self.fuse == "off",
+            "activations computed again": self.checkpointing,
+            "cuDNN's attention": self.planned,
+        }
+        return ", ".join([f"ours, batches of {self.batch}", *(word for word, applies in words.items() if applies)])
+
 
 VARIANTS = {
     "shared_fused_largest": Variant(64),
     "shared_fused_large": Variant(48),
     "shared_fused": Variant(24),
-    "one_question_fused": Variant(8, alone=True),
+    "one_question_fused": Variant(14, alone=True),
     "shared_fused_large_planned": Variant(48, planned=True),
+    "recipe": Variant(16, dropout=0.05),
     "shared_fused_dropout": Variant(24, dropout=0.05),
     "shared_compiled": Variant(24, fuse="off"),
     "shared_compiled_dropout": Variant(24, dropout=0.05, fuse="off"),
@@ -199,10 +212,11 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     trainer.train()
     steps = clock.seconds()
     seconds = steps[options.warm_up : options.warm_up + options.steps]
-    positions, images = work_per_step(feed, records, batch, args.world_size, options)
+    positions, images = work_per_step(feed, order, batch, args.world_size, options)
     sizes = ModelSizes.of(config)
     median = statistics.median(seconds)
     return {
+        "case": dataclasses.replace(variant, batch=batch).describe(),
         "variant": dataclasses.asdict(variant) | {"batch": batch},
         "samples_per_s": round(batch * args.world_size / median, 1),
         "samples_per_s_mean": round(batch * args.world_size * len(seconds) / sum(seconds), 1),
@@ -244,16 +258,18 @@ def training_arguments(variant: Variant, batch: int, options: argparse.Namespace
 
 
 def work_per_step(
-    feed: Feed, records: Sequence[EncodedRecord], batch: int, processes: int, options: argparse.Namespace
+    feed: Feed, order: Order, batch: int, processes: int, options: argparse.Namespace
 ) -> tuple[float, float]:
     """Return positions (without padding) and images of a measured step on one device, on average."""
     lengths = feed.dataset.lengths
     if feed.sampler is None:
-        return batch * sum(lengths) / len(lengths), batch
-    order, costs = feed.sampler.order(), feed.sampler.costs()
+        whole = order.costs[:-1] if order.costs else [batch * sum(lengths) / len(lengths)]
+        return statistics.mean(whole), batch
+    rows, costs = feed.sampler.order(), feed.sampler.costs()
     first, last = options.warm_up * processes, (options.warm_up + options.steps) * processes
     images = [
-        len({records[row].images[0] for row in order[step * batch : (step + 1) * batch]}) for step in range(first, last)
+        len({order.records[row].images[0] for row in rows[step * batch : (step + 1) * batch]})
+        for step in range(first, last)
     ]
     return statistics.mean(costs[first:last]), statistics.mean(images)
 

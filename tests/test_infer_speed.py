@@ -140,7 +140,7 @@ def test_the_devices_share(share):
 
 
 def test_the_plot_shows_what_was_measured(load_program, tmp_path, request):
-    plot = load_program("benchmarks/infer_plot.py")
+    plot = load_program("benchmarks/speed_plot.py")
     measured = request.config.rootpath / "benchmarks/results/infer_speed.json"
     rows = json.loads(measured.read_text())["rows"]
     assert plot.bars(rows, "tokens_per_second") == [
@@ -150,7 +150,7 @@ def test_the_plot_shows_what_was_measured(load_program, tmp_path, request):
     assert short["ours, one question per picture"] > short["transformers, batch 32"] > 0
     assert plot.main(["--input", str(measured), "--output", str(tmp_path / "speed.svg")]) == 0
     assert "<svg" in (tmp_path / "speed.svg").read_text()
-    with pytest.raises(ValueError, match="holds no speeds; measure the parts grouped, single or captions"):
+    with pytest.raises(ValueError, match="holds no speeds; see the measuring program"):
         plot.draw({"machine": "", "rows": rows[:1]}, tmp_path / "none.svg")
 
 

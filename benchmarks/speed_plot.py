@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Draw what `infer_speed.py` measured: questions a second, and tokens a second of long answers.
+"""Draw what `infer_speed.py` or `train_speed.py` measured: questions, tokens of long answers or samples a second.
 
-Example: python benchmarks/infer_plot.py --input benchmarks/results/infer_speed.json --output docs/infer_speed.png
+Example: python benchmarks/speed_plot.py --input benchmarks/results/infer_speed.json --output docs/infer_speed.png
+         python benchmarks/speed_plot.py --input benchmarks/results/train_speed.json --output docs/train_speed.png
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from matplotlib.figure import Figure
 
 OURS, THEIRS, GRID = "#4477aa", "#999999", "#dddddd"
 SHORT, LONG = ("grouped", "shuffled", "single", "transformers", "vllm"), ("captions", "vllm")
+PANELS = {
+    "Short answers: questions a second": "questions_per_second",
+    "Captions: tokens a second": "tokens_per_second",
+    "LoRA training, r = 128: samples a second": "samples_per_s",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the file that the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help="JSON of infer_speed.py")
+    parser.add_argument("--input", type=Path, required=True, help="JSON of one of them")
     parser.add_argument("--output", type=Path, required=True, help="PNG or SVG to write")
     options = parser.parse_args(argv)
     draw(json.loads(options.input.read_text(encoding="utf-8")), options.output)
@@ -33,30 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bars(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, float]]:
     """Return case and value of the rows that belong into the panel of a key, in the order of the file."""
+    if key == "samples_per_s":
+        return [(row["case"], row[key]) for row in rows if key in row]
     is_long = key == "tokens_per_second"
     return [
         (row["case"], row[key])
         for row in rows
-        if row["part"] in (LONG if is_long else SHORT) and key in row and ("captions" in row["case"]) == is_long
+        if row.get("part") in (LONG if is_long else SHORT) and key in row and ("captions" in row["case"]) == is_long
     ]
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel of short and one of long answers, as far as they were measured.
+    """Draw a panel for each kind of speed that was measured.
 
     Raises:
         ValueError: if nothing of it was measured.
     """
-    panels = {
-        title: found
-        for title, key in (
-            ("Short answers: questions a second", "questions_per_second"),
-            ("Captions: tokens a second", "tokens_per_second"),
-        )
-        if (found := bars(report["rows"], key))
-    }
+    rows = report["rows"]
+    rows = list(rows.values()) if isinstance(rows, Mapping) else rows
+    panels = {title: found for title, key in PANELS.items() if (found := bars(rows, key))}
     if not panels:
-        raise ValueError("the file holds no speeds; measure the parts grouped, single or captions")
+        raise ValueError("the file holds no speeds; see the measuring program's --parts or --only")
     counts = [len(found) for found in panels.values()]
     figure = Figure(figsize=(9, 1.0 + 0.42 * sum(counts) + 0.5 * len(counts)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
