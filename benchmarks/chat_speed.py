@@ -109,6 +109,8 @@ def measure_tokens(
     read, picture = bytes_per_token(session.model), Image.effect_noise(PICTURE, 64).convert("RGB")
     length = session.spliced_length(session.prepare(QUESTION, [picture]))
     for case, open_cache, sampling in cases(session, bits, options):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         chat = Chat(session, sampling, open_cache() if open_cache else None)
         n_tokens = sampling.max_new_tokens
         answer_seconds(chat, picture, length, n_tokens, sampling)  # kernels are compiled, steps recorded
@@ -119,6 +121,8 @@ def measure_tokens(
         rate = (n_tokens - 1) / (whole - first)
         row = {"part": "tokens", "case": f"{bits} bit, {case}", "new_tokens": n_tokens}
         row |= {"first_token_seconds": round(first, 4), "tokens_per_second": round(rate, 1), "weights_read": read}
+        if device.type == "cuda":
+            row["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
         yield {**row, "share_of_limit": round(rate * read / speed, 3)}
 
 

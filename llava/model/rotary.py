@@ -43,9 +43,9 @@ def rotated_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries and keys, turned by their positions, and values, (R, H, S, W) each.
 
-    The gradient of `joined` is written in one pass. What autograd would do instead, compiled by inductor, took 0.58 ms
-    a layer for LLaVA-1.5-7B's heads and 7,552 positions on an H100 (PyTorch 2.11), `benchmarks/train_speed.py
-    --profile`; reading and writing as many bytes takes 0.12 ms there.
+    The gradient of `joined` is written in one pass. What inductor made of autograd's took 0.58 ms a layer for
+    LLaVA-1.5-7B's heads and 7,936 positions on an H100 (PyTorch 2.11), this takes 0.17 ms for 9,856
+    (`benchmarks/train_speed.py --profile`).
 
     Args:
         joined: (R, S, (heads + 2 key_value_heads) x W), as linear layers joined give them.
