@@ -156,6 +156,8 @@ class Engine:
         """Take the groups of the next prefill; none if it should wait for more rows to become free."""
         rows: list[Row] = []
         try:
+            if self._cache is None and backlog:  # while pictures are read
+                self._make_cache(backlog.expected_length(), backlog)
             first = backlog.peek()
             if first is not None and self._has_room(first, backlog):
                 self._take(rows, backlog)
@@ -185,23 +187,31 @@ class Engine:
 
     def _has_room(self, first: Row, backlog: Backlog) -> bool:
         """Return whether a prefill that starts with this group should be launched now; make a cache if need be."""
-        needed = round_up(len(self._stem_ids) + first.length) + self._spare(backlog)
-        at_once = max(1, self._positions // max(1, first.length))
-        is_other_size = self._cache is None or not needed <= self._cache.capacity <= _TOO_WIDE * needed
-        if not self._rows and is_other_size:
-            self._cache = None  # its memory is needed for the next
-            n_rows = min(self._fitting_rows(needed), self._max_rows, self._max_questions)
-            if at_once < n_rows < len(backlog):
-                n_rows -= n_rows % at_once
-            n_rows = min(n_rows, len(backlog))
-            logger.debug("cache: %d rows of %d positions", n_rows, needed)
-            self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed, graphed=self._graphed)
+        needed, at_once = self._needs(first.length, backlog)
+        if not self._rows and not needed <= self._cache.capacity <= _TOO_WIDE * needed:
+            self._make_cache(first.length, backlog)
         if needed > self._cache.capacity:
             return False
         free, wanted = self._cache.n_free, min(at_once, self._rows_at_once(backlog))
         if self._ahead and not self._has_stepped and free < len(backlog) and self._going_on():
             wanted *= 2  # the last free rows are filled behind a step, while it is not known which rows it will free
         return not self._rows or free >= wanted
+
+    def _needs(self, length: int, backlog: Backlog) -> tuple[int, int]:
+        """Return the capacity that a group of so many positions needs, and how many of them fit a launch."""
+        capacity = round_up(len(self._stem_ids) + length) + self._spare(backlog)
+        return capacity, max(1, self._positions // max(1, length))
+
+    def _make_cache(self, length: int, backlog: Backlog) -> None:
+        """Make a cache for groups of at most so many positions."""
+        needed, at_once = self._needs(length, backlog)
+        self._cache = None  # its memory is needed for the next
+        n_rows = min(self._fitting_rows(needed), self._max_rows, self._max_questions)
+        if at_once < n_rows < len(backlog):
+            n_rows -= n_rows % at_once
+        n_rows = min(n_rows, len(backlog))
+        logger.debug("cache: %d rows of %d positions", n_rows, needed)
+        self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed, graphed=self._graphed)
 
     def _rows_at_once(self, backlog: Backlog) -> int:
         """Return the most rows that a launch fills."""
@@ -213,11 +223,12 @@ class Engine:
     def _fitting_rows(self, capacity: int) -> int:
         """Return the rows of a capacity that the device has room for, beside what computing takes; at least 1."""
         device, config = self._llama.device, self._session.model.config
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         values = 3 * config.intermediate_size + 12 * config.hidden_size  # of a position, while it is computed
         workspace = self._positions * values * self._llama.dtype.itemsize + config.vocab_size * 2**14
-        available = free_memory(device) * _SHARE_USED.get(device.type, _SHARE_USED["cpu"]) - workspace
+        free = free_memory(device)
+        if device.type == "cuda":  # what an earlier cache has left is taken again, which is faster than to map it anew
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        available = free * _SHARE_USED.get(device.type, _SHARE_USED["cpu"]) - workspace
         return max(1, int(available // row_bytes(self._llama, capacity)))
 
     def _spare(self, backlog: Backlog) -> int:
