@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -45,6 +46,12 @@ _SHARE_USED = {"cuda": 0.92, "cpu": 0.5, "mps": 0.6}
 """Of the free memory."""
 _TOO_WIDE = 1.5
 """A cache whose rows are so many times longer than needed is made anew as soon as it is empty."""
+_EARLY = 4
+"""Behind a prefill of at least this part of a launch's positions there is time to record a step."""
+_SOON = 4
+"""Answers of at most so many tokens are taken to end by the limit, at which a row is known to become free."""
+_ALMOST = 0.75
+"""Of the rows of a launch: where answers end by the limit, so many free ones are enough."""
 
 
 class Selected(Arrival):
@@ -100,7 +107,7 @@ class Engine:
         self._stop_ids = frozenset(session.stop_ids)
         self._cache: TreeCache | None = None
         self._rows: list[Row] = []
-        self._has_stepped = False
+        self._has_stepped = self._is_busy = False
         self._selected: deque[Selected] = deque()
         self._finished: list[Branch] = []
         self.spare = FIRST_SPARE
@@ -135,10 +142,11 @@ class Engine:
         if rows:
             self._prefill(rows)
         elif self._make_room(backlog) and (live := self._going_on()):
-            self._select(live, self._cache.step(live))
+            self._select(live, self._cache.step(live, is_early=self._is_busy))
         else:
             return False
         self._has_stepped = not rows
+        self._is_busy = _EARLY * sum(row.length for row in rows) >= self._positions
         backlog.prepare()
         return True
 
@@ -193,9 +201,15 @@ class Engine:
         if needed > self._cache.capacity:
             return False
         free, wanted = self._cache.n_free, min(at_once, self._rows_at_once(backlog))
-        if self._ahead and not self._has_stepped and free < len(backlog) and self._going_on():
+        if self._ends_soon():
+            wanted = math.ceil(_ALMOST * wanted)
+        elif self._ahead and not self._has_stepped and free < len(backlog) and self._going_on():
             wanted *= 2  # the last free rows are filled behind a step, while it is not known which rows it will free
         return not self._rows or free >= wanted
+
+    def _ends_soon(self) -> bool:
+        """Return whether the limit ends all answers so soon that it matters little whether they end before."""
+        return self._sampling.max_new_tokens <= _SOON
 
     def _needs(self, length: int, backlog: Backlog) -> tuple[int, int]:
         """Return the capacity that a group of so many positions needs, and how many of them fit a launch."""
@@ -259,6 +273,9 @@ class Engine:
         self._selected.append(Selected(branches, [tokens, *scores]))
         for _, branch in branches:
             branch.n_coming += 1
+        for row in {row for row, _ in branches}:
+            if not self._going_on([row]):  # its last tokens are on their way, nothing reads it again
+                self._cache.release(row)
 
     def _collect(self, selected: Selected) -> None:
         """Take chosen tokens from the device, and let finished answers go."""
@@ -294,7 +311,7 @@ class Engine:
         self._finished.append(branch)
         if not row.group.branches:
             self._rows.remove(row)
-            self._cache.release(row)
+            self._cache.release(row)  # unless it was already
 
     def _make_room(self, backlog: Backlog) -> bool:
         """Let rows without room for the next tokens wait again, and bring the others together when few are left.
@@ -311,8 +328,9 @@ class Engine:
             backlog.put_back(row)
         if full:
             self.spare *= 2
-        if self._rows and not backlog and 2 * len(self._rows) <= 1 + max(row.slot for row in self._rows):
-            self._cache.compact(self._rows)
+        held = [row for row in self._rows if not row.is_released]
+        if held and not backlog and 2 * len(held) <= 1 + max(row.slot for row in held):
+            self._cache.compact(held)
         return True
 
     def _retreat(self, backlog: Backlog, error: torch.OutOfMemoryError) -> None:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava.constants import TRUNK
 from llava.inference.grouping import Branch, Group
-from llava.inference.step_graphs import StepGraphs, StepShape
+from llava.inference.step_graphs import USED_MULTIPLE, StepGraphs, StepShape
 from llava.model.attention_kernels import without_plans
 from llava.model.devices import send
 from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense, attend_square
@@ -48,6 +48,7 @@ class Row:
         start: position id of the first token of a branch.
         fill: first position that holds nothing.
         columns: number of each branch that is not finished, from 1.
+        is_released: its place in the cache is given away, as its last tokens are computed.
     """
 
     group: Group
@@ -57,6 +58,7 @@ class Row:
     start: int = 0
     fill: int = 0
     columns: dict[Branch, int] = field(default_factory=dict)
+    is_released: bool = False
 
     @property
     def trunk_length(self) -> int:
@@ -139,9 +141,11 @@ class TreeCache:
         return len(self._free)
 
     def release(self, row: Row) -> None:
-        """Make room: the group of the row is finished."""
-        self._free.append(row.slot)
-        self._free.sort()
+        """Make room: nothing of the row is computed any more; again it changes nothing."""
+        if not row.is_released:
+            self._free.append(row.slot)
+            self._free.sort()
+        row.is_released = True
 
     def prefill(self, rows: Sequence[Row]) -> Tensor:
         """Put groups into free rows, and return the logits of the last `n_kept` positions of their branches, (M, W).
@@ -154,7 +158,7 @@ class TreeCache:
         length = round_up(stem + trunk + max(row.group.branch_length for row in rows))  # L
         slots = self._take(n_rows)
         for row, slot in zip(rows, slots, strict=True):
-            row.slot, row.start, row.fill = slot, stem + row.trunk_length, length
+            row.slot, row.start, row.fill, row.is_released = slot, stem + row.trunk_length, length, False
             row.columns = {branch: number for number, branch in enumerate(row.group.branches, start=1)}
         layout = lay_out(rows, stem, trunk, length)
         owners = send(layout.owners, llama.device)  # (r, L) int16
@@ -203,11 +207,12 @@ class TreeCache:
         slots, columns = send(entries.T.contiguous(), self._llama.device)
         self._chosen[slots, columns] = tokens
 
-    def step(self, live: Sequence[tuple[Row, Branch]]) -> Tensor:
+    def step(self, live: Sequence[tuple[Row, Branch]], *, is_early: bool = False) -> Tensor:
         """Take the chosen token of each answer, and return the logits of the next, (M, W).
 
         Args:
             live: answers that go on; their rows have room.
+            is_early: as in `StepGraphs`.
         """
         entries = []
         for row, branch in live:
@@ -222,12 +227,16 @@ class TreeCache:
         )
         if self._graphs or self._llama.compiled:
             shape = shape.rounded(self.n_rows)
-        shape = shape._replace(used=min(self.capacity, round_up(shape.used)))
+        used = min(self.capacity, round_up(shape.used))
+        if self._graphs and self.capacity - used < USED_MULTIPLE:
+            used = self.capacity  # a shape less to record
+        shape = shape._replace(used=used)
         entries += entries[:1] * (shape.n_answers - len(live))  # computed again and not looked at
         columns = torch.tensor(entries).T.contiguous()  # (4, M)
         sent = send(columns, self._llama.device)
-        logits = self._graphs(self._compute_step, sent, shape) if self._graphs else self._compute_step(sent, shape)
-        return logits[: len(live)]
+        if self._graphs is None:
+            return self._compute_step(sent, shape)[: len(live)]
+        return self._graphs(self._compute_step, sent, shape, is_early=is_early)[: len(live)]
 
     def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
         """Return the logits of a step, (4, M) -> (M, W); entries are position, row, place and branch."""

@@ -294,9 +294,9 @@ class Watch:
         patch.setattr(Selected, "wait", wait_for)
 
     def _noting(self, name, move):
-        def launch(cache, *args):
+        def launch(cache, *args, **options):
             self.moves.append(name)
-            return move(cache, *args)
+            return move(cache, *args, **options)
 
         return launch
 
