@@ -36,7 +36,9 @@ MAX_ROWS = {"cuda": 160, "cpu": 8, "mps": 16}
 PREFILL_POSITIONS = {"cuda": 16_384, "cpu": 2_048, "mps": 4_096}
 """Of a launch: enough to keep the linear layers busy."""
 MOVES_AHEAD = {"cuda": 1}
-"""Moves that a device is given before the tokens of an earlier one are waited for; beside a CPU it gains nothing."""
+"""Moves that a device is given before the tokens of an earlier one are waited for; beside a CPU it gains nothing.
+
+Where answers end by the limit more of them are given, as no step can turn out to be in vain."""
 LAUNCHES_OF_CACHE = 3
 """At least so many launches fill a cache, so that one can wait behind the others."""
 FIRST_SPARE = 128
@@ -102,7 +104,7 @@ class Engine:
         kind = self._llama.device.type
         self._max_rows = MAX_ROWS.get(kind, MAX_ROWS["cpu"])
         self._positions = PREFILL_POSITIONS.get(kind, PREFILL_POSITIONS["cpu"])
-        self._ahead = MOVES_AHEAD.get(kind, 0)
+        self._ahead = MOVES_AHEAD.get(kind, 0) * (_SOON - 1 if self._ends_soon() else 1)
         self._max_questions = max_questions or self._max_rows * 32
         self._stop_ids = frozenset(session.stop_ids)
         self._cache: TreeCache | None = None

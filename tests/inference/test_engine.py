@@ -468,4 +468,4 @@ def test_compiled_steps_give_the_same(tiny_sessions, whole, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
     results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), compiled=True)
     assert {key: branch.generated for key, branch in results.items()} == whole
-    assert compiled == ["project_heads", "finish_layer", "CLIPEncoderLayer", "CLIPEncoderLayer"]
+    assert compiled == ["project_heads", "gate_states", "CLIPEncoderLayer", "CLIPEncoderLayer"]
