@@ -34,6 +34,9 @@ MULTIPLE = 8
 SQUARES = False
 """Whether trunks attend as squares, with queries in front whose results are thrown away: what cuDNN's kernel takes."""
 SQUARE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+"""The first that takes them."""
+_SQUARE_ROWS, _SQUARE_LENGTH = 4, 64
+"""Numbers of rows and positions of squares are multiples: cuDNN's kernel is planned anew for every shape."""
 
 
 @dataclass(eq=False)
@@ -92,6 +95,7 @@ class Launch(NamedTuple):
         length: L, positions of a row that are in use.
         bias: (r, 1, Q, L), who sees whom among the branches; None = every row is one line, each sees all before it.
         kept: (M,) int64, positions among the branches whose logits are wanted.
+        square: rows and positions of the cache whose trunks attend as squares; None = they attend to the lower right.
     """
 
     place: slice | Tensor
@@ -100,6 +104,7 @@ class Launch(NamedTuple):
     length: int
     bias: Tensor | None
     kept: Tensor
+    square: tuple[slice, int] | None
 
 
 class TreeCache:
@@ -131,6 +136,7 @@ class TreeCache:
         self._owners[:, : self._stem] = TRUNK
         self._chosen = torch.zeros(n_rows, capacity, dtype=torch.int64, device=device)  # of each branch of each row
         self._free = list(range(n_rows))
+        self._queries = torch.zeros(0, device=device)
         self._graphs = StepGraphs() if graphed else None
         if stem_ids:
             self._compute_stem(stem_ids)
@@ -168,21 +174,35 @@ class TreeCache:
         kept, kept_behind = map(torch.clone, send(layout.kept, llama.device))
         is_line = all(len(row.group.branches) == 1 and row.trunk_length == trunk for row in rows)
         bias = None if is_line else additive(branch_mask(owners, stem + trunk), llama.dtype)  # (r, 1, Q, L)
-        launch = Launch(place, n_rows, trunk, length, bias, kept_behind)
+        square = self._square(place, n_rows, length if is_line else stem + trunk) if SQUARES else None
+        launch = Launch(place, n_rows, trunk, length, bias, kept_behind, square)
         places = Places(*map(torch.clone, send(layout.places, llama.device)))
-        if SQUARES:
-            queries = torch.zeros(n_rows, length, *llama.query_shape, dtype=llama.dtype, device=llama.device)
+        if square:
             numbers = torch.arange(n_rows, device=llama.device)[:, None].repeat(1, length - stem)
-            places = places._replace(queries=queries, rows=numbers.flatten())
+            places = places._replace(queries=self._queries, rows=numbers.flatten())
         embeds = self._embed(rows, layout.branch_ids, trunk)
         with without_plans():  # each prefill has another shape
             return llama.fill_and_read(embeds, places, self._layers, functools.partial(self._attend, launch), kept)
+
+    def _square(self, place: slice | Tensor, n_rows: int, end: int) -> tuple[slice, int] | None:
+        """Return rows and positions of a square that holds these, of which there are few, and have room for queries."""
+        if not isinstance(place, slice):
+            return None
+        rows = slice(place.start, place.start + round_up(n_rows, _SQUARE_ROWS))
+        if rows.stop > self.n_rows:
+            rows = place
+        count = rows.stop - rows.start
+        if len(self._queries) < count:  # as long as rows of the cache: other lengths would be other shapes
+            shape = (count, self.capacity, *self._llama.query_shape)
+            self._queries = torch.zeros(shape, dtype=self._llama.dtype, device=self._llama.device)
+        return rows, min(self.capacity, round_up(end, _SQUARE_LENGTH))
 
     def _attend(self, launch: Launch, layer: int, query: Tensor) -> Tensor:
         """Return attention of trunks and branches, in the last layer of the kept positions alone."""
         stem, n_rows, trunk = self._stem, launch.n_rows, launch.trunk
         keys, values = (part[launch.place, : launch.length] for part in self._layers[layer])
-        whole, query = query, query[:, stem:] if SQUARES else query.unflatten(0, (n_rows, -1))  # (r, T + Q, H, d)
+        whole = query
+        query = query[:n_rows, stem : launch.length] if launch.square else query.unflatten(0, (n_rows, -1))
         is_last = layer == self._llama.n_layers - 1
         if launch.bias is not None:
             behind = attend_dense(query[:, trunk:], keys, values, launch.bias)
@@ -191,12 +211,15 @@ class TreeCache:
         elif is_last:
             return attend_causal(query[:, trunk:], keys, values)[launch.kept]
         end = launch.length if launch.bias is None else stem + trunk
-        keys, values = keys[:, :end], values[:, :end]
-        if SQUARES:
-            with sdpa_kernel(SQUARE_KERNELS):
-                front = attend_square(whole[:, :end], keys, values).unflatten(0, (n_rows, end))[:, stem:]
+        if launch.square:
+            rows, side = launch.square
+            keys, values = (part[rows, :side] for part in self._layers[layer])
+            with sdpa_kernel(SQUARE_KERNELS, set_priority=True):
+                front = attend_square(whole[: len(keys), :side], keys, values).unflatten(0, (len(keys), side))
+            front = front[:n_rows, stem:end]
         else:
-            front = attend_causal(query[:, : end - stem], keys, values).unflatten(0, (n_rows, end - stem))
+            front = attend_causal(query[:, : end - stem], keys[:, :end], values[:, :end])
+            front = front.unflatten(0, (n_rows, end - stem))
         if launch.bias is not None:
             front = torch.cat((front, behind.unflatten(0, (n_rows, -1))), dim=1)
         return front.flatten(0, 1)
