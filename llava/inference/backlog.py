@@ -15,7 +15,7 @@ from llava.inference.grouping import Branch, Group, spliced_length
 from llava.inference.picture_source import PictureError
 from llava.inference.prompts import PromptError
 from llava.inference.session import Session
-from llava.inference.tree_cache import Row
+from llava.inference.tree_rows import Row
 from llava.model.devices import send
 
 ENCODER_BATCH = 24

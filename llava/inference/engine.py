@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -26,7 +25,8 @@ from llava.inference.backlog import Backlog, Failed
 from llava.inference.grouping import Branch
 from llava.inference.selection import score_tokens, select_tokens
 from llava.inference.session import Sampling, Session
-from llava.inference.tree_cache import Row, TreeCache, round_up, row_bytes
+from llava.inference.tree_cache import TreeCache, row_bytes
+from llava.inference.tree_rows import Row, round_up
 from llava.model.devices import free_memory, send
 from llava.model.flat_llama import FlatLlama
 
@@ -36,9 +36,7 @@ MAX_ROWS = {"cuda": 160, "cpu": 8, "mps": 16}
 PREFILL_POSITIONS = {"cuda": 16_384, "cpu": 2_048, "mps": 4_096}
 """Of a launch: enough to keep the linear layers busy."""
 MOVES_AHEAD = {"cuda": 1}
-"""Moves that a device is given before the tokens of an earlier one are waited for; beside a CPU it gains nothing.
-
-Where answers end by the limit more of them are given, as no step can turn out to be in vain."""
+"""Moves that a device is given before the tokens of an earlier one are waited for; beside a CPU it gains nothing."""
 LAUNCHES_OF_CACHE = 3
 """At least so many launches fill a cache, so that one can wait behind the others."""
 FIRST_SPARE = 128
@@ -51,9 +49,7 @@ _TOO_WIDE = 1.5
 _EARLY = 4
 """Behind a prefill of at least this part of a launch's positions there is time to record a step."""
 _SOON = 4
-"""Answers of at most so many tokens are taken to end by the limit, at which a row is known to become free."""
-_ALMOST = 0.75
-"""Of the rows of a launch: where answers end by the limit, so many free ones are enough."""
+"""Answers of at most so many tokens are taken to end by the limit: which rows become free is known ahead."""
 
 
 class Selected(Arrival):
@@ -104,7 +100,8 @@ class Engine:
         kind = self._llama.device.type
         self._max_rows = MAX_ROWS.get(kind, MAX_ROWS["cpu"])
         self._positions = PREFILL_POSITIONS.get(kind, PREFILL_POSITIONS["cpu"])
-        self._ahead = MOVES_AHEAD.get(kind, 0) * (_SOON - 1 if self._ends_soon() else 1)
+        self._ends_soon = sampling.max_new_tokens <= _SOON
+        self._ahead = MOVES_AHEAD.get(kind, 0) * (_SOON - 1 if self._ends_soon else 1)
         self._max_questions = max_questions or self._max_rows * 32
         self._stop_ids = frozenset(session.stop_ids)
         self._cache: TreeCache | None = None
@@ -203,15 +200,11 @@ class Engine:
         if needed > self._cache.capacity:
             return False
         free, wanted = self._cache.n_free, min(at_once, self._rows_at_once(backlog))
-        if self._ends_soon():
-            wanted = math.ceil(_ALMOST * wanted)
+        if self._ends_soon:
+            wanted -= wanted // 4  # a smaller launch costs less than another step
         elif self._ahead and not self._has_stepped and free < len(backlog) and self._going_on():
             wanted *= 2  # the last free rows are filled behind a step, while it is not known which rows it will free
         return not self._rows or free >= wanted
-
-    def _ends_soon(self) -> bool:
-        """Return whether the limit ends all answers so soon that it matters little whether they end before."""
-        return self._sampling.max_new_tokens <= _SOON
 
     def _needs(self, length: int, backlog: Backlog) -> tuple[int, int]:
         """Return the capacity that a group of so many positions needs, and how many of them fit a launch."""
@@ -313,7 +306,7 @@ class Engine:
         self._finished.append(branch)
         if not row.group.branches:
             self._rows.remove(row)
-            self._cache.release(row)  # unless it was already
+            self._cache.release(row)
 
     def _make_room(self, backlog: Backlog) -> bool:
         """Let rows without room for the next tokens wait again, and bring the others together when few are left.

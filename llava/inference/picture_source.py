@@ -87,7 +87,7 @@ def read_pictures(
         workers: processes; 0 = threads of this one.
         threads: how many.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures", initializer=_compute_alone)
     n_ahead = FEW if workers else AHEAD * threads
     ahead = deque(pool.submit(_read_pinned, reader, names) for names in rows[:n_ahead])
     if not workers:
@@ -100,6 +100,17 @@ def read_pictures(
         pin_memory=torch.cuda.is_available(),
     )
     return _results_of_both(pool, ahead, rest)
+
+
+def _compute_alone() -> None:
+    """Keep a thread beside a GPU from starting threads of its own, which takes longer than a picture."""
+    if torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
+def _end(pool: ThreadPoolExecutor) -> None:
+    pool.shutdown(cancel_futures=True)
+    torch.set_num_threads(torch.get_num_threads())  # threads that start later compute as this one does
 
 
 def _read_pinned(reader: PictureReader, names: Sequence[str]) -> list[Tensor] | PictureError:
@@ -121,7 +132,7 @@ def _results_of_both(
                 processes = iter(rest)
             yield ahead.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool)
     yield from processes
 
 
@@ -135,4 +146,4 @@ def _results_of_threads(
         while ahead:
             yield ahead.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool)

@@ -346,6 +346,35 @@ def test_the_last_rows_are_filled_behind_a_step(tiny_sessions, monkeypatch):
     assert watch.moves[:6] == ["prefill", "prefill", "prefill", "step", "prefill", "step"]
 
 
+def test_rows_are_filled_while_their_last_tokens_are_on_their_way(tiny_sessions, monkeypatch):
+    """Where answers end by the limit, steps wait for full caches and prefills for no answer."""
+    pairs = [*itertools.product(NAMES, NAMES)][:12]
+    asks, sampling = make_asks([(pair, [3, 4]) for pair in pairs]), Sampling(max_new_tokens=3)
+    expected = {ask.key: alone(tiny_sessions[0], ask, sampling) for ask in asks}
+    watch = Watch(monkeypatch)
+    results = run(tiny_sessions[0], asks, sampling, pieces=(40, 16, 4, 3), ahead=3)
+    fill = ["prefill"] * watch.moves.index("step")
+    assert watch.moves == [*fill, "step", "step"] * (12 // 4)
+    assert {key: branch.generated for key, branch in results.items()} == expected
+    assert max(watch.behind) == 3
+
+
+def test_the_cache_is_made_while_pictures_are_read(tiny_sessions, monkeypatch):
+    asks, made, at_picture = make_asks([([name], [3, 4]) for name in NAMES]), [], []
+    plan, create = plan_groups(asks, PATCHES), TreeCache.__init__
+    monkeypatch.setattr(TreeCache, "__init__", lambda *args, **options: made.append(1) or create(*args, **options))
+
+    def pictures():
+        for group in plan.groups:
+            at_picture.append(len(made))
+            yield [pixels_of(name) for name in group.images]
+
+    waiting = Backlog(tiny_sessions[0], len(plan.stem_ids), plan.groups, pictures(), room=2, is_padded=False)
+    list(Engine(tiny_sessions[0], Sampling(max_new_tokens=2), plan.stem_ids).run(waiting))
+    assert at_picture == [1] * 5
+    assert len(made) == 1  # of the size that was needed
+
+
 def test_long_answers_do_not_stall_short_ones(tiny_sessions):
     """With room for few, answers come out before the last question has gone in."""
     asks = some_asks(30)
