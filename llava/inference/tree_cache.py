@@ -134,8 +134,7 @@ class TreeCache:
         launch = Launch(place, n_rows, trunk, length, bias, kept_behind, square)
         places = Places(*map(torch.clone, send(layout.places, llama.device)))
         if square:
-            numbers = torch.arange(n_rows, device=llama.device)[:, None].repeat(1, length - stem)
-            places = places._replace(queries=self._queries, rows=numbers.flatten())
+            places = places._replace(queries=self._queries, rows=places.slots - place.start)
         embeds = self._embed(rows, layout.branch_ids, trunk)
         with without_plans():  # each prefill has another shape
             return llama.fill_and_read(embeds, places, self._layers, functools.partial(self._attend, launch), kept)
@@ -190,7 +189,7 @@ class TreeCache:
         """Take the chosen token of each answer, and return the logits of the next, (M, W).
 
         Args:
-            live: answers that go on; their rows have room.
+            live: answers that go on; their rows have room. What is in other rows may be lost.
             is_early: as in `StepGraphs`.
         """
         entries = []
@@ -210,12 +209,22 @@ class TreeCache:
         if self._graphs and self.capacity - used < USED_MULTIPLE:
             used = self.capacity  # a shape less to record
         shape = shape._replace(used=used)
-        entries += entries[:1] * (shape.n_answers - len(live))  # computed again and not looked at
+        order = [row.slot for row, _ in live] if _is_whole(shape) else [*range(len(live))]
+        if _is_whole(shape):
+            # Rows without an answer take a token too, at a place of their own that a prefill will overwrite.
+            idle = {slot: (0, slot, shape.used - 1, 1) for slot in range(shape.n_rows)}
+            entries = [*(idle | {entry[1]: entry for entry in entries}).values()]
+            shape = shape._replace(n_answers=shape.n_rows)
+        entries += entries[:1] * (shape.n_answers - len(entries))  # computed again and not looked at
         columns = torch.tensor(entries).T.contiguous()  # (4, M)
         sent = send(columns, self._llama.device)
         if self._graphs is None:
-            return self._compute_step(sent, shape)[: len(live)]
-        return self._graphs(self._compute_step, sent, shape, is_early=is_early)[: len(live)]
+            logits = self._compute_step(sent, shape)
+        else:
+            logits = self._graphs(self._compute_step, sent, shape, is_early=is_early)
+        if order == [*range(len(order))]:
+            return logits[: len(order)]
+        return logits[send(torch.tensor(order), logits.device)]
 
     def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
         """Return the logits of a step, (4, M) -> (M, W); entries are position, row, place and branch."""
@@ -227,6 +236,8 @@ class TreeCache:
 
         def attend(layer: int, query: Tensor) -> Tensor:
             keys, values = (part[:n_rows, :used] for part in self._layers[layer])
+            if _is_whole(shape):
+                return attend_dense(query[:, None], keys, values, bias)
             grid = query.new_zeros(n_rows, n_columns, *query.shape[1:])
             grid[slots, columns - 1] = query
             return attend_dense(grid, keys, values, bias)[slots * n_columns + columns - 1]
@@ -282,6 +293,11 @@ class TreeCache:
         taken = free[first : first + count]
         self._free = free[:first] + free[first + count :]
         return taken
+
+
+def _is_whole(shape: StepShape) -> bool:
+    """Return whether a step is computed for every row in order, one query each, which needs no moving of queries."""
+    return shape.n_columns == 1 and shape.n_rows <= shape.n_answers
 
 
 def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:

@@ -191,8 +191,12 @@ def test_a_cache_that_is_dropped_gives_its_memory_back_at_once(tiny_sessions, mo
         gc.enable()
 
 
-def test_recorded_steps_give_the_same(tiny_sessions, whole, monkeypatch):
-    """A recorded step reads and writes the same places each time, and its shape is that of several steps."""
+@pytest.mark.parametrize("max_branches", [1, 32])
+def test_recorded_steps_give_the_same(tiny_sessions, whole, monkeypatch, max_branches):
+    """A recorded step reads and writes the same places each time, and its shape is that of several steps.
+
+    With one question in each row, rows whose answer has ended are computed with the others.
+    """
     recorded = []
 
     def record(self, compute, entries, shape):
@@ -205,9 +209,11 @@ def test_recorded_steps_give_the_same(tiny_sessions, whole, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(StepGraphs, "_record", record)
     for ahead in (0, 1):
-        results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), graphed=True, ahead=ahead)
+        options = {"graphed": True, "ahead": ahead, "max_branches": max_branches}
+        results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), **options)
         assert {key: branch.generated for key, branch in results.items()} == whole
     assert 1 < len(recorded) < 10
+    assert max_branches > 1 or all(shape.n_answers == shape.n_rows for shape in recorded)
 
 
 def test_moving_rows_together_changes_nothing(tiny_sessions):
