@@ -221,6 +221,8 @@ class Engine:
         n_rows = min(n_rows, len(backlog))
         logger.debug("cache: %d rows of %d positions", n_rows, needed)
         self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed, graphed=self._graphed)
+        if self._llama.device.type == "cuda":
+            torch.cuda.empty_cache()  # what an earlier cache left and this one didn't take: recordings can't take it
 
     def _rows_at_once(self, backlog: Backlog) -> int:
         """Return the most rows that a launch fills."""
