@@ -54,7 +54,8 @@ from llava.inference.grouping import Ask, plan_groups
 from llava.inference.picture_source import PictureReader, default_workers, read_pictures
 from llava.inference.questions import Question
 from llava.inference.session import Sampling, Session
-from llava.inference.tree_cache import TreeCache, round_up
+from llava.inference.tree_cache import TreeCache
+from llava.inference.tree_rows import round_up
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import best_device
 from llava.model.flat_llama import FlatLlama

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.inference.grouping import Branch, Group
+from llava.inference.grouping import Branch, Group, spliced_length
 from llava.inference.picture_source import PictureError
 from llava.inference.prompts import PromptError
 from llava.inference.session import Session
-from llava.inference.tree_cache import Row
+from llava.inference.tree_rows import Row
 from llava.model.devices import send
 
 ENCODER_BATCH = 24
@@ -64,7 +64,7 @@ class Backlog:
         self.encoder_batch = ENCODER_BATCH
         self.max_branches = max((len(group.branches) for group in groups), default=1)
         self._session, self._stem_length, self._room, self._is_padded = session, stem_length, room, is_padded
-        self._coming = zip(groups, pictures, strict=True)
+        self._groups, self._coming = groups, zip(groups, pictures, strict=True)
         self._n_coming = len(groups)
         self._again: deque[tuple[Group, list[Tensor]]] = deque()
         self._ready: deque[Row] = deque()
@@ -80,6 +80,16 @@ class Backlog:
     def is_ready(self) -> bool:
         """Whether the pictures of the next group are encoded."""
         return bool(self._ready)
+
+    def expected_length(self) -> int:
+        """Return the positions of the next group's trunk and branches, whose pictures need not be there; 0 if none."""
+        if self._ready:
+            return self._ready[0].length
+        if not self:
+            return 0
+        group = self._again[0][0] if self._again else self._groups[len(self._groups) - self._n_coming]
+        tower = self._session.model.get_vision_tower()
+        return spliced_length(group.trunk_ids, lambda: tower.num_patches) + group.branch_length
 
     def prepare(self) -> None:
         """Have the next pictures encoded, if none are; for when the device has something to do meanwhile."""

@@ -14,7 +14,7 @@ from llava.inference.arrival import Arrival
 from llava.inference.dialogue_cache import DialogueCache, open_cache
 from llava.inference.prompts import ending_ids, next_turn_ids
 from llava.inference.session import Prompt, Request, Sampling, Session
-from llava.inference.tree_cache import send
+from llava.model.devices import send
 
 
 class Chat:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.inference.step_graphs import StepGraphs, StepShape
-from llava.inference.tree_cache import round_up
+from llava.inference.tree_rows import round_up
 from llava.model.flat_llama import (
     FlatLlama,
     Places,

@@ -25,7 +25,8 @@ from llava.inference.backlog import Backlog, Failed
 from llava.inference.grouping import Branch
 from llava.inference.selection import score_tokens, select_tokens
 from llava.inference.session import Sampling, Session
-from llava.inference.tree_cache import Row, TreeCache, round_up, row_bytes
+from llava.inference.tree_cache import TreeCache, row_bytes
+from llava.inference.tree_rows import Row, round_up
 from llava.model.devices import free_memory, send
 from llava.model.flat_llama import FlatLlama
 
@@ -45,6 +46,10 @@ _SHARE_USED = {"cuda": 0.92, "cpu": 0.5, "mps": 0.6}
 """Of the free memory."""
 _TOO_WIDE = 1.5
 """A cache whose rows are so many times longer than needed is made anew as soon as it is empty."""
+_EARLY = 4
+"""Behind a prefill of at least this part of a launch's positions there is time to record a step."""
+_SOON = 4
+"""Answers of at most so many tokens are taken to end by the limit: which rows become free is known ahead."""
 
 
 class Selected(Arrival):
@@ -95,12 +100,13 @@ class Engine:
         kind = self._llama.device.type
         self._max_rows = MAX_ROWS.get(kind, MAX_ROWS["cpu"])
         self._positions = PREFILL_POSITIONS.get(kind, PREFILL_POSITIONS["cpu"])
-        self._ahead = MOVES_AHEAD.get(kind, 0)
+        self._ends_soon = sampling.max_new_tokens <= _SOON
+        self._ahead = MOVES_AHEAD.get(kind, 0) * (_SOON - 1 if self._ends_soon else 1)
         self._max_questions = max_questions or self._max_rows * 32
         self._stop_ids = frozenset(session.stop_ids)
         self._cache: TreeCache | None = None
         self._rows: list[Row] = []
-        self._has_stepped = False
+        self._has_stepped = self._is_busy = False
         self._selected: deque[Selected] = deque()
         self._finished: list[Branch] = []
         self.spare = FIRST_SPARE
@@ -135,10 +141,11 @@ class Engine:
         if rows:
             self._prefill(rows)
         elif self._make_room(backlog) and (live := self._going_on()):
-            self._select(live, self._cache.step(live))
+            self._select(live, self._cache.step(live, is_early=self._is_busy))
         else:
             return False
         self._has_stepped = not rows
+        self._is_busy = _EARLY * sum(row.length for row in rows) >= self._positions
         backlog.prepare()
         return True
 
@@ -156,6 +163,8 @@ class Engine:
         """Take the groups of the next prefill; none if it should wait for more rows to become free."""
         rows: list[Row] = []
         try:
+            if self._cache is None and backlog:  # while pictures are read
+                self._make_cache(backlog.expected_length(), backlog)
             first = backlog.peek()
             if first is not None and self._has_room(first, backlog):
                 self._take(rows, backlog)
@@ -185,23 +194,35 @@ class Engine:
 
     def _has_room(self, first: Row, backlog: Backlog) -> bool:
         """Return whether a prefill that starts with this group should be launched now; make a cache if need be."""
-        needed = round_up(len(self._stem_ids) + first.length) + self._spare(backlog)
-        at_once = max(1, self._positions // max(1, first.length))
-        is_other_size = self._cache is None or not needed <= self._cache.capacity <= _TOO_WIDE * needed
-        if not self._rows and is_other_size:
-            self._cache = None  # its memory is needed for the next
-            n_rows = min(self._fitting_rows(needed), self._max_rows, self._max_questions)
-            if at_once < n_rows < len(backlog):
-                n_rows -= n_rows % at_once
-            n_rows = min(n_rows, len(backlog))
-            logger.debug("cache: %d rows of %d positions", n_rows, needed)
-            self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed, graphed=self._graphed)
+        needed, at_once = self._needs(first.length, backlog)
+        if not self._rows and not needed <= self._cache.capacity <= _TOO_WIDE * needed:
+            self._make_cache(first.length, backlog)
         if needed > self._cache.capacity:
             return False
         free, wanted = self._cache.n_free, min(at_once, self._rows_at_once(backlog))
-        if self._ahead and not self._has_stepped and free < len(backlog) and self._going_on():
+        if self._ends_soon:
+            wanted -= wanted // 4  # a smaller launch costs less than another step
+        elif self._ahead and not self._has_stepped and free < len(backlog) and self._going_on():
             wanted *= 2  # the last free rows are filled behind a step, while it is not known which rows it will free
         return not self._rows or free >= wanted
+
+    def _needs(self, length: int, backlog: Backlog) -> tuple[int, int]:
+        """Return the capacity that a group of so many positions needs, and how many of them fit a launch."""
+        capacity = round_up(len(self._stem_ids) + length) + self._spare(backlog)
+        return capacity, max(1, self._positions // max(1, length))
+
+    def _make_cache(self, length: int, backlog: Backlog) -> None:
+        """Make a cache for groups of at most so many positions."""
+        needed, at_once = self._needs(length, backlog)
+        self._cache = None  # its memory is needed for the next
+        n_rows = min(self._fitting_rows(needed), self._max_rows, self._max_questions)
+        if at_once < n_rows < len(backlog):
+            n_rows -= n_rows % at_once
+        n_rows = min(n_rows, len(backlog))
+        logger.debug("cache: %d rows of %d positions", n_rows, needed)
+        self._cache = TreeCache(self._llama, self._stem_ids, n_rows, needed, graphed=self._graphed)
+        if self._llama.device.type == "cuda":
+            torch.cuda.empty_cache()  # what an earlier cache left and this one didn't take: recordings can't take it
 
     def _rows_at_once(self, backlog: Backlog) -> int:
         """Return the most rows that a launch fills."""
@@ -213,11 +234,12 @@ class Engine:
     def _fitting_rows(self, capacity: int) -> int:
         """Return the rows of a capacity that the device has room for, beside what computing takes; at least 1."""
         device, config = self._llama.device, self._session.model.config
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         values = 3 * config.intermediate_size + 12 * config.hidden_size  # of a position, while it is computed
         workspace = self._positions * values * self._llama.dtype.itemsize + config.vocab_size * 2**14
-        available = free_memory(device) * _SHARE_USED.get(device.type, _SHARE_USED["cpu"]) - workspace
+        free = free_memory(device)
+        if device.type == "cuda":  # what an earlier cache has left is taken again, which is faster than to map it anew
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        available = free * _SHARE_USED.get(device.type, _SHARE_USED["cpu"]) - workspace
         return max(1, int(available // row_bytes(self._llama, capacity)))
 
     def _spare(self, backlog: Backlog) -> int:
@@ -248,6 +270,9 @@ class Engine:
         self._selected.append(Selected(branches, [tokens, *scores]))
         for _, branch in branches:
             branch.n_coming += 1
+        for row in {row for row, _ in branches}:
+            if not self._going_on([row]):  # its last tokens are on their way, nothing reads it again
+                self._cache.release(row)
 
     def _collect(self, selected: Selected) -> None:
         """Take chosen tokens from the device, and let finished answers go."""
@@ -300,8 +325,9 @@ class Engine:
             backlog.put_back(row)
         if full:
             self.spare *= 2
-        if self._rows and not backlog and 2 * len(self._rows) <= 1 + max(row.slot for row in self._rows):
-            self._cache.compact(self._rows)
+        held = [row for row in self._rows if not row.is_released]
+        if held and not backlog and 2 * len(held) <= 1 + max(row.slot for row in held):
+            self._cache.compact(held)
         return True
 
     def _retreat(self, backlog: Backlog, error: torch.OutOfMemoryError) -> None:

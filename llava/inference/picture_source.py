@@ -20,7 +20,7 @@ from llava.mm_utils import process_images
 AHEAD = 4
 """Groups of pictures that each worker may be ahead."""
 FEW = 64
-"""So many groups are not worth the start of processes."""
+"""So many groups are read by threads: they begin at once, while to start the processes takes longer than to read."""
 MAX_WORKERS = 10
 THREADS = 4
 """That decode where no processes do; the computing threads of a CPU need the rest."""
@@ -87,23 +87,53 @@ def read_pictures(
         workers: processes; 0 = threads of this one.
         threads: how many.
     """
-    if workers and len(rows) > FEW:
-        loader = DataLoader(
-            _Pictures(reader, rows),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=AHEAD,
-            pin_memory=torch.cuda.is_available(),
-        )
-        return _results(iter(loader))
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
-    n_ahead = AHEAD * threads
-    ahead = deque(pool.submit(reader.read, names) for names in rows[:n_ahead])
-    return _results_of_threads(pool, reader, ahead, rows[n_ahead:])
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures", initializer=_compute_alone)
+    n_ahead = FEW if workers else AHEAD * threads
+    ahead = deque(pool.submit(_read_pinned, reader, names) for names in rows[:n_ahead])
+    if not workers:
+        return _results_of_threads(pool, reader, ahead, rows[n_ahead:])
+    rest = DataLoader(
+        _Pictures(reader, rows[n_ahead:]),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=AHEAD,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return _results_of_both(pool, ahead, rest)
 
 
-def _results(started: Iterator[list[Tensor] | PictureError]) -> Iterator[list[Tensor] | PictureError]:
-    yield from started
+def _compute_alone() -> None:
+    """Keep a thread beside a GPU from starting threads of its own, which takes longer than a picture."""
+    if torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
+def _end(pool: ThreadPoolExecutor) -> None:
+    pool.shutdown(cancel_futures=True)
+    torch.set_num_threads(torch.get_num_threads())  # threads that start later compute as this one does
+
+
+def _read_pinned(reader: PictureReader, names: Sequence[str]) -> list[Tensor] | PictureError:
+    pixels = reader.read(names)
+    if isinstance(pixels, PictureError) or not torch.cuda.is_available():
+        return pixels
+    return [picture.pin_memory() for picture in pixels]
+
+
+def _results_of_both(
+    pool: ThreadPoolExecutor, ahead: deque[Any], rest: DataLoader
+) -> Iterator[list[Tensor] | PictureError]:
+    """Return what threads have read, and behind it what processes read, which start on the way."""
+    processes: Iterator[list[Tensor] | PictureError] = iter(())
+    try:
+        start = len(ahead) // 2  # the device has enough to do meanwhile
+        for number in range(len(ahead)):
+            if number == start and len(rest):
+                processes = iter(rest)
+            yield ahead.popleft().result()
+    finally:
+        _end(pool)
+    yield from processes
 
 
 def _results_of_threads(
@@ -111,9 +141,9 @@ def _results_of_threads(
 ) -> Iterator[list[Tensor] | PictureError]:
     try:
         for names in rest:
-            ahead.append(pool.submit(reader.read, names))
+            ahead.append(pool.submit(_read_pinned, reader, names))
             yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        _end(pool)

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 RECORDED_FROM = 3
 """So often a shape has to occur unless said otherwise; recording costs about as much as a step."""
 _FINE, _COARSE = 16, 64
-_USED_MULTIPLE = 128
+USED_MULTIPLE = 128
+"""Of positions that a recorded step looks at."""
 
 
 class StepShape(NamedTuple):
@@ -36,7 +37,7 @@ class StepShape(NamedTuple):
         """
         answers = _multiple(self.n_answers, _FINE if self.n_answers <= 4 * _FINE else _COARSE)
         rows = min(all_rows, _power(self.n_rows)) if 2 * self.n_rows <= all_rows else all_rows
-        return StepShape(answers, rows, _power(self.n_columns), _multiple(self.used, _USED_MULTIPLE))
+        return StepShape(answers, rows, _power(self.n_columns), _multiple(self.used, USED_MULTIPLE))
 
 
 class StepGraphs:
@@ -56,34 +57,50 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._is_refused = False
 
-    def __call__(self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> Tensor:
+    def __call__(
+        self,
+        compute: Callable[[Tensor, StepShape], Tensor],
+        entries: Tensor,
+        shape: StepShape,
+        *,
+        is_early: bool = False,
+    ) -> Tensor:
         """Return the result, which lasts until the next call.
 
         Args:
             compute: (entries (4, M), shape) -> (M, W), without any wait for the device; the same each time.
             entries: of the step.
             shape: of the step.
+            is_early: the device is busy for longer than a recording takes, so that a new shape is recorded at once.
         """
         with torch.cuda.device_of(entries):
-            return self._compute(compute, entries, shape)
+            return self._compute(compute, entries, shape, is_early)
 
-    def _compute(self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> Tensor:
+    def _compute(
+        self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape, is_early: bool
+    ) -> Tensor:
         self._seen[shape] += 1
-        if self._seen[shape] < self._recorded_from or self._is_refused:
-            return compute(entries, shape)
+        is_wanted = shape not in self._recorded and not self._is_refused
+        if is_wanted and (self._seen[shape] >= self._recorded_from or (is_early and self._seen[shape] > 1)):
+            self._try_to_record(compute, entries, shape)
         if shape not in self._recorded:
-            try:
-                self._recorded[shape] = self._record(compute, entries, shape)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                logger.warning("steps are computed without being recorded, which is slower: %s", error)
-                self._is_refused = True
-                return compute(entries, shape)
+            result = compute(entries, shape)
+            if is_wanted and is_early and not self._is_refused:
+                self._try_to_record(compute, entries, shape)
+            return result
         graph, taken, result = self._recorded[shape]
         taken.copy_(entries, non_blocking=True)
         graph.replay()
         return result
+
+    def _try_to_record(self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape) -> None:
+        try:
+            self._recorded[shape] = self._record(compute, entries, shape)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            logger.warning("steps are computed without being recorded, which is slower: %s", error)
+            self._is_refused = True
 
     def _record(
         self, compute: Callable[[Tensor, StepShape], Tensor], entries: Tensor, shape: StepShape

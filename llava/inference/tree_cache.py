@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,58 +19,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava.constants import TRUNK
-from llava.inference.grouping import Branch, Group
-from llava.inference.step_graphs import StepGraphs, StepShape
+from llava.inference.grouping import Branch
+from llava.inference.step_graphs import USED_MULTIPLE, StepGraphs, StepShape
+from llava.inference.tree_rows import NOBODY, Row, lay_out, round_up
 from llava.model.attention_kernels import without_plans
 from llava.model.devices import send
 from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense, attend_square
 from llava.model.tree_attention import branch_mask, later_mask
 
-NOBODY = -1
-"""Branch number of a position that holds nothing."""
-MULTIPLE = 8
-"""Lengths of masks are multiples of it, as fast kernels want; so are numbers of tokens, so that few shapes occur."""
 SQUARES = False
 """Whether trunks attend as squares, with queries in front whose results are thrown away: what cuDNN's kernel takes."""
 SQUARE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-
-
-@dataclass(eq=False)
-class Row:
-    """A group with its pictures, in a cache or about to be.
-
-    Attributes:
-        group: its branches that are not finished.
-        pixels: on the CPU, one tensor per picture, to begin again if memory runs out.
-        trunk_embeds: (T, D) of the group's trunk.
-        slot: number of the row; this and what follows is set when the group is put into a cache.
-        start: position id of the first token of a branch.
-        fill: first position that holds nothing.
-        columns: number of each branch that is not finished, from 1.
-    """
-
-    group: Group
-    pixels: list[Tensor]
-    trunk_embeds: Tensor
-    slot: int = -1
-    start: int = 0
-    fill: int = 0
-    columns: dict[Branch, int] = field(default_factory=dict)
-
-    @property
-    def trunk_length(self) -> int:
-        """Positions of the trunk."""
-        return len(self.trunk_embeds)
-
-    @property
-    def length(self) -> int:
-        """Positions of trunk and branches."""
-        return self.trunk_length + self.group.branch_length
-
-
-def round_up(number: int, multiple: int = MULTIPLE) -> int:
-    """Return the next multiple."""
-    return -(-number // multiple) * multiple
+"""The first that takes them."""
+_SQUARE_ROWS, _SQUARE_LENGTH = 4, 64
+"""Numbers of rows and positions of squares are multiples: cuDNN's kernel is planned anew for every shape."""
 
 
 def row_bytes(llama: FlatLlama, capacity: int) -> int:
@@ -90,6 +51,7 @@ class Launch(NamedTuple):
         length: L, positions of a row that are in use.
         bias: (r, 1, Q, L), who sees whom among the branches; None = every row is one line, each sees all before it.
         kept: (M,) int64, positions among the branches whose logits are wanted.
+        square: rows and positions of the cache whose trunks attend as squares; None = they attend to the lower right.
     """
 
     place: slice | Tensor
@@ -98,6 +60,7 @@ class Launch(NamedTuple):
     length: int
     bias: Tensor | None
     kept: Tensor
+    square: tuple[slice, int] | None
 
 
 class TreeCache:
@@ -129,6 +92,7 @@ class TreeCache:
         self._owners[:, : self._stem] = TRUNK
         self._chosen = torch.zeros(n_rows, capacity, dtype=torch.int64, device=device)  # of each branch of each row
         self._free = list(range(n_rows))
+        self._queries = torch.zeros(0, device=device)
         self._graphs = StepGraphs() if graphed else None
         if stem_ids:
             self._compute_stem(stem_ids)
@@ -139,9 +103,11 @@ class TreeCache:
         return len(self._free)
 
     def release(self, row: Row) -> None:
-        """Make room: the group of the row is finished."""
-        self._free.append(row.slot)
-        self._free.sort()
+        """Make room: nothing of the row is computed any more; again it changes nothing."""
+        if not row.is_released:
+            self._free.append(row.slot)
+            self._free.sort()
+        row.is_released = True
 
     def prefill(self, rows: Sequence[Row]) -> Tensor:
         """Put groups into free rows, and return the logits of the last `n_kept` positions of their branches, (M, W).
@@ -154,7 +120,7 @@ class TreeCache:
         length = round_up(stem + trunk + max(row.group.branch_length for row in rows))  # L
         slots = self._take(n_rows)
         for row, slot in zip(rows, slots, strict=True):
-            row.slot, row.start, row.fill = slot, stem + row.trunk_length, length
+            row.slot, row.start, row.fill, row.is_released = slot, stem + row.trunk_length, length, False
             row.columns = {branch: number for number, branch in enumerate(row.group.branches, start=1)}
         layout = lay_out(rows, stem, trunk, length)
         owners = send(layout.owners, llama.device)  # (r, L) int16
@@ -164,21 +130,34 @@ class TreeCache:
         kept, kept_behind = map(torch.clone, send(layout.kept, llama.device))
         is_line = all(len(row.group.branches) == 1 and row.trunk_length == trunk for row in rows)
         bias = None if is_line else additive(branch_mask(owners, stem + trunk), llama.dtype)  # (r, 1, Q, L)
-        launch = Launch(place, n_rows, trunk, length, bias, kept_behind)
+        square = self._square(place, n_rows, length if is_line else stem + trunk) if SQUARES else None
+        launch = Launch(place, n_rows, trunk, length, bias, kept_behind, square)
         places = Places(*map(torch.clone, send(layout.places, llama.device)))
-        if SQUARES:
-            queries = torch.zeros(n_rows, length, *llama.query_shape, dtype=llama.dtype, device=llama.device)
-            numbers = torch.arange(n_rows, device=llama.device)[:, None].repeat(1, length - stem)
-            places = places._replace(queries=queries, rows=numbers.flatten())
+        if square:
+            places = places._replace(queries=self._queries, rows=places.slots - place.start)
         embeds = self._embed(rows, layout.branch_ids, trunk)
         with without_plans():  # each prefill has another shape
             return llama.fill_and_read(embeds, places, self._layers, functools.partial(self._attend, launch), kept)
+
+    def _square(self, place: slice | Tensor, n_rows: int, end: int) -> tuple[slice, int] | None:
+        """Return rows and positions of a square that holds these, of which there are few, and have room for queries."""
+        if not isinstance(place, slice):
+            return None
+        rows = slice(place.start, place.start + round_up(n_rows, _SQUARE_ROWS))
+        if rows.stop > self.n_rows:
+            rows = place
+        count = rows.stop - rows.start
+        if len(self._queries) < count:  # as long as rows of the cache: other lengths would be other shapes
+            shape = (count, self.capacity, *self._llama.query_shape)
+            self._queries = torch.zeros(shape, dtype=self._llama.dtype, device=self._llama.device)
+        return rows, min(self.capacity, round_up(end, _SQUARE_LENGTH))
 
     def _attend(self, launch: Launch, layer: int, query: Tensor) -> Tensor:
         """Return attention of trunks and branches, in the last layer of the kept positions alone."""
         stem, n_rows, trunk = self._stem, launch.n_rows, launch.trunk
         keys, values = (part[launch.place, : launch.length] for part in self._layers[layer])
-        whole, query = query, query[:, stem:] if SQUARES else query.unflatten(0, (n_rows, -1))  # (r, T + Q, H, d)
+        whole = query
+        query = query[:n_rows, stem : launch.length] if launch.square else query.unflatten(0, (n_rows, -1))
         is_last = layer == self._llama.n_layers - 1
         if launch.bias is not None:
             behind = attend_dense(query[:, trunk:], keys, values, launch.bias)
@@ -187,12 +166,15 @@ class TreeCache:
         elif is_last:
             return attend_causal(query[:, trunk:], keys, values)[launch.kept]
         end = launch.length if launch.bias is None else stem + trunk
-        keys, values = keys[:, :end], values[:, :end]
-        if SQUARES:
-            with sdpa_kernel(SQUARE_KERNELS):
-                front = attend_square(whole[:, :end], keys, values).unflatten(0, (n_rows, end))[:, stem:]
+        if launch.square:
+            rows, side = launch.square
+            keys, values = (part[rows, :side] for part in self._layers[layer])
+            with sdpa_kernel(SQUARE_KERNELS, set_priority=True):
+                front = attend_square(whole[: len(keys), :side], keys, values).unflatten(0, (len(keys), side))
+            front = front[:n_rows, stem:end]
         else:
-            front = attend_causal(query[:, : end - stem], keys, values).unflatten(0, (n_rows, end - stem))
+            front = attend_causal(query[:, : end - stem], keys[:, :end], values[:, :end])
+            front = front.unflatten(0, (n_rows, end - stem))
         if launch.bias is not None:
             front = torch.cat((front, behind.unflatten(0, (n_rows, -1))), dim=1)
         return front.flatten(0, 1)
@@ -203,11 +185,12 @@ class TreeCache:
         slots, columns = send(entries.T.contiguous(), self._llama.device)
         self._chosen[slots, columns] = tokens
 
-    def step(self, live: Sequence[tuple[Row, Branch]]) -> Tensor:
+    def step(self, live: Sequence[tuple[Row, Branch]], *, is_early: bool = False) -> Tensor:
         """Take the chosen token of each answer, and return the logits of the next, (M, W).
 
         Args:
-            live: answers that go on; their rows have room.
+            live: answers that go on; their rows have room. What is in other rows may be lost.
+            is_early: as in `StepGraphs`.
         """
         entries = []
         for row, branch in live:
@@ -222,12 +205,26 @@ class TreeCache:
         )
         if self._graphs or self._llama.compiled:
             shape = shape.rounded(self.n_rows)
-        shape = shape._replace(used=min(self.capacity, round_up(shape.used)))
-        entries += entries[:1] * (shape.n_answers - len(live))  # computed again and not looked at
+        used = min(self.capacity, round_up(shape.used))
+        if self._graphs and self.capacity - used < USED_MULTIPLE:
+            used = self.capacity  # a shape less to record
+        shape = shape._replace(used=used)
+        order = [row.slot for row, _ in live] if _is_whole(shape) else [*range(len(live))]
+        if _is_whole(shape):
+            # Rows without an answer take a token too, at a place of their own that a prefill will overwrite.
+            idle = {slot: (0, slot, shape.used - 1, 1) for slot in range(shape.n_rows)}
+            entries = [*(idle | {entry[1]: entry for entry in entries}).values()]
+            shape = shape._replace(n_answers=shape.n_rows)
+        entries += entries[:1] * (shape.n_answers - len(entries))  # computed again and not looked at
         columns = torch.tensor(entries).T.contiguous()  # (4, M)
         sent = send(columns, self._llama.device)
-        logits = self._graphs(self._compute_step, sent, shape) if self._graphs else self._compute_step(sent, shape)
-        return logits[: len(live)]
+        if self._graphs is None:
+            logits = self._compute_step(sent, shape)
+        else:
+            logits = self._graphs(self._compute_step, sent, shape, is_early=is_early)
+        if order == [*range(len(order))]:
+            return logits[: len(order)]
+        return logits[send(torch.tensor(order), logits.device)]
 
     def _compute_step(self, entries: Tensor, shape: StepShape) -> Tensor:
         """Return the logits of a step, (4, M) -> (M, W); entries are position, row, place and branch."""
@@ -239,6 +236,8 @@ class TreeCache:
 
         def attend(layer: int, query: Tensor) -> Tensor:
             keys, values = (part[:n_rows, :used] for part in self._layers[layer])
+            if _is_whole(shape):
+                return attend_dense(query[:, None], keys, values, bias)
             grid = query.new_zeros(n_rows, n_columns, *query.shape[1:])
             grid[slots, columns - 1] = query
             return attend_dense(grid, keys, values, bias)[slots * n_columns + columns - 1]
@@ -296,49 +295,9 @@ class TreeCache:
         return taken
 
 
-class Layout(NamedTuple):
-    """Where the tokens of groups lie, on the CPU: row by row, the trunk and behind it the branches.
-
-    Attributes:
-        owners: (r, L) int16, branch number of each position of the rows.
-        branch_ids: (r, Q) int64, token ids of the branches, 0 where there is none.
-        places: (3, r (T + Q)) int64, position id, row of the cache, and place in it of each token.
-        kept: (2, M) int64, indices of the positions whose logits are wanted, among all tokens and among the branches'.
-    """
-
-    owners: Tensor
-    branch_ids: Tensor
-    places: Tensor
-    kept: Tensor
-
-
-def lay_out(rows: Sequence[Row], stem: int, trunk: int, length: int) -> Layout:
-    """Return the layout of groups whose trunks are padded to `trunk` positions and whose rows to `length`."""
-    width = length - stem - trunk  # Q
-    owners = torch.full((len(rows), length), NOBODY, dtype=torch.int16)
-    owners[:, : stem + trunk] = TRUNK
-    own, ids, behind, kept = [], [], [], []
-    for number, row in enumerate(rows):
-        owners[number, row.start : stem + trunk] = NOBODY
-        row_own, row_ids, positions = [], [], []
-        for branch, column in row.columns.items():
-            tokens = branch.tokens
-            row_own += [column] * len(tokens)
-            row_ids += tokens
-            positions += range(row.start, row.start + len(tokens))
-            end = number * width + len(row_ids)
-            kept += ((index + (number + 1) * trunk, index) for index in range(end - branch.ask.n_kept, end))
-        padding = width - len(row_ids)
-        own.append(row_own + [NOBODY] * padding)
-        ids.append(row_ids + [0] * padding)
-        behind.append(positions + [0] * padding)
-    owners[:, stem + trunk :] = torch.tensor(own, dtype=torch.int16)
-    back = torch.tensor(behind)
-    positions = torch.cat([torch.arange(stem, stem + trunk).expand(len(rows), -1), back], dim=1)
-    slots = torch.tensor([row.slot for row in rows])[:, None].expand_as(positions)
-    in_row = torch.arange(stem, length).expand_as(positions)
-    places = torch.stack([positions, slots, in_row]).flatten(1)
-    return Layout(owners, torch.tensor(ids), places, torch.tensor(kept).T.contiguous())
+def _is_whole(shape: StepShape) -> bool:
+    """Return whether a step is computed for every row in order, one query each, which needs no moving of queries."""
+    return shape.n_columns == 1 and shape.n_rows <= shape.n_answers
 
 
 def _as_slice(slots: Sequence[int], device: torch.device) -> slice | Tensor:

@@ -10,7 +10,8 @@ Letters: `N` tokens, `M` of them whose logits are wanted, `H` heads, `K` key hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -87,7 +88,10 @@ class FlatLlama:
         if compiled:
             # Only the number of tokens changes from call to call; one graph serves all layers and numbers.
             self._project = torch.compile(project_heads, dynamic=True)
-            self._finish = torch.compile(finish_layer, dynamic=True)
+            if has_plain_weights(model) and not (config.attention_bias or config.mlp_bias):
+                self._finish = functools.partial(finish_in_place, torch.compile(gate_states, dynamic=True))
+            else:
+                self._finish = torch.compile(finish_layer, dynamic=True)
             for module in body.modules():
                 if isinstance(module, CLIPEncoderLayer):
                     module.compile(dynamic=False)
@@ -119,7 +123,7 @@ class FlatLlama:
         """
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
         turn = self.cosine[places.positions], self.sine[places.positions]
-        hidden = embeds
+        hidden = embeds.clone() if self.compiled else embeds  # compiled layers may write in place
         turn = turn[0], signed(turn[1])
         for number, layer in enumerate(self._layers):
             query = project(layer, hidden, *turn, *cache[number], *places[1:])
@@ -175,6 +179,29 @@ def finish_layer(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
     """Return a layer's output from its input and what attention found, (N, D), (N, H d) -> (N, D)."""
     hidden = hidden + layer.self_attn.o_proj(attended)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def gate_states(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Return what a layer's last product takes, (N, D) -> (N, inner width)."""
+    normed, mlp = layer.post_attention_layernorm(hidden), layer.mlp
+    return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+
+
+def finish_in_place(
+    gate: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, hidden: Tensor, attended: Tensor
+) -> Tensor:
+    """Return what `finish_layer` does, with plain weights without bias, in the memory of `hidden`.
+
+    The sums are part of the products. Left to `torch.compile` each would first copy what it is added to.
+
+    Args:
+        gate: `gate_states`, compiled.
+        layer: of the LLM.
+        hidden: (N, D), overwritten.
+        attended: (N, H d).
+    """
+    hidden.addmm_(attended, layer.self_attn.o_proj.weight.t())
+    return hidden.addmm_(gate(layer, hidden), layer.mlp.down_proj.weight.t())
 
 
 def attend_dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

@@ -191,8 +191,12 @@ def test_a_cache_that_is_dropped_gives_its_memory_back_at_once(tiny_sessions, mo
         gc.enable()
 
 
-def test_recorded_steps_give_the_same(tiny_sessions, whole, monkeypatch):
-    """A recorded step reads and writes the same places each time, and its shape is that of several steps."""
+@pytest.mark.parametrize("max_branches", [1, 32])
+def test_recorded_steps_give_the_same(tiny_sessions, whole, monkeypatch, max_branches):
+    """A recorded step reads and writes the same places each time, and its shape is that of several steps.
+
+    With one question in each row, rows whose answer has ended are computed with the others.
+    """
     recorded = []
 
     def record(self, compute, entries, shape):
@@ -205,9 +209,11 @@ def test_recorded_steps_give_the_same(tiny_sessions, whole, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(StepGraphs, "_record", record)
     for ahead in (0, 1):
-        results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), graphed=True, ahead=ahead)
+        options = {"graphed": True, "ahead": ahead, "max_branches": max_branches}
+        results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), **options)
         assert {key: branch.generated for key, branch in results.items()} == whole
     assert 1 < len(recorded) < 10
+    assert max_branches > 1 or all(shape.n_answers == shape.n_rows for shape in recorded)
 
 
 def test_moving_rows_together_changes_nothing(tiny_sessions):
@@ -294,9 +300,9 @@ class Watch:
         patch.setattr(Selected, "wait", wait_for)
 
     def _noting(self, name, move):
-        def launch(cache, *args):
+        def launch(cache, *args, **options):
             self.moves.append(name)
-            return move(cache, *args)
+            return move(cache, *args, **options)
 
         return launch
 
@@ -344,6 +350,35 @@ def test_the_last_rows_are_filled_behind_a_step(tiny_sessions, monkeypatch):
     watch = Watch(monkeypatch)
     run(tiny_sessions[0], asks, Sampling(max_new_tokens=8), pieces=(20, 16, 4, 3))
     assert watch.moves[:6] == ["prefill", "prefill", "prefill", "step", "prefill", "step"]
+
+
+def test_rows_are_filled_while_their_last_tokens_are_on_their_way(tiny_sessions, monkeypatch):
+    """Where answers end by the limit, steps wait for full caches and prefills for no answer."""
+    pairs = [*itertools.product(NAMES, NAMES)][:12]
+    asks, sampling = make_asks([(pair, [3, 4]) for pair in pairs]), Sampling(max_new_tokens=3)
+    expected = {ask.key: alone(tiny_sessions[0], ask, sampling) for ask in asks}
+    watch = Watch(monkeypatch)
+    results = run(tiny_sessions[0], asks, sampling, pieces=(40, 16, 4, 3), ahead=3)
+    fill = ["prefill"] * watch.moves.index("step")
+    assert watch.moves == [*fill, "step", "step"] * (12 // 4)
+    assert {key: branch.generated for key, branch in results.items()} == expected
+    assert max(watch.behind) == 3
+
+
+def test_the_cache_is_made_while_pictures_are_read(tiny_sessions, monkeypatch):
+    asks, made, at_picture = make_asks([([name], [3, 4]) for name in NAMES]), [], []
+    plan, create = plan_groups(asks, PATCHES), TreeCache.__init__
+    monkeypatch.setattr(TreeCache, "__init__", lambda *args, **options: made.append(1) or create(*args, **options))
+
+    def pictures():
+        for group in plan.groups:
+            at_picture.append(len(made))
+            yield [pixels_of(name) for name in group.images]
+
+    waiting = Backlog(tiny_sessions[0], len(plan.stem_ids), plan.groups, pictures(), room=2, is_padded=False)
+    list(Engine(tiny_sessions[0], Sampling(max_new_tokens=2), plan.stem_ids).run(waiting))
+    assert at_picture == [1] * 5
+    assert len(made) == 1  # of the size that was needed
 
 
 def test_long_answers_do_not_stall_short_ones(tiny_sessions):
@@ -468,4 +503,4 @@ def test_compiled_steps_give_the_same(tiny_sessions, whole, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
     results = run(tiny_sessions[0], some_asks(30), Sampling(max_new_tokens=8), compiled=True)
     assert {key: branch.generated for key, branch in results.items()} == whole
-    assert compiled == ["project_heads", "finish_layer", "CLIPEncoderLayer", "CLIPEncoderLayer"]
+    assert compiled == ["project_heads", "gate_states", "CLIPEncoderLayer", "CLIPEncoderLayer"]

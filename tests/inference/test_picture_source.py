@@ -50,6 +50,30 @@ def test_threads_stay_a_little_ahead(reader):
     assert 10 <= len(opened) <= 11 + 2 * picture_source.AHEAD
 
 
+def test_threads_begin_and_processes_follow(reader, monkeypatch):
+    """The first pictures wait for no process to start, and processes start before they are needed."""
+    started = []
+
+    class Loader(list):
+        def __init__(self, pictures, **options):
+            super().__init__(pictures.rows)
+
+        def __iter__(self):
+            started.append(len(taken))
+            return super().__iter__()
+
+    monkeypatch.setattr(picture_source, "DataLoader", Loader)
+    monkeypatch.setattr(picture_source, "FEW", 4)
+    taken = []
+    for row in read_pictures(reader, [("tiny.png",)] * 4 + ["behind"], workers=2):
+        taken.append(row)
+    assert started == [2]
+    assert torch.equal(taken[3][0], reader.read(["tiny.png"])[0])
+    assert taken[4:] == ["behind"]
+    assert len([*read_pictures(reader, [("tiny.png",)] * 3, workers=2)]) == 3
+    assert started == [2]
+
+
 def test_processes_beside_a_gpu_alone():
     assert default_workers(torch.device("cpu")) == 0
     assert 1 <= default_workers(torch.device("cuda")) <= picture_source.MAX_WORKERS

@@ -83,6 +83,23 @@ def test_a_shape_is_recorded_when_it_comes_for_the_third_time(moves):
     assert moves == ["stream of cpu", ("begin", 7, "thread_local"), "end", "back", *["replay"] * 3]
 
 
+def test_while_the_device_is_busy_a_shape_is_recorded_at_once(moves):
+    graphs, computed = StepGraphs(), []
+    new, known = StepShape(1, 1, 1, 8), StepShape(2, 1, 1, 8)
+
+    def compute(entries, shape):
+        computed.append(shape)
+        return entries + 1
+
+    graphs(compute, torch.tensor([[0]]), known)
+    for shape in (new, known):
+        for is_early in (True, False):
+            assert graphs(compute, torch.tensor([[4]]), shape, is_early=is_early).item() == 5
+    assert computed == [known, new, new, known]  # the second of each was a recording
+    recording = ["stream of cpu", ("begin", 7, "thread_local"), "end", "back"]
+    assert moves == [*recording, "replay", *recording, "replay", "replay"]
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_recording_that_fails_ends(moves, failing, ends):
     failing += [] if ends else ["out of memory"]
@@ -100,14 +117,15 @@ def test_a_recording_that_fails_ends(moves, failing, ends):
     assert moves[:3] == ["stream of cpu", ("begin", 7, "thread_local"), "end"]
 
 
-def test_where_recording_is_refused_steps_go_on_without(moves, caplog):
+@pytest.mark.parametrize("is_early", [True, False])
+def test_where_recording_is_refused_steps_go_on_without(moves, caplog, is_early):
     def compute(entries, shape):
         if moves and moves[-1] != "back":
             raise RuntimeError("operation not permitted when stream is capturing")
         return entries + 1
 
     graphs, shape = StepGraphs(), StepShape(1, 1, 1, 8)
-    results = [graphs(compute, torch.tensor([[number]]), shape).item() for number in range(5)]
+    results = [graphs(compute, torch.tensor([[number]]), shape, is_early=is_early).item() for number in range(5)]
     assert results == [1, 2, 3, 4, 5]
     assert moves == ["stream of cpu", ("begin", 7, "thread_local"), "end", "back"]
     assert "without being recorded, which is slower: operation not permitted" in caplog.text
