@@ -93,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llava").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
     device = torch.device(options.device)
-    tree_cache.SQUARES = options.trunks == "square"
     report: dict[str, Any] = {"machine": describe_machine(device), "rows": []}
     print(report["machine"], flush=True)
     start = time.perf_counter()
@@ -138,12 +137,6 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peer-images", type=int, default=120, help="pictures for transformers (default: %(default)s)")
     add("--peer-batches", type=int, nargs="+", default=[32, 64], help="its batch sizes (default: %(default)s)")
     add("--compile", choices=("on", "off"), help="default: on with CUDA")
-    add(
-        "--trunks",
-        choices=("lower-right", "square"),
-        default="lower-right",
-        help="how trunks attend: by flash attention, or as squares, which cuDNN takes (default: %(default)s)",
-    )
     add("--workers", type=int, help="processes that decode pictures (default: what suits the device)")
     add("--device", default=str(best_device()), help="default: %(default)s")
     add("--budget", type=float, default=480, help="seconds after which no further part starts (default: %(default)s)")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava.constants import TRUNK
 from llava.inference.grouping import Branch
@@ -24,15 +23,8 @@ from llava.inference.step_graphs import USED_MULTIPLE, StepGraphs, StepShape
 from llava.inference.tree_rows import NOBODY, Row, lay_out, round_up
 from llava.model.attention_kernels import without_plans
 from llava.model.devices import send
-from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense, attend_square
+from llava.model.flat_llama import FlatLlama, Places, additive, attend_causal, attend_dense
 from llava.model.tree_attention import branch_mask, later_mask
-
-SQUARES = False
-"""Whether trunks attend as squares, with queries in front whose results are thrown away: what cuDNN's kernel takes."""
-SQUARE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-"""The first that takes them."""
-_SQUARE_ROWS, _SQUARE_LENGTH = 4, 64
-"""Numbers of rows and positions of squares are multiples: cuDNN's kernel is planned anew for every shape."""
 
 
 def row_bytes(llama: FlatLlama, capacity: int) -> int:
@@ -51,7 +43,6 @@ class Launch(NamedTuple):
         length: L, positions of a row that are in use.
         bias: (r, 1, Q, L), who sees whom among the branches; None = every row is one line, each sees all before it.
         kept: (M,) int64, positions among the branches whose logits are wanted.
-        square: rows and positions of the cache whose trunks attend as squares; None = they attend to the lower right.
     """
 
     place: slice | Tensor
@@ -60,7 +51,6 @@ class Launch(NamedTuple):
     length: int
     bias: Tensor | None
     kept: Tensor
-    square: tuple[slice, int] | None
 
 
 class TreeCache:
@@ -92,7 +82,6 @@ class TreeCache:
         self._owners[:, : self._stem] = TRUNK
         self._chosen = torch.zeros(n_rows, capacity, dtype=torch.int64, device=device)  # of each branch of each row
         self._free = list(range(n_rows))
-        self._queries = torch.zeros(0, device=device)
         self._graphs = StepGraphs() if graphed else None
         if stem_ids:
             self._compute_stem(stem_ids)
@@ -130,34 +119,17 @@ class TreeCache:
         kept, kept_behind = map(torch.clone, send(layout.kept, llama.device))
         is_line = all(len(row.group.branches) == 1 and row.trunk_length == trunk for row in rows)
         bias = None if is_line else additive(branch_mask(owners, stem + trunk), llama.dtype)  # (r, 1, Q, L)
-        square = self._square(place, n_rows, length if is_line else stem + trunk) if SQUARES else None
-        launch = Launch(place, n_rows, trunk, length, bias, kept_behind, square)
+        launch = Launch(place, n_rows, trunk, length, bias, kept_behind)
         places = Places(*map(torch.clone, send(layout.places, llama.device)))
-        if square:
-            places = places._replace(queries=self._queries, rows=places.slots - place.start)
         embeds = self._embed(rows, layout.branch_ids, trunk)
         with without_plans():  # each prefill has another shape
             return llama.fill_and_read(embeds, places, self._layers, functools.partial(self._attend, launch), kept)
-
-    def _square(self, place: slice | Tensor, n_rows: int, end: int) -> tuple[slice, int] | None:
-        """Return rows and positions of a square that holds these, of which there are few, and have room for queries."""
-        if not isinstance(place, slice):
-            return None
-        rows = slice(place.start, place.start + round_up(n_rows, _SQUARE_ROWS))
-        if rows.stop > self.n_rows:
-            rows = place
-        count = rows.stop - rows.start
-        if len(self._queries) < count:  # as long as rows of the cache: other lengths would be other shapes
-            shape = (count, self.capacity, *self._llama.query_shape)
-            self._queries = torch.zeros(shape, dtype=self._llama.dtype, device=self._llama.device)
-        return rows, min(self.capacity, round_up(end, _SQUARE_LENGTH))
 
     def _attend(self, launch: Launch, layer: int, query: Tensor) -> Tensor:
         """Return attention of trunks and branches, in the last layer of the kept positions alone."""
         stem, n_rows, trunk = self._stem, launch.n_rows, launch.trunk
         keys, values = (part[launch.place, : launch.length] for part in self._layers[layer])
-        whole = query
-        query = query[:n_rows, stem : launch.length] if launch.square else query.unflatten(0, (n_rows, -1))
+        query = query.unflatten(0, (n_rows, -1))
         is_last = layer == self._llama.n_layers - 1
         if launch.bias is not None:
             behind = attend_dense(query[:, trunk:], keys, values, launch.bias)
@@ -166,15 +138,8 @@ class TreeCache:
         elif is_last:
             return attend_causal(query[:, trunk:], keys, values)[launch.kept]
         end = launch.length if launch.bias is None else stem + trunk
-        if launch.square:
-            rows, side = launch.square
-            keys, values = (part[rows, :side] for part in self._layers[layer])
-            with sdpa_kernel(SQUARE_KERNELS, set_priority=True):
-                front = attend_square(whole[: len(keys), :side], keys, values).unflatten(0, (len(keys), side))
-            front = front[:n_rows, stem:end]
-        else:
-            front = attend_causal(query[:, : end - stem], keys[:, :end], values[:, :end])
-            front = front.unflatten(0, (n_rows, end - stem))
+        front = attend_causal(query[:, : end - stem], keys[:, :end], values[:, :end])
+        front = front.unflatten(0, (n_rows, end - stem))
         if launch.bias is not None:
             front = torch.cat((front, behind.unflatten(0, (n_rows, -1))), dim=1)
         return front.flatten(0, 1)

@@ -29,7 +29,7 @@ class Attend(Protocol):
     """Attention of one layer, whose keys and values are in the cache already."""
 
     def __call__(self, layer: int, query: Tensor) -> Tensor:
-        """Return what the queries of a layer attend to, (N, H, d) or `Places.queries` -> (M, H d)."""
+        """Return what the queries of a layer attend to, (N, H, d) -> (M, H d)."""
 
 
 class Places(NamedTuple):
@@ -39,15 +39,11 @@ class Places(NamedTuple):
         positions: (N,) int64, position ids.
         slots: (N,) int64, rows of the cache.
         places: (N,) int64, positions in these rows.
-        queries: (r, L, H, d), where queries are put too; None = they are handed on as they lie.
-        rows: (N,) int64, rows of `queries`; positions are `places`.
     """
 
     positions: Tensor
     slots: Tensor
     places: Tensor
-    queries: Tensor | None = None
-    rows: Tensor | None = None
 
 
 class FlatLlama:
@@ -59,7 +55,6 @@ class FlatLlama:
 
     Attributes:
         n_layers: of the LLM.
-        query_shape: (H, d) of a query.
         key_shape: (K, d) of a cached key.
         device: of weights and tokens.
         dtype: of hidden states.
@@ -77,7 +72,6 @@ class FlatLlama:
         self.n_layers = len(body.layers)
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         head_width = body.layers[0].self_attn.head_dim
-        self.query_shape = (config.num_attention_heads, head_width)
         self.key_shape = (config.num_key_value_heads, head_width)
         self._layers = list(body.layers)
         self.norm, self.head = body.norm, model.get_output_embeddings()
@@ -143,8 +137,6 @@ def project_heads(
     values: Tensor,
     slots: Tensor,
     places: Tensor,
-    queries: Tensor | None,
-    rows: Tensor | None,
 ) -> Tensor:
     """Put key and value of a layer into the cache, (R, C, K, d), and return the query, (N, D) -> (N, H, d).
 
@@ -157,8 +149,6 @@ def project_heads(
         values: of the cache.
         slots: as in `Places`.
         places: as in `Places`.
-        queries: as in `Places`; filled and returned if not None.
-        rows: as in `Places`.
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
@@ -168,11 +158,7 @@ def project_heads(
     value = attention.v_proj(normed).unflatten(-1, heads)
     keys[slots, places] = _rotate(key, cosine, sine)
     values[slots, places] = value
-    query = _rotate(query, cosine, sine)
-    if queries is None:
-        return query
-    queries[rows, places] = query
-    return queries
+    return _rotate(query, cosine, sine)
 
 
 def finish_layer(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -219,11 +205,6 @@ def attend_dense(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Ten
 def attend_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return attention of queries that are the last of the keys; shapes as in `attend_dense`."""
     return _attend(query, key, value, attn_mask=causal_lower_right(query.shape[1], key.shape[1])).flatten(0, 1)
-
-
-def attend_square(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return causal attention of as many queries as keys; shapes as in `attend_dense`."""
-    return _attend(query, key, value, is_causal=True).flatten(0, 1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:

@@ -124,19 +124,6 @@ def test_one_question_about_each_picture_needs_no_mask(tiny_sessions, monkeypatc
         assert {key: results[key].generated for key in expected} == expected
 
 
-@given(st.integers(0, 2), questions, pieces, st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
-def test_trunks_as_squares_give_the_same(tiny_sessions, which, rows, pieces, max_branches):
-    """As cuDNN takes them: with queries in front whose results are thrown away."""
-    session, sampling = tiny_sessions[which], Sampling(max_new_tokens=3)
-    asks, options = make_asks(rows), {"pieces": pieces, "max_branches": max_branches}
-    expected = {key: branch.generated for key, branch in run(session, asks, sampling, **options).items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_cache_module, "SQUARES", True)
-        results = run(session, asks, sampling, **options)
-    assert {key: branch.generated for key, branch in results.items()} == expected
-
-
 def some_asks(count, seed=0):
     chosen = random.Random(seed)
     return make_asks(
