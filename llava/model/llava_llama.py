@@ -56,9 +56,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """Switch the mode; nothing is done where training is on already, as trainers ask for it in every step."""
         return self if mode and self.training else super().train(mode)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Return the features of pictures as the LLM sees them, (N, 3, H, W) -> (N, P, D)."""
-        features = self.model.vision_tower(pixel_values)  # (N, P, V)
+    def encode_images(self, pixel_values: Tensor, tower_features: Tensor | None = None) -> Tensor:
+        """Return the features of pictures as the LLM sees them, (N, 3, H, W) -> (N, P, D).
+
+        Args:
+            pixel_values: (N, 3, H, W).
+            tower_features: what the image encoder gives for them, (N, P, V), if that is known.
+        """
+        features = self.model.vision_tower(pixel_values) if tower_features is None else tower_features
         projector = self.model.mm_projector
         return projector(features.to(next(projector.parameters()).dtype))  # (N, P, D)
 
@@ -75,6 +80,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         logits_to_keep: int | Tensor = 0,
         layout: Mapping[str, Tensor] | None = None,
+        tower_features: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the LLM over prompts with their images.
@@ -88,6 +94,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             image_sizes: accepted as in the original; nothing depends on it.
             logits_to_keep: compute the last so many positions' logits alone; 0 = all. `generate` asks for one.
             layout: of a pack, whose input_ids, labels and position_ids are spliced already; see `forward_pack`.
+            tower_features: of images (N, 3, H, W), see `encode_images`.
             position_ids, past_key_values, inputs_embeds, use_cache, kwargs: as in transformers' Llama.
 
         Returns:
@@ -98,11 +105,13 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             ValueError: if images and placeholders don't match.
         """
         if layout is not None:
-            features = torch.cat(self._encode_each(images))
+            features = torch.cat(self._encode_each(images, tower_features))
             items = kwargs.get("num_items_in_batch")
             return forward_pack(self, input_ids, labels, position_ids, layout, features, num_items_in_batch=items)
         if images is not None and inputs_embeds is None:
-            spliced = self.splice(input_ids, images, attention_mask=attention_mask, labels=labels)
+            spliced = self.splice(
+                input_ids, images, attention_mask=attention_mask, labels=labels, tower_features=tower_features
+            )
             input_ids, inputs_embeds = None, spliced.inputs_embeds
             attention_mask, labels, position_ids = spliced.attention_mask, spliced.labels, spliced.position_ids
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single token is a step of generation
@@ -150,9 +159,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: str = "right",
+        tower_features: Tensor | None = None,
     ) -> SplicedInputs:
         """Encode the images and put them into the prompts' embeddings; see `splice_image_features`."""
-        features = self._encode_each(images)
+        features = self._encode_each(images, tower_features)
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         counts = ((input_ids == IMAGE_TOKEN_INDEX) & keep).sum(dim=1).tolist()
         used, spare = assign_images(counts, features)
@@ -171,13 +181,13 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         nothing = sum(feature[:0].sum() for feature in spare)
         return spliced._replace(inputs_embeds=spliced.inputs_embeds + nothing)
 
-    def _encode_each(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    def _encode_each(self, images: Tensor | Sequence[Tensor], tower_features: Tensor | None = None) -> list[Tensor]:
         """Return one (patches, D) tensor per image; the tiles of an image follow each other."""
         if len(images) == 0:
             return []
         if images[0].ndim == 3:
             batch = images if isinstance(images, Tensor) else torch.stack(list(images))
-            return list(self.encode_images(batch))
+            return list(self.encode_images(batch, tower_features))
         if self.config.mm_patch_merge_type != "flat":
             raise ValueError(f"mm_patch_merge_type {self.config.mm_patch_merge_type!r} is not supported; use 'flat'")
         features = self.encode_images(torch.cat(list(images)))  # (all tiles, P, D)

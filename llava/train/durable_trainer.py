@@ -100,10 +100,14 @@ class DurableTrainer(Trainer):
         optimizer = self.optimizer.optimizer  # inside accelerate's
         return optimizer if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["fused"] else None
 
+    def use_the_wait(self) -> None:
+        """Give the device further work before it is waited for."""
+
     def read_flags(self) -> None:
         """Wait for the flags of the step, if they are not read yet, and stop if its loss or gradient is no number."""
         if self._unread is None:
             return
+        self.use_the_wait()
         (flags, norm), self._unread = self._unread, None
         bad, signal = flags.tolist() if isinstance(flags, Tensor) else flags
         optimizer = self._optimizer_that_skips()

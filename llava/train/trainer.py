@@ -5,19 +5,24 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from llava.data.sampler import ModalityLengthSampler
+from llava.model.vision_tower import CLIPVisionTower
 from llava.train import randomness
 from llava.train.arguments import TrainingArguments, enable_activation_checkpointing
 from llava.train.durable_trainer import DurableTrainer
 from llava.train.guards import ROW_KEY, agree
+from llava.train.lookahead import Lookahead
 from llava.train.lora import parameter_groups
+from llava.train.packs import holds_all_weights
 from llava.train.recipe import mark_supervised
 from llava.train.sanity import overfit, require_fall
 from llava.train.saving import Saver, filled_at_the_end
@@ -70,6 +75,8 @@ class LlavaTrainer(DurableTrainer):
         self.saver = saver
         self.train_sampler = train_sampler
         self.validator = validator
+        self._ahead: Lookahead | None = None
+        self._tower = frozen_tower(model) if holds_all_weights(args) and args.n_gpu <= 1 else None
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -83,6 +90,24 @@ class LlavaTrainer(DurableTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
+        """Return a step's batches, of an iterator that is looked ahead in; see `use_the_wait`."""
+        if self._ahead is None or self._ahead.batches is not epoch_iterator:
+            self._ahead = Lookahead(epoch_iterator)
+        return super().get_batch_samples(self._ahead, *args, **kwargs)
+
+    def use_the_wait(self) -> None:
+        """Let the device encode the next batch's images, so that it has something to do when the next step begins.
+
+        An encoder's many small kernels take the host as long as the device. Images with tiles, and encoders that learn
+        or are not here as a whole, are encoded when their batch comes.
+        """
+        batch = self._ahead.peek() if self._tower is not None and self._ahead is not None else None
+        images = (batch or {}).get("images")
+        if isinstance(images, Tensor) and images.ndim == 4 and "tower_features" not in batch:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                batch["tower_features"] = self._tower(images)
 
     def check_first_batch(self, steps: int) -> tuple[float, float]:
         """Learn each process's first batch for a few steps on a copy of what learns; call it before `train`.
@@ -146,6 +171,13 @@ class LlavaTrainer(DurableTrainer):
 
     def _load_best_model(self) -> None:
         self.saver.restore(Path(self.state.best_model_checkpoint))
+
+
+def frozen_tower(model: nn.Module) -> CLIPVisionTower | None:
+    """Return a model's image encoder; None if it learns or there is none."""
+    towers = [module for module in model.modules() if isinstance(module, CLIPVisionTower)]
+    learns = any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
+    return towers[0] if towers and not learns else None
 
 
 class FileLog(TrainerCallback):
