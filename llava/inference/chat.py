@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llava.inference.answer_text import AnswerStream
 from llava.inference.arrival import Arrival
-from llava.inference.dialogue_cache import DialogueCache, open_cache
+from llava.inference.dialogue_cache import DialogueCache
 from llava.inference.prompts import ending_ids, next_turn_ids
 from llava.inference.session import Prompt, Request, Sampling, Session
 from llava.model.devices import send
@@ -52,7 +52,7 @@ class Chat:
         else:
             self._generator.manual_seed(self.sampling.seed)
         self._races: deque[Tensor] = deque()
-        self._cache = open_cache(session.model) if cache is None else cache
+        self._cache = session.dialogues.open() if cache is None else cache
         self.is_ahead = session.model.device.type == "cuda"
         self.reset()
 

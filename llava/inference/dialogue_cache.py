@@ -73,20 +73,30 @@ class DialogueCache(Protocol):
         """Forget the positions from `length` on."""
 
 
-def open_cache(model: LlavaLlamaForCausalLM) -> DialogueCache:
-    """Return an empty cache, the fastest that suits the model.
+class DialogueCaches:
+    """Opens caches of a model; what they share, kernels and tables, is made with the first.
 
     Args:
         model: in eval mode.
     """
-    if not is_flat(model):
-        return LibraryCache(model)
-    llama, is_plain = FlatLlama(model), has_plain_weights(model)
-    if llama.device.type != "cuda":
-        return RowCache(llama)
-    # In 8 bit the layers wait for the device, to see how many outliers there are.
-    graphed = is_plain or has_4bit_weights(model.get_model().layers)
-    return RowCache(llama, graphed=graphed, fused=load_kernels(llama) if is_plain else None)
+
+    def __init__(self, model: LlavaLlamaForCausalLM) -> None:
+        self.model = model
+        self._shared: tuple[FlatLlama, bool, Step | None] | None = None
+
+    def open(self) -> DialogueCache:
+        """Return an empty cache, the fastest that suits the model."""
+        if not is_flat(self.model):
+            return LibraryCache(self.model)
+        is_plain = has_plain_weights(self.model)
+        if self._shared is None or self._shared[1] != is_plain:  # adapters may have come, which kernels leave out
+            llama = FlatLlama(self.model)
+            is_fused = is_plain and llama.device.type == "cuda"
+            self._shared = llama, is_plain, load_kernels(llama) if is_fused else None
+        llama, _, fused = self._shared
+        # In 8 bit the layers wait for the device, to see how many outliers there are.
+        graphed = llama.device.type == "cuda" and (is_plain or has_4bit_weights(self.model.get_model().layers))
+        return RowCache(llama, graphed=graphed, fused=fused)
 
 
 def load_kernels(llama: FlatLlama) -> Step | None:

@@ -17,6 +17,7 @@ from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import Conversation, get_template
 from llava.image_processing import CLIPPixels
 from llava.inference.answer_text import decode_answer
+from llava.inference.dialogue_cache import DialogueCaches
 from llava.inference.prompts import PromptError, first_turn_ids
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model
@@ -90,6 +91,7 @@ class Session:
         image_processor: of the model's image encoder; None without one.
         template: empty dialogue in the prompt template of the weights.
         context_length: tokens of prompt, image patches and answer together.
+        dialogues: opens what chats keep; replaced where it is not the model's.
     """
 
     tokenizer: LlavaTokenizer
@@ -97,6 +99,11 @@ class Session:
     image_processor: CLIPPixels | None
     template: Conversation
     context_length: int
+    dialogues: DialogueCaches | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dialogues is None or self.dialogues.model is not self.model:
+            object.__setattr__(self, "dialogues", DialogueCaches(self.model))
 
     @classmethod
     def load(

@@ -13,7 +13,7 @@ import llava.model
 from llava.image_processing import open_image
 from llava.inference import dialogue_cache
 from llava.inference.chat import Chat
-from llava.inference.dialogue_cache import LibraryCache, RowCache, load_kernels, open_cache
+from llava.inference.dialogue_cache import DialogueCaches, LibraryCache, RowCache, load_kernels
 from llava.inference.session import Prompt, Sampling
 from llava.inference.step_graphs import StepShape
 from llava.model.flat_llama import FlatLlama
@@ -283,9 +283,27 @@ def test_an_interruption_while_the_storage_grows(model, tokens, expected, n_laye
 
 
 def test_which_cache_a_model_gets(tiny_model, monkeypatch):
-    assert isinstance(open_cache(tiny_model()), RowCache)
+    assert isinstance(DialogueCaches(tiny_model()).open(), RowCache)
     changing = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    assert isinstance(open_cache(changing), LibraryCache)
+    assert isinstance(DialogueCaches(changing).open(), LibraryCache)
+
+
+def test_chats_of_a_model_share_what_is_made_once(session, sampling, monkeypatch):
+    made = []
+    make = dialogue_cache.FlatLlama
+
+    def count(model):
+        made.append(model)
+        return make(model)
+
+    monkeypatch.setattr(dialogue_cache, "FlatLlama", count)
+    session = dataclasses.replace(session, dialogues=None)
+    chats = [Chat(one, sampling) for one in (session, session, session.with_template("plain"))]
+    assert made == [session.model]
+    assert len({id(chat._cache) for chat in chats}) == 3
+    monkeypatch.setattr(dialogue_cache, "has_plain_weights", lambda model: False)
+    Chat(session, sampling)
+    assert len(made) == 2  # as if adapters had come
 
 
 def test_a_model_that_only_the_library_covers_chats_too(session, sampling, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llava.inference.chat import Chat
-from llava.inference.dialogue_cache import RowCache, load_kernels, open_cache
+from llava.inference.dialogue_cache import DialogueCaches, RowCache, load_kernels
 from llava.inference.session import Sampling, Session
 from llava.model.flat_llama import FlatLlama
 from llava.model.quantization import quantize_linears, quantized_parameter
@@ -125,7 +125,7 @@ def test_quantised_weights(build, bits):
     quantise(model, bits)
     with torch.no_grad():
         expected = model(tokens[None]).logits[0, 4:].float()
-    cache = open_cache(model)
+    cache = DialogueCaches(model).open()
     assert cache._graphed is (bits == 4)
     found = logits_of(cache, model, tokens, 5).float()
     plain = logits_of(RowCache(FlatLlama(model)), model, tokens, 5).float()
