@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llava.inference.tree_rows import round_up
+
 logger = logging.getLogger(__name__)
 
 RECORDED_FROM = 3
@@ -35,9 +37,9 @@ class StepShape(NamedTuple):
         Args:
             all_rows: of the cache.
         """
-        answers = _multiple(self.n_answers, _FINE if self.n_answers <= 4 * _FINE else _COARSE)
+        answers = round_up(self.n_answers, _FINE if self.n_answers <= 4 * _FINE else _COARSE)
         rows = min(all_rows, _power(self.n_rows)) if 2 * self.n_rows <= all_rows else all_rows
-        return StepShape(answers, rows, _power(self.n_columns), _multiple(self.used, USED_MULTIPLE))
+        return StepShape(answers, rows, _power(self.n_columns), round_up(self.used, USED_MULTIPLE))
 
 
 class StepGraphs:
@@ -125,10 +127,6 @@ class StepGraphs:
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Return a device's one stream for all recordings: each that has multiplied matrices keeps memory for that."""
     return torch.cuda.Stream(device)
-
-
-def _multiple(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _power(number: int) -> int:
