@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava.train import checkpoints, guards, randomness
+from llava.train.learners import Learners
 from llava.train.signals import Stopped, StopRequest, outlive_launcher
 
 _DISK_FULL = ("PytorchStreamWriter", "unexpected pos", "No space left")
@@ -40,6 +41,7 @@ class DurableTrainer(Trainer):
         self._written_in: Path | None = None
         self._batches: list[guards.MicroBatch] = []
         self._unread: tuple[Tensor | list[float], Tensor | float | None] | None = None  # flags, gradient's norm
+        self._learners: Learners | None = None
         self._watch = _StepWatch(self)
         self.add_callback(self._watch)
 
@@ -79,6 +81,16 @@ class DurableTrainer(Trainer):
             if guards.agree([guards.is_bad_step([batch], None)], self.args.device)[0]:
                 self._stop_at_bad_step(None)
         return result
+
+    def find_learners(self) -> None:
+        """Look up what learns, so that no step does; where weights are partitioned, the libraries do as they must."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        self._learners = Learners(self.model_wrapped)
+        self.model_wrapped.zero_grad = self._learners.zero_grad  # of this one module; the Trainer calls it in each step
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        return super()._clip_grad_norm(self._learners or model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         norm = super()._get_grad_norm(model, grad_norm)
@@ -260,6 +272,7 @@ class _StepWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step = state.global_step
+        self.trainer.find_learners()
         self.trainer.restore_unlogged_loss()
 
     def on_epoch_begin(

@@ -107,6 +107,27 @@ def test_an_update_that_leaves_itself_out_is_not_waited_for(build, monkeypatch):
     assert reads.times >= 3
 
 
+def test_no_step_looks_for_what_learns(build, monkeypatch):
+    trainer = build(save_strategy="no", logging_strategy="no", max_steps=3)
+    walks, seen = [], []
+    look = nn.Module.named_modules
+
+    def count(module, *args, **kwargs):
+        walks.append(module)
+        return look(module, *args, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            assert trainer.model.slope.grad is None
+            seen.append(len(walks))
+
+    trainer.add_callback(Watch())
+    monkeypatch.setattr(nn.Module, "named_modules", count)
+    trainer.train()
+    assert len(seen) == 3
+    assert seen[1] == seen[2]  # the first step's clipping looks at the kinds of gradients
+
+
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "sgd"])
 def test_a_bad_step_changes_nothing(build, optimizer):
     trainer = build(save_strategy="no", optim=optimizer)
