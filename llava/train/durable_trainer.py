@@ -25,8 +25,8 @@ _DISK_FULL = ("PytorchStreamWriter", "unexpected pos", "No space left")
 class DurableTrainer(Trainer):
     """A Trainer with whole checkpoints, an exact resume, an end on signals and a guard against non-finite losses.
 
-    In a step that is not logged it waits for the device once, to see that loss and gradient are numbers: behind the
-    update where the optimizer leaves out a bad one by itself, so that the device computes meanwhile, else before it.
+    In a step that is not logged it waits for the device once, to see that loss and gradient are numbers: where the
+    optimizer leaves out a bad update by itself the device computes it meanwhile, else it is asked to only then.
 
     Args:
         data_collator: makes batches of rows.
@@ -40,7 +40,7 @@ class DurableTrainer(Trainer):
         self._resumed_from: Path | None = None
         self._written_in: Path | None = None
         self._batches: list[guards.MicroBatch] = []
-        self._unread: tuple[Tensor | list[float], Tensor | float | None] | None = None  # flags, gradient's norm
+        self._unread: tuple[guards.Arriving, Tensor | float | None] | None = None  # flags, gradient's norm
         self._learners: Learners | None = None
         self._watch = _StepWatch(self)
         self.add_callback(self._watch)
@@ -97,7 +97,7 @@ class DurableTrainer(Trainer):
         # The loss scaling of fp16 meets infinite gradients in its search, and passes over those steps itself.
         is_bad = guards.is_bad_step(self._batches, None if self.args.fp16 else norm)
         flags = guards.combine([is_bad, self.stop_request.number], self.args.device)
-        self._unread = flags, norm
+        self._unread = guards.Arriving(flags), norm
         optimizer = self._optimizer_that_skips()
         if optimizer is None or not isinstance(flags, Tensor):
             self.read_flags()
@@ -121,7 +121,7 @@ class DurableTrainer(Trainer):
             return
         self.use_the_wait()
         (flags, norm), self._unread = self._unread, None
-        bad, signal = flags.tolist() if isinstance(flags, Tensor) else flags
+        bad, signal = flags.wait()
         optimizer = self._optimizer_that_skips()
         if optimizer is not None:
             optimizer.found_inf = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
+from llava.data.handover import Batch
 from llava.files import atomic_write
 
 ROW_KEY = "dataset_rows"
@@ -75,7 +76,7 @@ class NumberedCollator:
         """Return the collator's batch, with `ROW_KEY` if the rows are of `NumberedRows`."""
         numbers = [row.number for row in rows if isinstance(row, NumberedRow)]
         plain = [row.row if isinstance(row, NumberedRow) else row for row in rows]
-        return {**self.collator(plain), **({ROW_KEY: numbers} if numbers else {})}
+        return Batch({**self.collator(plain), **({ROW_KEY: numbers} if numbers else {})})
 
 
 def agree(flags: Sequence[float | Tensor], device: torch.device) -> list[float]:
@@ -103,6 +104,27 @@ def combine(flags: Sequence[float | Tensor], device: torch.device) -> Tensor | l
     if not is_alone:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values
+
+
+class Arriving:
+    """Values on their way from the device, which goes on meanwhile with what it is asked for behind them.
+
+    Args:
+        values: (flags,), or numbers that are there already.
+    """
+
+    def __init__(self, values: Tensor | list[float]) -> None:
+        self._values, self._event = values, None
+        if isinstance(values, Tensor) and values.is_cuda:
+            self._values = values.to("cpu", non_blocking=True)  # into pinned memory
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[float]:
+        """Return the numbers once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist() if isinstance(self._values, Tensor) else self._values
 
 
 def gather(value: object) -> list[Any]:

@@ -10,6 +10,7 @@ import torch
 
 from llava.train.guards import (
     ROW_KEY,
+    Arriving,
     MicroBatch,
     NumberedCollator,
     NumberedRows,
@@ -98,3 +99,23 @@ def test_one_process_agrees_with_itself():
     assert agree([True, 15, 0.5], torch.device("cpu")) == [1, 15, 0.5]
     assert agree([torch.tensor(True), 15, torch.tensor(0.5)], torch.device("cpu")) == [1, 15, 0.5]
     assert gather("x") == ["x"]
+
+
+def test_numbers_arrive_as_they_were_when_they_were_asked_for():
+    assert Arriving([0.0, 15.0]).wait() == [0.0, 15.0]
+    assert Arriving(torch.tensor([1.0, 0.0])).wait() == [1.0, 0.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_numbers_arrive_while_the_device_works_on():
+    flags, large = torch.ones(2, device="cuda"), torch.ones(8192, 8192, device="cuda")
+    torch.mm(large, large)  # loads the kernel
+    torch.cuda.synchronize()
+    arriving = Arriving(flags)
+    for _ in range(20):
+        torch.mm(large, large)
+    done = torch.cuda.Event()
+    done.record()
+    assert arriving.wait() == [1.0, 1.0]
+    assert not done.query()
