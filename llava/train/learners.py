@@ -1,7 +1,7 @@
 """What learns of a model, looked up once.
 
 PyTorch's modules look through all that they hold to find their parameters: 3,000 modules of LLaVA-1.5-7B under LoRA,
-for which a program takes 4 ms, and a trainer asks twice a step (`benchmarks/host_time.py`).
+for which a program takes 5 ms, and a trainer asks twice a step (`benchmarks/host_time.py`).
 """
 
 from __future__ import annotations
