@@ -20,6 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.rotary import signed, turn
 
 CHANGING_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the whole prompt."""
@@ -116,11 +117,10 @@ class FlatLlama:
             is_once: not worth compiling.
         """
         project, finish = (project_heads, finish_layer) if is_once else (self._project, self._finish)
-        turn = self.cosine[places.positions], self.sine[places.positions]
+        angles = self.cosine[places.positions], signed(self.sine[places.positions])
         hidden = embeds.clone() if self.compiled else embeds  # compiled layers may write in place
-        turn = turn[0], signed(turn[1])
         for number, layer in enumerate(self._layers):
-            query = project(layer, hidden, *turn, *cache[number], *places[1:])
+            query = project(layer, hidden, *angles, *cache[number], *places[1:])
             attended = attend(number, query)
             if number == self.n_layers - 1:
                 hidden = hidden[kept]  # (M, D)
@@ -156,9 +156,9 @@ def project_heads(
     query = attention.q_proj(normed).unflatten(-1, heads)
     key = attention.k_proj(normed).unflatten(-1, heads)
     value = attention.v_proj(normed).unflatten(-1, heads)
-    keys[slots, places] = _rotate(key, cosine, sine)
+    keys[slots, places] = turn(key, cosine, sine)
     values[slots, places] = value
-    return _rotate(query, cosine, sine)
+    return turn(query, cosine, sine)
 
 
 def finish_layer(layer: nn.Module, hidden: Tensor, attended: Tensor) -> Tensor:
@@ -236,15 +236,3 @@ def has_plain_weights(model: LlavaLlamaForCausalLM) -> bool:
         for module in part.children()
     )
     return all(type(module) is nn.Linear for module in modules if hasattr(module, "weight"))
-
-
-def signed(sine: Tensor) -> Tensor:
-    """Return the sines of a rotary embedding, (..., d), with a negative first half, so that halves are only swapped."""
-    first, second = sine.chunk(2, dim=-1)
-    return torch.cat((-first, second), dim=-1)
-
-
-def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Return turned heads; a flip is read by an index alone where this is compiled."""
-    swapped = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return heads * cosine + swapped * sine

@@ -11,21 +11,19 @@ Letters: `R` rows, `S` positions, `D` width, `K` positions whose output is wante
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
 from llava.model.adapted_linear import adapted_linear
 from llava.model.attention_kernels import without_plans
 from llava.model.few_queries import attend_few
 from llava.model.rotary import rotate, rotated_heads, signed, split_heads
-
-if TYPE_CHECKING:
-    from llava.model.llava_llama import LlavaLlamaForCausalLM
 
 
 class Adapter(NamedTuple):
@@ -87,7 +85,7 @@ class FusedLayers:
         compiled: as above.
     """
 
-    def __init__(self, model: LlavaLlamaForCausalLM, *, compiled: bool) -> None:
+    def __init__(self, model: LlamaForCausalLM, *, compiled: bool) -> None:
         self.body = model.model
         config = model.config
         self.compiled = compiled
@@ -117,7 +115,8 @@ class FusedLayers:
         Returns:
             the normed output, (K, D).
         """
-        rotary = signed(*self.body.rotary_emb(inputs_embeds, position_ids))
+        cos, sin = self.body.rotary_emb(inputs_embeds, position_ids)
+        rotary = cos, signed(sin)
         hidden = inputs_embeds
         training = self.body.training
         for layer, weights in zip(self.body.layers[:-1], self.weights[:-1], strict=True):
@@ -232,7 +231,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask) 
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=is_grouped)
 
 
-def why_not_fused(model: LlavaLlamaForCausalLM) -> str | None:
+def why_not_fused(model: LlamaForCausalLM) -> str | None:
     """Return why `FusedLayers` can't run a model's layers; None if it can."""
     if model.config.hidden_act != "silu":
         return f"the activation is {model.config.hidden_act}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.model.fused_layers import FusedLayers
 from llava.model.tree_attention import block_pack_mask, tree_mask, tree_mask_rows
-
-if TYPE_CHECKING:
-    from llava.model.llava_llama import LlavaLlamaForCausalLM
 
 TREE_ATTENTION = "llava_tree"
 """Name under which transformers knows attention that takes FlexAttention's masks and dense ones."""
@@ -29,8 +27,32 @@ WANTED = 64
 """Positions of supervised tokens whose output is computed are a multiple of it."""
 
 
+class PackedLlama(Protocol):
+    """A Llama of transformers that says how it runs over packs.
+
+    Attributes:
+        model: its body.
+        lm_head: gives the logits.
+        attends_in_blocks: whether packs go through FlexAttention.
+        compiles_packs: whether through compiled layers.
+        fused_layers: stands in for the layers; None = they run themselves.
+    """
+
+    model: nn.Module
+    lm_head: nn.Module
+    attends_in_blocks: bool
+    compiles_packs: bool
+    fused_layers: FusedLayers | None
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding of tokens."""
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Choose attention by the name that transformers knows it by."""
+
+
 def forward_pack(
-    model: LlavaLlamaForCausalLM,
+    model: PackedLlama,
     input_ids: Tensor,
     labels: Tensor,
     position_ids: Tensor,
@@ -93,7 +115,7 @@ def mean_loss(logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int 
     return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
-def attend_in_blocks(model: LlavaLlamaForCausalLM) -> None:
+def attend_in_blocks(model: PackedLlama) -> None:
     """Let packs go through FlexAttention, which has a backward pass on CUDA alone; other input keeps PyTorch's SDPA."""
     AttentionInterface.register(TREE_ATTENTION, _attention)
     AttentionMaskInterface.register(TREE_ATTENTION, AttentionMaskInterface()["sdpa"])
@@ -108,7 +130,7 @@ def _attention(
     return AttentionInterface()[name](module, query, key, value, attention_mask, **kwargs)
 
 
-def compile_layers(model: LlavaLlamaForCausalLM, **options: Any) -> None:
+def compile_layers(model: PackedLlama, **options: Any) -> None:
     """Compile the LLM's layers for packs; other input keeps running uncompiled.
 
     The layers share what is compiled; each length of rows takes another compilation.
@@ -123,7 +145,7 @@ def compile_layers(model: LlavaLlamaForCausalLM, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def uncompiled_packs(model: LlavaLlamaForCausalLM) -> Iterator[None]:
+def uncompiled_packs(model: PackedLlama) -> Iterator[None]:
     """Within it packs have dense masks and run uncompiled: those of a validation are of every length."""
     in_blocks, model.attends_in_blocks = model.attends_in_blocks, False
     is_compiled = model.compiles_packs or model.fused_layers is not None

@@ -17,20 +17,24 @@ MOST_HEADS = 16
 """Heads that a program of the kernel handles at most."""
 
 
-def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return transformers' tables (R, S, W), whose halves are alike, for `rotate`: the first half of sines negated."""
+def signed(sin: Tensor) -> Tensor:
+    """Return transformers' sines (..., W) with a negative first half, so that halves of values are only swapped."""
     first, second = sin.chunk(2, dim=-1)
-    return cos, torch.cat([-first, second], dim=-1)
+    return torch.cat([-first, second], dim=-1)
 
 
-def rotate(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Return (R, H, S, W) turned by their positions.
+def turn(values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return values (..., W) turned by the angles of tables that fit them; `sin` is `signed`.
 
     Halves are swapped by a flip, which compiled code reads by an index alone.
     """
-    cos, sin = (table.unsqueeze(1) for table in rotary)
     swapped = values.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return values * cos + swapped * sin
+
+
+def rotate(values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Return (R, H, S, W) turned by their positions, of which cosines and signed sines are (R, S, W)."""
+    return turn(values, *(table.unsqueeze(1) for table in rotary))
 
 
 def split_heads(values: Tensor, heads: int) -> Tensor:
@@ -49,7 +53,7 @@ def rotated_heads(
 
     Args:
         joined: (R, S, (heads + 2 key_value_heads) x W), as linear layers joined give them.
-        rotary: tables of `signed`.
+        rotary: cosines and signed sines (R, S, W), whose halves are alike.
         heads: of the queries.
         key_value_heads: of keys and of values.
     """
@@ -80,8 +84,8 @@ def joined_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
         query: gradient of the queries, (R, H, S, W).
         key: of the keys.
         value: of the values.
-        cos: of `signed`, (R, S, W).
-        sin: likewise.
+        cos: (R, S, W).
+        sin: likewise, `signed`.
     """
     parts = [query, key, value]
     kernel = _kernel() if query.is_cuda and len({part.dtype for part in parts}) == 1 else None

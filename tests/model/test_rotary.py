@@ -33,7 +33,7 @@ def as_transformers(joined, tables, heads, key_value_heads):
 @pytest.mark.parametrize(("heads", "key_value_heads"), HEADS)
 def test_values_and_gradients_are_those_of_transformers(heads, key_value_heads):
     joined, tables = make(heads, key_value_heads)
-    found = rotated_heads(joined, signed(*tables), heads, key_value_heads)
+    found = rotated_heads(joined, (tables[0], signed(tables[1])), heads, key_value_heads)
     expected = as_transformers(joined, tables, heads, key_value_heads)
     upstream = [torch.randn_like(part) for part in expected]
     (gradient,) = torch.autograd.grad(found, joined, upstream)
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_transformers(heads, key_value_heads):
 def test_the_operation_is_what_pytorch_expects_of_one(heads, key_value_heads):
     joined, tables = make(heads, key_value_heads)
     parts = [part.detach() for part in as_transformers(joined, tables, heads, key_value_heads)]
-    torch.library.opcheck(joined_gradient, (*parts, *signed(*tables)))
+    torch.library.opcheck(joined_gradient, (*parts, tables[0], signed(tables[1])))
 
 
 @pytest.mark.gpu
@@ -58,6 +58,6 @@ def test_the_kernel_computes_the_same(heads, key_value_heads, is_transposed):
     parts = [part.detach().float() for part in as_transformers(joined, tables, heads, key_value_heads)]
     if is_transposed:
         parts = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts]
-    tables = [table.float() for table in signed(*tables)]
+    tables = [table.float() for table in (tables[0], signed(tables[1]))]
     found = joined_gradient(*(tensor.cuda() for tensor in [*parts, *tables])).cpu()
     torch.testing.assert_close(found, joined_gradient(*parts, *tables), rtol=0, atol=1e-6)
