@@ -36,6 +36,7 @@ from llava.train.packs import choose_feed, choose_order, inner_llava, prepare_mo
 from llava.train.trainer import LlavaTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
+from train_speed import make_trainer
 from vqa_workload import make_records, model_config, random_model, table_questions, write_images
 
 LAYERS, TOWER_LAYERS, RANK = 32, 24, 4
@@ -87,14 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llava_host_time", help="for images")
     options, parts = parser.parse_args(argv), Parts()
     with tempfile.TemporaryDirectory() as directory:
-        trainer = make_trainer(options, directory, parts)
+        trainer = tiny_trainer(options, directory, parts)
         with patched(trainer, parts):
             trainer.train()
     print(as_table(parts.steps[options.warm_up :]))
     return 0
 
 
-def make_trainer(options: argparse.Namespace, directory: str, parts: Parts) -> LlavaTrainer:
+def tiny_trainer(options: argparse.Namespace, directory: str, parts: Parts) -> LlavaTrainer:
     """Return the project's own trainer over a model without width."""
     args = TrainingArguments(
         output_dir=directory,
@@ -122,15 +123,7 @@ def make_trainer(options: argparse.Namespace, directory: str, parts: Parts) -> L
     feed = choose_feed(
         order, CLIPPixels(config.mm_vision_config["image_size"]), ImageSettings("pad"), 0, args, layers_run
     )
-    return LlavaTrainer(
-        model,
-        args,
-        saver=None,
-        train_dataset=feed.dataset,
-        train_sampler=feed.sampler,
-        data_collator=feed.collator,
-        callbacks=[parts],
-    )
+    return make_trainer(model, args, feed, parts)
 
 
 @contextlib.contextmanager

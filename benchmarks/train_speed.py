@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
+from transformers import TrainerCallback
 
 from llava.data.dataset import ImageSettings
 from llava.image_processing import CLIPPixels
@@ -198,15 +199,7 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     feed = choose_feed(order, processor, ImageSettings("pad"), 0, args, layers_run)
     clock = Clock(args.device.type == "cuda", options.profile, options.warm_up + options.steps)
     options.profile = None
-    trainer = LlavaTrainer(
-        model,
-        args,
-        saver=None,
-        train_dataset=feed.dataset,
-        train_sampler=feed.sampler,
-        data_collator=feed.collator,
-        callbacks=[clock],
-    )
+    trainer = make_trainer(model, args, feed, clock)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -233,6 +226,19 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
         "peak_gb": peak_memory(),
         "mean_loss": trainer.state.log_history[-1].get("train_loss"),
     }
+
+
+def make_trainer(model: nn.Module, args: TrainingArguments, feed: Feed, callback: TrainerCallback) -> LlavaTrainer:
+    """Return the project's trainer, which saves nothing."""
+    return LlavaTrainer(
+        model,
+        args,
+        saver=None,
+        train_dataset=feed.dataset,
+        train_sampler=feed.sampler,
+        data_collator=feed.collator,
+        callbacks=[callback],
+    )
 
 
 def training_arguments(variant: Variant, batch: int, options: argparse.Namespace) -> TrainingArguments:

@@ -44,7 +44,7 @@ def test_values_and_gradients_are_those_of_pytorch(heads, most, monkeypatch):
     "device",
     [
         "cpu",
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="")]),
+        pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA]),
     ],
 )
 def test_half_precision_rounds_the_shares_and_not_the_scores(device):
