@@ -283,6 +283,7 @@ def test_ctrl_c_in_a_real_process(program):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run behind "&" ignore it
     )
     deadline = time.monotonic() + 60
     while not (program.journal.exists() and program.journal.stat().st_size) and time.monotonic() < deadline:
