@@ -10,4 +10,4 @@ source scripts/environment.sh
 
 ruff check .
 ruff format --check .
-python -m pytest -q "$@"
+python -m pytest -q -n "${TEST_PROCESSES:-2}" "$@"
