@@ -169,6 +169,11 @@ class TrainingArguments(transformers.TrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
     @property
+    def n_gpu(self) -> int:
+        """GPUs of this process, at most 1: dealt out to several, a model has no weights of its own that packs need."""
+        return min(1, super().n_gpu)
+
+    @property
     def checkpoints_activations(self) -> bool:
         """Whether blocks are computed again in the backward pass, whatever this version calls the flag."""
         return bool(getattr(self, _CHECKPOINTING))

@@ -85,7 +85,7 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayersR
     Raises:
         ValueError: if `--fuse_lora on` can't be done with this model.
     """
-    if not shares_prefix(training_args):
+    if not training_args.share_image_prefix:
         return LayersRun(in_blocks=False, compiled=False)
     llava = inner_llava(model)
     on_cuda = training_args.device.type == "cuda"
@@ -105,16 +105,6 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayersR
     if compiles:
         logger.info("the LLM's layers are compiled; the first steps take longer")
     return LayersRun(in_blocks, compiles)
-
-
-def shares_prefix(training_args: TrainingArguments) -> bool:
-    """Tell whether rows become packs: as the flag says, but not where one process deals rows out to several GPUs."""
-    if training_args.share_image_prefix and training_args.n_gpu > 1:
-        logger.warning(
-            "one process with %d GPUs can't share the image prefix; start one for each GPU, as scripts/v1_5 do",
-            training_args.n_gpu,
-        )
-    return training_args.share_image_prefix and training_args.n_gpu <= 1
 
 
 def holds_all_weights(training_args: TrainingArguments) -> bool:
@@ -149,7 +139,7 @@ def choose_order(records: Sequence[EncodedRecord], patches: int, training_args: 
         patches: positions of a picture.
         training_args: flags.
     """
-    if not shares_prefix(training_args):
+    if not training_args.share_image_prefix:
         return Order(records, patches, None, [])
     lengths = [spliced_length(record.input_ids, patches) for record in records]
     sharing = find_sharing(records, lengths)

@@ -78,6 +78,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         ValueError: if data, checkpoint and flags don't fit each other, or a loss is no number.
         Stopped: if a signal asked for the end; the state is saved.
     """
+    warn_of_idle_gpus(training_args)
     transformers.set_seed(training_args.seed)
     checkpoint = open_for_training(model_args, data_args, training_args.cache_dir)
     config = checkpoint.config
@@ -123,6 +124,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     trainer.train(resume_from_checkpoint=resume_point)
     trainer.save_state()
     trainer.save_model()
+
+
+def warn_of_idle_gpus(training_args: TrainingArguments) -> None:
+    """Say so if a process that is alone leaves GPUs unused."""
+    here = torch.cuda.device_count() if training_args.device.type == "cuda" else 0
+    if training_args.world_size == 1 and here > 1:
+        logger.warning(
+            "one process trains on one GPU, and %d are here; start a process for each, as scripts/v1_5 and torchrun do",
+            here,
+        )
 
 
 def _print_memory(config: LlavaConfig, training_args: TrainingArguments, kind: str, rank: int, order: Order) -> None:

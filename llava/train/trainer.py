@@ -76,7 +76,7 @@ class LlavaTrainer(DurableTrainer):
         self.train_sampler = train_sampler
         self.validator = validator
         self._ahead: Lookahead | None = None
-        self._tower = frozen_tower(model) if holds_all_weights(args) and args.n_gpu <= 1 else None
+        self._tower = frozen_tower(model) if holds_all_weights(args) else None
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

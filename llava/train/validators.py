@@ -24,7 +24,7 @@ from llava.model.configuration import features_per_image
 from llava.model.flat_llama import is_flat
 from llava.model.pack import uncompiled_packs
 from llava.train.arguments import DataArguments, TrainingArguments
-from llava.train.packs import holds_all_weights, inner_llava, shares_prefix
+from llava.train.packs import holds_all_weights, inner_llava
 from llava.train.validation import Validator, choose_questions, find_questions, moved
 
 
@@ -59,7 +59,7 @@ def build_validator(
     settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
     patches, size = features_per_image(config, config.mm_vision_config), processor.crop_size["height"]
     parts = (records, processor, settings, patches)
-    if shares_prefix(training_args) and holds_all_weights(training_args):
+    if training_args.share_image_prefix and holds_all_weights(training_args):
         kind, rows = SharedValidator, PackedDataset(*parts)
         collator = PackCollator(patches, size, budget=training_args.model_max_length, multiple=1)
     else:

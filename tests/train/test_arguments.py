@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 from llava.train.arguments import TrainingArguments, as_json, parse_arguments, zero_stage
+from llava.train.train import warn_of_idle_gpus
 
 NEEDED = ["--output_dir", "out", "--data_path", "data.json", "--use_cpu", "True", "--report_to", "none"]
 
@@ -259,3 +261,15 @@ def test_what_is_frozen_leaves_something_to_train(learns):
     model, _, training = parse("--freeze_backbone", "True", "--freeze_mm_mlp_adapter", "True", *learns)
     assert model.freeze_backbone
     assert training.freeze_mm_mlp_adapter
+
+
+def test_one_process_takes_one_gpu_and_says_so(monkeypatch, caplog):
+    training = parse()[2]
+    training._n_gpu = 4  # what transformers notes where four are visible
+    assert training.n_gpu == 1
+    assert training.train_batch_size == training.per_device_train_batch_size
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for device, processes, warns in (("cuda", 1, True), ("cuda", 4, False), ("cpu", 1, False)):
+        caplog.clear()
+        warn_of_idle_gpus(SimpleNamespace(device=torch.device(device), world_size=processes))
+        assert ("one GPU, and 4 are here" in caplog.text) is warns

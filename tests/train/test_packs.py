@@ -144,7 +144,6 @@ def arguments(**changes):
     flags |= {
         "fuse_lora": "auto",
         "fsdp": [],
-        "n_gpu": 1,
         "device": torch.device("cpu"),
         "train_batch_size": 2,
         "world_size": 1,
@@ -230,14 +229,6 @@ def test_heads_that_flex_attention_does_not_take_have_a_dense_mask(tiny_model):
     model = tiny_model()  # 8 wide
     assert prepare_model(model, arguments(device=torch.device("cuda"))) == LayersRun(in_blocks=False, compiled=False)
     assert not model.attends_in_blocks
-
-
-def test_one_process_with_several_gpus_shares_nothing(tiny_model, caplog):
-    model = tiny_model()
-    assert prepare_model(model, arguments(n_gpu=2, device=torch.device("cuda"))) == (False, False)
-    assert not model.attends_in_blocks
-    assert "one process with 2 GPUs can't share the image prefix" in caplog.text
-    assert isinstance(feed([question("a", 5), question("a", 6)], n_gpu=2).collator, SupervisedCollator)
 
 
 def with_adapters(model, **changes):
