@@ -53,6 +53,7 @@ from llava.inference.grouped import answer_batch
 from llava.inference.grouping import Ask, plan_groups
 from llava.inference.picture_source import PictureReader, default_workers, read_pictures
 from llava.inference.questions import Question
+from llava.inference.ranks import Ranks
 from llava.inference.session import Sampling, Session
 from llava.inference.tree_cache import TreeCache
 from llava.inference.tree_rows import round_up
@@ -97,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report["machine"], flush=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        drawn = time.perf_counter()
+        draw_pictures(Path(folder), options.images, picture_size(options.tiny))
+        print(f"drew pictures in {time.perf_counter() - drawn:.1f} s", flush=True)
         bench = Bench(options, device, Path(folder))
         for part in order_parts(options):
             if time.perf_counter() - start > options.budget:
@@ -159,16 +163,16 @@ class Bench:
     Args:
         options: of the command line.
         device: where everything runs.
-        folder: for pictures and answers.
+        folder: holds the pictures; answers are written there.
+        ranks: this process among those that share the work.
     """
 
-    def __init__(self, options: argparse.Namespace, device: torch.device, folder: Path) -> None:
-        self.options, self.device, self.folder = options, device, folder
+    def __init__(
+        self, options: argparse.Namespace, device: torch.device, folder: Path, ranks: Ranks | None = None
+    ) -> None:
+        self.options, self.device, self.folder, self.ranks = options, device, folder, ranks or Ranks()
         self.compile_mode = options.compile or ("on" if device.type == "cuda" else "off")
         self.texts = json.loads(SAMPLE.read_text(encoding="utf-8"))["images"]
-        start = time.perf_counter()
-        draw_pictures(folder, options.images, (64, 48) if options.tiny else (640, 480))
-        print(f"drew pictures in {time.perf_counter() - start:.1f} s", flush=True)
         self.config = model_config(options.tiny)
         self._session: Session | None = None
 
@@ -203,19 +207,33 @@ class Bench:
         """Return the wish for a long answer about each picture."""
         return [Question(number, CAPTION_PROMPT, (picture_name(number),)) for number in range(n_images)]
 
-    def answer(self, questions: Sequence[Question], new_tokens: int, **more: Any) -> float:
-        """Answer questions into a file on disk and return the seconds that took."""
-        path = self.folder / "answers.jsonl"
+    def answer(
+        self, questions: Sequence[Question], new_tokens: int, wait: Callable[[], None] = lambda: None, **more: Any
+    ) -> float:
+        """Answer questions into a file on disk and return the seconds that took.
+
+        Args:
+            questions: of all processes.
+            new_tokens: of an answer.
+            wait: returns when all processes have called it.
+            more: options of `answer_batch`.
+        """
+        path, session = self.folder / "answers.jsonl", self.session
+        rank, n_ranks, _ = self.ranks
+        wait()
         start = time.perf_counter()
-        with AnswersFile(path, questions, {"benchmark": True}, overwrite=True) as answers:
+        with AnswersFile(path, questions, {"benchmark": True}, overwrite=True, rank=rank, n_ranks=n_ranks) as answers:
+            wait()
             answers.begin()
             rows = answer_batch(
-                self.session,
+                session,
                 questions,
                 self.folder,
                 Sampling(max_new_tokens=new_tokens),
                 compile_mode=self.compile_mode,
                 workers=self.options.workers,
+                part=rank,
+                parts=n_ranks,
                 **more,
             )
             with contextlib.closing(rows):
@@ -223,7 +241,9 @@ class Bench:
                     if answer.error:
                         raise RuntimeError(f"{answer.error}: {answer.message}")
                     answers.write(answer, "random")
-            answers.finish()
+            wait()
+            if rank == 0:
+                answers.finish()
         return time.perf_counter() - start
 
 
@@ -275,6 +295,11 @@ def build_session(config: LlavaConfig, device: torch.device) -> Session:
     fill(model, tokenizer.eos_token_id)
     processor = CLIPPixels(config.mm_vision_config["image_size"])
     return Session(tokenizer, model, processor, get_template(DEFAULT_TEMPLATE), config.max_position_embeddings)
+
+
+def picture_size(is_tiny: bool) -> tuple[int, int]:
+    """Return width and height of the pictures."""
+    return (64, 48) if is_tiny else (640, 480)
 
 
 def picture_name(number: int) -> str:
@@ -602,8 +627,8 @@ def measure_vllm(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def print_profile(bench: Bench) -> Iterator[dict[str, Any]]:
-    """For how much of short runs the device works, before what it waits, and the kernels that take longest."""
-    count = min(bench.options.images, 192)
+    """For how much of a run the device works, before what it waits, and the kernels that take longest."""
+    count = bench.options.images
     cases = {
         "grouped": (bench.questions(count), ANSWER_TOKENS),
         "single": (bench.single_questions(count), ANSWER_TOKENS),
