@@ -79,6 +79,7 @@ def test_vllm_gets_the_models_weights_and_prompts(program, monkeypatch, tmp_path
     peer = sys.modules["vllm_peer"]
     library = Library()
     options = program.parse_options([*WORDS, "--parts"])
+    program.draw_pictures(tmp_path, 2, program.picture_size(options.tiny))
     bench = program.Bench(options, torch.device("cpu"), tmp_path)
     questions = bench.questions(2)
     ours = program.answer_batch(bench.session, questions, tmp_path, Sampling(max_new_tokens=3), workers=0)
@@ -152,6 +153,15 @@ def test_the_plot_shows_what_was_measured(load_program, tmp_path, request):
     assert "<svg" in (tmp_path / "speed.svg").read_text()
     with pytest.raises(ValueError, match="holds no speeds; see the measuring program"):
         plot.draw({"machine": "", "rows": rows[:1]}, tmp_path / "none.svg")
+
+
+def test_two_processes_answer_for_two_gpus(load_program, tmp_path, capfd):
+    program = load_program("benchmarks/infer_gpus.py")
+    output = tmp_path / "gpus.json"
+    assert program.main(["--gpus", "2", "--images", "2", "--tiny", "--output", str(output)]) == 0
+    row = json.loads(output.read_text())["2"]
+    assert row["questions_per_second"] > 0 and row["share_of_linear"] == 1
+    assert "2 GPUs: " in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -207,7 +207,7 @@ class AnswersFile:
         known = {question.question_id for question in self._questions}
         lines: dict[int | str, bytes] = {}
         for place in self._places():
-            for number, line in enumerate(split_lines(place.read_bytes()), start=1):
+            for number, line in enumerate(split_lines(_content(place)), start=1):
                 try:
                     question_id = json.loads(line)["question_id"]
                     is_known = question_id in known
@@ -224,3 +224,11 @@ class AnswersFile:
     def _count(self, lines: Mapping[int | str, bytes]) -> None:
         self.done_ids |= lines.keys()
         self.errors.update(record["error"] for record in map(json.loads, lines.values()) if record.get("error"))
+
+
+def _content(place: Path) -> bytes:
+    """Return what a file holds: nothing if it was the empty journal of a process that has left meanwhile."""
+    try:
+        return place.read_bytes()
+    except FileNotFoundError:
+        return b""

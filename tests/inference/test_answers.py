@@ -184,6 +184,27 @@ def test_processes_share_a_run(tmp_path, n_ranks):
     assert fill(path, 5) == whole  # and the journals of the others are of no further use
 
 
+def test_a_process_without_answers_may_leave_while_the_first_joins(tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    whole = fill(tmp_path / "whole.jsonl", 5)
+    with AnswersFile(path, QUESTIONS, RUN) as first, contextlib.ExitStack() as others:
+        second = others.enter_context(AnswersFile(path, QUESTIONS, RUN, rank=1, n_ranks=2))
+        for answers in (first, second):
+            answers.begin()
+        for question in QUESTIONS:
+            first.write(Answer(question, f"ä {question.question_id}"), "model")
+        find_places = first._places
+
+        def places_before_it_left():
+            found = find_places()
+            others.close()
+            return found
+
+        monkeypatch.setattr(first, "_places", places_before_it_left)
+        first.finish()
+    assert path.read_bytes() == whole
+
+
 def break_off_two(path, text):
     """Leave the journals of two processes, of which the second has answered question 3."""
     with AnswersFile(path, QUESTIONS, RUN) as first, AnswersFile(path, QUESTIONS, RUN, rank=1, n_ranks=2) as second:
