@@ -1,34 +1,17 @@
-"""The flags of training: the original's, every one of `transformers.TrainingArguments`, and a few more.
-
-Flags that don't fit each other are refused here, before anything is loaded.
-"""
+"""The flags of training: the original's, every one of `transformers.TrainingArguments`, and a few more."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
-from transformers import HfArgumentParser
 
-from llava.conversation import get_template
 from llava.model.devices import best_device, default_dtype
-from llava.train.refusals import (
-    choice_refusals,
-    layer_refusals,
-    learning_refusals,
-    quantisation_refusals,
-    stage_refusals,
-    trainer_refusals,
-    validation_refusals,
-)
 
 _FIELDS = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
@@ -182,55 +165,6 @@ class TrainingArguments(transformers.TrainingArguments):
     def weight_dtype(self) -> torch.dtype:
         """Of weights that don't learn."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
-
-
-def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse a command line.
-
-    Raises:
-        ValueError: if a flag is unknown, lacks its file or contradicts another; the flag and the way out are named.
-    """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="train_mem.py")
-    words = [_current_name(word) for word in (sys.argv[1:] if argv is None else argv)]
-    *arguments, unknown = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    model, data, training = arguments
-    check_arguments(model, data, training)
-    return model, data, training
-
-
-def _current_name(word: str) -> str:
-    name, equals, value = word.removeprefix("--").partition("=")
-    return f"--{RENAMED_FLAGS[name]}{equals}{value}" if word.startswith("--") and name in RENAMED_FLAGS else word
-
-
-def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
-    """Refuse values that are not supported or contradict each other.
-
-    Raises:
-        ValueError: naming the flag, the value and the way out.
-    """
-    if model.version is not None:
-        get_template(model.version)
-    zero = zero_stage(training.deepspeed)
-    refuse = {
-        "--data_path is missing; make data.json with task_data_preprocessing.py": data.data_path is None,
-        **choice_refusals(model, data, training),
-        **quantisation_refusals(model, training, zero),
-        **layer_refusals(training, zero),
-        **learning_refusals(model, training),
-        **trainer_refusals(training, zero),
-        **validation_refusals(data, training),
-        **stage_refusals(model, training),
-    }
-    reasons = [message for message, applies in refuse.items() if applies]
-    if reasons:
-        raise ValueError("; ".join(reasons))
 
 
 def zero_stage(config: str | dict | None) -> int:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from llava.conversation import get_template
 from llava.model.quantization import DEVICES
-
-if TYPE_CHECKING:
-    from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, zero_stage
 
 _METRICS = ("loss", "accuracy")
 
 
-def choice_refusals(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> dict[str, bool]:
+def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    """Refuse values that are not supported or contradict each other.
+
+    Raises:
+        ValueError: naming the flag, the value and the way out.
+    """
+    if model.version is not None:
+        get_template(model.version)
+    zero = zero_stage(training.deepspeed)
+    refuse = {
+        "--data_path is missing; make data.json with task_data_preprocessing.py": data.data_path is None,
+        **_choice_refusals(model, data, training),
+        **_quantisation_refusals(model, training, zero),
+        **_layer_refusals(training, zero),
+        **_learning_refusals(model, training),
+        **_trainer_refusals(training, zero),
+        **_validation_refusals(data, training),
+        **_stage_refusals(model, training),
+    }
+    reasons = [message for message, applies in refuse.items() if applies]
+    if reasons:
+        raise ValueError("; ".join(reasons))
+
+
+def _choice_refusals(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> dict[str, bool]:
     """Return each message about a value that is none of the possible ones, with whether it applies."""
     return {
         "--mm_use_im_start_end True: LLaVA-1.5 has no such tokens; pass False": model.mm_use_im_start_end,
@@ -34,7 +54,7 @@ def choice_refusals(model: ModelArguments, data: DataArguments, training: Traini
     }
 
 
-def quantisation_refusals(model: ModelArguments, training: TrainingArguments, zero: int) -> dict[str, bool]:
+def _quantisation_refusals(model: ModelArguments, training: TrainingArguments, zero: int) -> dict[str, bool]:
     """Return each message about 4 and 8 bit with whether it applies, `zero` being the ZeRO stage."""
     return {
         f"--bits {training.bits} holds the LLM frozen; add --lora_enable True": training.bits != 16
@@ -52,7 +72,7 @@ def quantisation_refusals(model: ModelArguments, training: TrainingArguments, ze
     }
 
 
-def layer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
+def _layer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
     """Return each message about how layers are run with whether it applies, `zero` being the ZeRO stage."""
     return {
         f"--compile_layers {training.compile_layers}: choose auto, on or off": training.compile_layers
@@ -73,7 +93,7 @@ def layer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
     }
 
 
-def learning_refusals(model: ModelArguments, training: TrainingArguments) -> dict[str, bool]:
+def _learning_refusals(model: ModelArguments, training: TrainingArguments) -> dict[str, bool]:
     """Return each message about what learns with whether it applies."""
     return {
         "--lora_weight_path needs --lora_enable True": bool(training.lora_weight_path) and not training.lora_enable,
@@ -88,7 +108,7 @@ def learning_refusals(model: ModelArguments, training: TrainingArguments) -> dic
     }
 
 
-def trainer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
+def _trainer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
     """Return each message about the trainer's own flags with whether it applies, `zero` being the ZeRO stage."""
     return {
         "--bf16 and --fp16 exclude each other": training.bf16 and training.fp16,
@@ -104,7 +124,7 @@ def trainer_refusals(training: TrainingArguments, zero: int) -> dict[str, bool]:
     }
 
 
-def validation_refusals(data: DataArguments, training: TrainingArguments) -> dict[str, bool]:
+def _validation_refusals(data: DataArguments, training: TrainingArguments) -> dict[str, bool]:
     """Return each message with whether it applies."""
     has_data = data.eval_data_path is not None or data.val_share is not None
     validates = training.eval_strategy != "no"
@@ -141,7 +161,7 @@ def validation_refusals(data: DataArguments, training: TrainingArguments) -> dic
     }
 
 
-def stage_refusals(model: ModelArguments, training: TrainingArguments) -> dict[str, bool]:
+def _stage_refusals(model: ModelArguments, training: TrainingArguments) -> dict[str, bool]:
     """Return each message with whether it applies."""
     return {
         "--mm_vision_tower_lr needs --unfreeze_mm_vision_tower True": training.mm_vision_tower_lr is not None

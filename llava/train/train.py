@@ -19,8 +19,9 @@ from llava.data.dataset import ImageSettings
 from llava.model.checkpoint import Checkpoint
 from llava.model.configuration import LlavaConfig, features_per_image
 from llava.model.devices import free_memory
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation, NamelessBuffers
+from llava.train.command_line import parse_arguments
 from llava.train.data_check import load_both
 from llava.train.packs import Order, choose_feed, choose_order, prepare_model
 from llava.train.recipe import describe_memory, describe_run

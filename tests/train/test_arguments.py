@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from llava.train.arguments import TrainingArguments, as_json, parse_arguments, zero_stage
+from llava.train.arguments import TrainingArguments, as_json, zero_stage
+from llava.train.command_line import parse_arguments
 from llava.train.train import warn_of_idle_gpus
 
 NEEDED = ["--output_dir", "out", "--data_path", "data.json", "--use_cpu", "True", "--report_to", "none"]

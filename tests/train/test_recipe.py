@@ -9,7 +9,7 @@ from torch import nn
 from llava.data.records import EncodedRecord
 from llava.data.supervision import encode_example
 from llava.model.checkpoint import open_checkpoint
-from llava.train.arguments import parse_arguments
+from llava.train.command_line import parse_arguments
 from llava.train.recipe import describe_memory, describe_run, mark_supervised
 
 ROOT = Path(__file__).parents[2]

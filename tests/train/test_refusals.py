@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llava.train.arguments import parse_arguments
+from llava.train.command_line import parse_arguments
 
 NEEDED = ["--output_dir", "out", "--data_path", "data.json", "--use_cpu", "True", "--report_to", "none"]
 STEPS = ["--eval_strategy", "steps", "--eval_steps", "5"]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llava.model.weights import open_tensor_file
-from llava.train.arguments import parse_arguments
 from llava.train.checkpoints import numbered, verify
+from llava.train.command_line import parse_arguments
 from llava.train.resume import cut_log, find_resume_point
 from llava.train.train import main
 

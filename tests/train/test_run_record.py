@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava.data.records import EncodedRecord
-from llava.train.arguments import as_json, parse_arguments
+from llava.train.arguments import as_json
+from llava.train.command_line import parse_arguments
 from llava.train.run_record import add_to_record, compare_runs, digest_records, library_versions, run_facts
 
 NEEDED = ["--output_dir", "out", "--data_path", "data.json", "--use_cpu", "True", "--report_to", "none"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.arguments import parse_arguments
+from llava.train.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 
