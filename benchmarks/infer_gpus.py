@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from infer_speed import ANSWER_TOKENS, Bench, describe_machine, draw_pictures, picture_size
+from infer_bench import ANSWER_TOKENS, Bench, describe_machine, draw_pictures, picture_size
 from infer_speed import parse_options as parse_bench_options
 
 from llava.inference.ranks import joined, read_ranks

@@ -14,13 +14,8 @@ Example: python benchmarks/infer_speed.py --output speed.json
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
-import importlib.util
-import itertools
 import json
 import logging
-import os
 import random
 import statistics
 import sys
@@ -29,63 +24,25 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
-from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from device_share import as_lines, device_share, device_spans
-from vllm_peer import Peer, export_hf, make_prompts
+from infer_agreement import measure_agreement
+from infer_attention import measure_attention
+from infer_bench import ANSWER_TOKENS, CAPTION_TOKENS, Bench, describe_machine, draw_pictures, picture_size, synchronize
+from infer_peers import measure_transformers, measure_vllm
 
-from llava.constants import DEFAULT_TEMPLATE, IMAGE_TOKEN_INDEX
-from llava.conversation import get_template
-from llava.image_processing import CLIPPixels
 from llava.inference import tree_cache
-from llava.inference.answers import AnswersFile
-from llava.inference.backlog import Backlog
-from llava.inference.grouped import answer_batch
-from llava.inference.grouping import Ask, plan_groups
-from llava.inference.picture_source import PictureReader, default_workers, read_pictures
 from llava.inference.questions import Question
-from llava.inference.ranks import Ranks
-from llava.inference.session import Sampling, Session
-from llava.inference.tree_cache import TreeCache
-from llava.inference.tree_rows import round_up
+from llava.inference.session import Session
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import best_device
-from llava.model.flat_llama import FlatLlama
-from llava.model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.vision_tower import VIT_L_14_336
-from llava.tokenization import load_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SAMPLE = REPOSITORY / "benchmarks" / "vqa_sample.json"
-TOKENIZER = REPOSITORY / "tests" / "data" / "goldens" / "llava-v1.5-golden"
 PARTS = ("ceiling", "attention", "grouped", "shuffled", "single", "captions", "agreement", "transformers", "vllm")
-ANSWER_TOKENS, CAPTION_TOKENS = 3, 128
-SPREAD = 0.02
-CAPTION_PROMPT = "Describe the picture in detail."
-DRAWN = 96
-TINY_TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
-TINY_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 28,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,167 +114,6 @@ def order_parts(options: argparse.Namespace) -> list[str]:
     return [part for part in MEASURES if part in wanted]
 
 
-class Bench:
-    """What the parts share: options, pictures on disk, our model.
-
-    Args:
-        options: of the command line.
-        device: where everything runs.
-        folder: holds the pictures; answers are written there.
-        ranks: this process among those that share the work.
-    """
-
-    def __init__(
-        self, options: argparse.Namespace, device: torch.device, folder: Path, ranks: Ranks | None = None
-    ) -> None:
-        self.options, self.device, self.folder, self.ranks = options, device, folder, ranks or Ranks()
-        self.compile_mode = options.compile or ("on" if device.type == "cuda" else "off")
-        self.texts = json.loads(SAMPLE.read_text(encoding="utf-8"))["images"]
-        self.config = model_config(options.tiny)
-        self._session: Session | None = None
-
-    @property
-    def session(self) -> Session:
-        """Our model with random weights, made on the device; the first use is slow."""
-        if self._session is None:
-            start = time.perf_counter()
-            self._session = build_session(self.config, self.device)
-            print(f"built our model in {time.perf_counter() - start:.1f} s", flush=True)
-        return self._session
-
-    def free_session(self) -> None:
-        """Give the memory of our model back."""
-        self._session = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def questions(self, n_images: int) -> list[Question]:
-        """Return the sample's questions about so many pictures, picture by picture."""
-        rows = [(number, text) for number in range(n_images) for text in self.texts[number % len(self.texts)]]
-        return [Question(key, text, (picture_name(number),)) for key, (number, text) in enumerate(rows)]
-
-    def single_questions(self, n_images: int) -> list[Question]:
-        """Return the first question about each picture."""
-        return [
-            Question(number, self.texts[number % len(self.texts)][0], (picture_name(number),))
-            for number in range(n_images)
-        ]
-
-    def captions(self, n_images: int) -> list[Question]:
-        """Return the wish for a long answer about each picture."""
-        return [Question(number, CAPTION_PROMPT, (picture_name(number),)) for number in range(n_images)]
-
-    def answer(
-        self, questions: Sequence[Question], new_tokens: int, wait: Callable[[], None] = lambda: None, **more: Any
-    ) -> float:
-        """Answer questions into a file on disk and return the seconds that took.
-
-        Args:
-            questions: of all processes.
-            new_tokens: of an answer.
-            wait: returns when all processes have called it.
-            more: options of `answer_batch`.
-        """
-        path, session = self.folder / "answers.jsonl", self.session
-        rank, n_ranks, _ = self.ranks
-        wait()
-        start = time.perf_counter()
-        with AnswersFile(path, questions, {"benchmark": True}, overwrite=True, rank=rank, n_ranks=n_ranks) as answers:
-            wait()
-            answers.begin()
-            rows = answer_batch(
-                session,
-                questions,
-                self.folder,
-                Sampling(max_new_tokens=new_tokens),
-                compile_mode=self.compile_mode,
-                workers=self.options.workers,
-                part=rank,
-                parts=n_ranks,
-                **more,
-            )
-            with contextlib.closing(rows):
-                for answer in rows:
-                    if answer.error:
-                        raise RuntimeError(f"{answer.error}: {answer.message}")
-                    answers.write(answer, "random")
-            wait()
-            if rank == 0:
-                answers.finish()
-        return time.perf_counter() - start
-
-
-def model_config(is_tiny: bool) -> LlavaConfig:
-    """Return LLaVA-1.5-7B's sizes, or tiny ones."""
-    vision = {**VIT_L_14_336, **(TINY_VISION if is_tiny else {})}
-    return LlavaConfig(
-        **(TINY_TEXT if is_tiny else {}),
-        max_position_embeddings=4096,
-        pad_token_id=0,
-        rms_norm_eps=1e-5,
-        mm_vision_config=vision,
-        mm_hidden_size=vision["hidden_size"],
-        mm_projector_type="mlp2x_gelu",
-        image_aspect_ratio="pad",
-        conversation_template=DEFAULT_TEMPLATE,
-    )
-
-
-@torch.no_grad()
-def fill(model: torch.nn.Module, end_id: int) -> None:
-    """Give a model random weights, of which none ends an answer."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            parameter.normal_(std=SPREAD)
-    model.get_output_embeddings().weight[end_id] = 0  # logit 0, far below the largest of 32,000
-
-
-@contextlib.contextmanager
-def made_on(device: torch.device) -> Iterator[None]:
-    """Make models on a device, in bf16 if it is a GPU."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def build_session(config: LlavaConfig, device: torch.device) -> Session:
-    """Return a session around random weights."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(TOKENIZER)
-    with made_on(device):
-        model = LlavaLlamaForCausalLM(config).eval()
-    fill(model, tokenizer.eos_token_id)
-    processor = CLIPPixels(config.mm_vision_config["image_size"])
-    return Session(tokenizer, model, processor, get_template(DEFAULT_TEMPLATE), config.max_position_embeddings)
-
-
-def picture_size(is_tiny: bool) -> tuple[int, int]:
-    """Return width and height of the pictures."""
-    return (64, 48) if is_tiny else (640, 480)
-
-
-def picture_name(number: int) -> str:
-    """Return the file name of a picture."""
-    return f"{number:06d}.jpg"
-
-
-def draw_pictures(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Write noise as JPEG; beyond the first 96, files are links to these."""
-    for number in range(count):
-        path = folder / picture_name(number)
-        if number < DRAWN:
-            channels = [Image.effect_noise(size, 64) for _ in range(3)]
-            Image.merge("RGB", channels).save(path, quality=85)
-        else:
-            os.link(folder / picture_name(number % DRAWN), path)
-
-
 def measure_ceiling(bench: Bench) -> Iterator[dict[str, Any]]:
     """What the device computes in a large product."""
     size = 512 if bench.options.tiny else 8192
@@ -331,81 +127,6 @@ def measure_ceiling(bench: Bench) -> Iterator[dict[str, Any]]:
         synchronize(bench.device)
         seconds.append(time.perf_counter() - start)
     yield {"part": "ceiling", "case": f"product {size}^3", "tflops": 2 * size**3 / statistics.median(seconds) / 1e12}
-
-
-ATTENTION_CASES = {
-    "trunks": (24, 576, 616),
-    "whole rows": (24, 640, 688),
-    "branches": (24, 72, 688),
-    "step": (128, 1, 768),
-    "step of 8": (96, 8, 768),
-}
-"""Rows, queries and keys of the engine's calls."""
-
-
-@torch.no_grad()
-def measure_attention(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Ways to compute attention at the engine's shapes."""
-    for case, (rows, queries, keys) in ATTENTION_CASES.items():
-        ways = ways_to_attend(bench, 2 if bench.options.tiny else rows, queries, keys)
-        for way, compute in ways.items():
-            first, taken = microseconds(compute, bench.device)
-            yield {"part": "attention", "case": f"{case}: {way}", "microseconds": taken, "first_microseconds": first}
-
-
-def ways_to_attend(bench: Bench, rows: int, queries: int, keys: int) -> dict[str, Callable[[], Any]]:
-    """Return calls of the same size by PyTorch's kernels, with an added mask, as a square, and without a mask."""
-    heads, width = (2, 16) if bench.options.tiny else (32, 128)
-    made = {"device": bench.device, "dtype": torch.bfloat16 if bench.device.type == "cuda" else torch.float32}
-    query = torch.randn(rows, queries, heads, width, **made).transpose(1, 2)
-    key, value = (torch.randn(rows, keys + 56, heads, width, **made)[:, :keys].transpose(1, 2) for _ in range(2))
-    bias = torch.zeros(rows, 1, queries, keys, **made)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    pad = torch.nn.functional.pad
-
-    def square() -> Any:
-        return attend(
-            pad(query.transpose(1, 2), (0, 0, 0, 0, keys - queries, 0)).transpose(1, 2), key, value, None, 0, True
-        )
-
-    ways: dict[str, Callable[[], Any]] = {
-        "added mask, default": lambda: attend(query, key, value, bias),
-        "added mask of one row, default": lambda: attend(query, key, value, bias[:1]),
-        "lower right": lambda: attend(query, key, value, causal_lower_right(queries, keys)),
-        "square, default": square,
-    }
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        ways[f"added mask, {backend.name}"] = in_backend(backend, ways["added mask, default"])
-        ways[f"square, {backend.name}"] = in_backend(backend, square)
-        ways[f"no mask, {backend.name}"] = in_backend(backend, lambda: attend(query, key, value))
-    return ways
-
-
-def in_backend(backend: SDPBackend, compute: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the same computation by one of PyTorch's kernels."""
-
-    def run() -> Any:
-        with sdpa_kernel(backend):
-            return compute()
-
-    return run
-
-
-def microseconds(compute: Callable[[], Any], device: torch.device) -> tuple[float | None, float | None]:
-    """Return the times of the first call and of a later one, None where it is not possible."""
-    synchronize(device)
-    start = time.perf_counter()
-    try:
-        compute()
-    except RuntimeError:
-        return None, None
-    synchronize(device)
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in range(20):
-        compute()
-    synchronize(device)
-    return first * 1e6, (time.perf_counter() - start) / 20 * 1e6
 
 
 def measure_grouped(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -468,164 +189,6 @@ def needed_flops(config: LlavaConfig, questions: Sequence[Question], n_images: i
     return linear * (n_images * (tower.num_patches + prefix) + ids) + n_images * tower_linear
 
 
-@torch.no_grad()
-def measure_agreement(bench: Bench) -> Iterator[dict[str, Any]]:
-    """How often answers equal those of `generate` asked one at a time, and how far the first logits are apart."""
-    session, count = bench.session, bench.options.compared
-    questions = bench.questions(bench.options.images)[:count]
-    names = [question.images for question in questions]
-    reader = picture_reader(bench)
-    pixels = [reader.read(row) for row in names]
-    greedy = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-    greedy |= {"return_dict_in_generate": True, "output_logits": True}
-    texts, logits = {}, {}
-    for question, row in zip(questions, pixels, strict=True):
-        ids = torch.tensor([session.prompt_ids(question.text, 1)], device=bench.device)
-        output = session.model.generate(ids, images=row, attention_mask=torch.ones_like(ids), **greedy)
-        texts[question.question_id] = session.decode(output.sequences[0].tolist())
-        logits[question.question_id] = output.logits[0][0].float()
-    sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
-    options = {"compile_mode": bench.compile_mode, "workers": 0}
-    ours = {
-        row.question.question_id: row for row in answer_batch(session, questions, bench.folder, sampling, **options)
-    }
-    together = first_logits(bench, questions, reader)
-    apart = torch.stack([(together[key] - logits[key]).abs().max() for key in logits])
-    spread = torch.stack([row.std() for row in logits.values()]).mean().item()
-    first = sum(bool(together[key].argmax() == logits[key].argmax()) for key in logits)
-    gaps = torch.stack([row.topk(2).values.diff().abs()[0] for row in logits.values()])
-    yield {
-        "part": "agreement",
-        "case": f"ours in a batch against generate one at a time, {count} questions",
-        "same_answers": sum(ours[key].text == texts[key] for key in texts) / count,
-        "same_first_token": first / count,
-        "logit_difference_median_of_largest": apart.median().item(),
-        "logit_difference_largest": apart.max().item(),
-        "logit_standard_deviation": spread,
-        "gap_of_the_two_likeliest_median": gaps.median().item(),
-    }
-
-
-def first_logits(bench: Bench, questions: Sequence[Question], reader: PictureReader) -> dict[int, torch.Tensor]:
-    """Return the logits of each question's first token, computed in groups."""
-    session = bench.session
-    asks = [Ask(key, session.prompt_ids(question.text, 1), question.images) for key, question in enumerate(questions)]
-    plan = plan_groups(asks, session.model.get_vision_tower().num_patches)
-    pictures = read_pictures(reader, [group.images for group in plan.groups], workers=0)
-    backlog = Backlog(session, len(plan.stem_ids), plan.groups, pictures, room=0, is_padded=False)
-    rows = []
-    while backlog and backlog.peek():
-        rows.append(backlog.take())
-    length = round_up(len(plan.stem_ids) + max(row.trunk_length for row in rows) + max(row.length for row in rows))
-    cache = TreeCache(FlatLlama(session.model), plan.stem_ids, len(rows), length)
-    logits = cache.prefill(rows).float()
-    branches = [branch for row in rows for branch in row.group.branches]
-    return {questions[branch.ask.key].question_id: row for branch, row in zip(branches, logits, strict=True)}
-
-
-def picture_reader(bench: Bench) -> PictureReader:
-    """Return what turns our pictures into pixels."""
-    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    return PictureReader(bench.folder, bench.session.image_processor, SimpleNamespace(image_aspect_ratio="pad"), dtype)
-
-
-@torch.no_grad()
-def measure_transformers(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The same questions through `LlavaForConditionalGeneration`, left-padded, pictures decoded ahead as for ours."""
-    session, options = bench.session, bench.options
-    questions = bench.questions(options.peer_images)
-    prompts = [session.prompt_ids(question.text, 1) for question in questions]
-    reader = picture_reader(bench)
-    bench.free_session()
-    del session
-    model = build_peer(bench.config, bench.device)
-    image_id = model.config.image_token_id
-    patches = (bench.config.mm_vision_config["image_size"] // bench.config.mm_vision_config["patch_size"]) ** 2
-    rows = [
-        [part for token in ids for part in ([image_id] * patches if token == IMAGE_TOKEN_INDEX else [token])]
-        for ids in prompts
-    ]
-    workers = default_workers(bench.device) if options.workers is None else options.workers
-    for size in options.peer_batches:
-        generate_peer(model, rows[:size], [reader.read(question.images) for question in questions[:size]])
-        synchronize(bench.device)
-        start = time.perf_counter()
-        pictures = read_pictures(reader, [question.images for question in questions], workers=workers)
-        for first in range(0, len(rows), size):
-            batch = rows[first : first + size]
-            generate_peer(model, batch, [next(pictures) for _ in batch])
-        synchronize(bench.device)
-        seconds = time.perf_counter() - start
-        rate = len(rows) / seconds
-        case = f"transformers, batch {size}"
-        yield {"part": "transformers", "case": case, "questions_per_second": rate, "seconds": seconds}
-
-
-def build_peer(config: LlavaConfig, device: torch.device) -> transformers.LlavaForConditionalGeneration:
-    """Return transformers' LLaVA of the same sizes with random weights."""
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    text = {key: getattr(config, key) for key in keys}
-    text |= {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-    vision = {"model_type": "clip_vision_model", **config.mm_vision_config}
-    settings = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
-    with made_on(device):
-        model = transformers.LlavaForConditionalGeneration(settings).eval()
-    fill(model, 2)
-    return model
-
-
-def generate_peer(model: torch.nn.Module, rows: Sequence[list[int]], pictures: Sequence[Any]) -> None:
-    """Generate three tokens for each row of ids."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, length - len(row) :] = torch.tensor(row)
-        mask[number, length - len(row) :] = 1
-    device = model.device
-    pixels = torch.stack([picture[0] for picture in pictures]).to(device)
-    tokens = {"max_new_tokens": ANSWER_TOKENS, "min_new_tokens": ANSWER_TOKENS, "do_sample": False, "pad_token_id": 0}
-    model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pixel_values=pixels, **tokens).cpu()
-
-
-def measure_vllm(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The same questions and weights through vLLM, where it is installed."""
-    if importlib.util.find_spec("vllm") is None:
-        print("vllm: left out, it is not installed", flush=True)
-        return
-    session, images = bench.session, bench.options.images
-    in_order = bench.questions(images)
-    shuffled = random.Random(0).sample(in_order, len(in_order))
-    cases = {
-        "4.24 questions per picture": (in_order, ANSWER_TOKENS),
-        "the same shuffled": (shuffled, ANSWER_TOKENS),
-        "one question per picture": (bench.single_questions(max(1, images * 2 // 3)), ANSWER_TOKENS),
-    }
-    for count in bench.options.captions:
-        cases[f"{min(count, images)} captions"] = (bench.captions(min(count, images)), CAPTION_TOKENS)
-    prompts = {case: make_prompts(session, questions) for case, (questions, _) in cases.items()}
-    directory = bench.folder / "llava-hf"
-    directory.mkdir()
-    export_hf(session, directory)
-    longest = max(map(len, itertools.chain(*prompts.values()))) + session.model.get_vision_tower().num_patches
-    bench.free_session()
-    del session
-    peer = Peer(importlib.import_module("vllm"), directory, longest + CAPTION_TOKENS)
-    for case, (questions, new_tokens) in cases.items():
-        pictures = [bench.folder / question.images[0] for question in questions]
-        warm = max(1, len(questions) // 16)
-        peer.answer(prompts[case][-warm:], pictures[-warm:], new_tokens)
-        seconds = peer.answer(prompts[case], pictures, new_tokens)
-        yield {
-            "part": "vllm",
-            "case": f"vLLM, {case}",
-            "questions_per_second": len(questions) / seconds,
-            "tokens_per_second": len(questions) * new_tokens / seconds,
-            "seconds": seconds,
-        }
-    peer.close()
-
-
 def print_profile(bench: Bench) -> Iterator[dict[str, Any]]:
     """For how much of a run the device works, before what it waits, and the kernels that take longest."""
     count = bench.options.images
@@ -654,19 +217,6 @@ def print_profile(bench: Bench) -> Iterator[dict[str, Any]]:
             "device_busy_share": share.busy / seconds if is_cuda else None,
             "seconds_before_the_device_works": share.first,
         }
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the work given to a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def describe_machine(device: torch.device) -> str:
-    """Return device and versions in a line."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    versions = ", ".join(f"{library} {importlib.metadata.version(library)}" for library in ("torch", "transformers"))
-    return f"{name}, {versions}"
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

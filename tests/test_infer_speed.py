@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from llava.inference.grouped import answer_batch
 from llava.inference.session import Sampling
 
 WORDS = ["--tiny", "--images", "6", "--captions", "3", "--compared", "4", "--peer-images", "2", "--peer-batches", "2"]
@@ -82,7 +83,7 @@ def test_vllm_gets_the_models_weights_and_prompts(program, monkeypatch, tmp_path
     program.draw_pictures(tmp_path, 2, program.picture_size(options.tiny))
     bench = program.Bench(options, torch.device("cpu"), tmp_path)
     questions = bench.questions(2)
-    ours = program.answer_batch(bench.session, questions, tmp_path, Sampling(max_new_tokens=3), workers=0)
+    ours = answer_batch(bench.session, questions, tmp_path, Sampling(max_new_tokens=3), workers=0)
     ours = {answer.question.question_id: answer.text for answer in ours}
     directory = tmp_path / "hf"
     directory.mkdir()
