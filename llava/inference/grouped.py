@@ -64,7 +64,7 @@ def answer_batch(
         workers: processes that decode images; 0 = threads, None = what suits the device.
         done: ids of questions that have their answer already.
         part: which share of the work is wanted, from 0.
-        parts: shares of equal work, each of whole groups.
+        parts: shares of equal work, each of whole groups; with choices of whole questions.
 
     Yields:
         One answer per question of the share that is not done, errors of bad rows included.
@@ -81,8 +81,11 @@ def answer_batch(
         return
     patches = session.model.get_vision_tower().num_patches if session.image_processor else 0
     asks, bad = _prepare(session, questions, choices)
+    if choices and parts > 1:
+        asks = _share_of_lists(asks, patches, part, parts)
     plan = plan_groups(asks, patches, max_branches=min(MAX_BRANCHES, batch_size or MAX_BRANCHES))
-    groups = _unfinished(deal_groups(plan.groups, patches, parts)[part], questions, frozenset(done))
+    dealt = plan.groups if choices else deal_groups(plan.groups, patches, parts)[part]
+    groups = _unfinished(dealt, questions, frozenset(done))
     if part == 0:
         yield from (answer for answer in bad if answer.question.question_id not in done)
     if any(group.images for group in groups) and session.image_processor is None:
@@ -176,6 +179,14 @@ def _prepare(session: Session, questions: Sequence[Question], choices: Sequence[
         except PromptError as error:
             bad.append(Answer(question, "", error.code, str(error)))
     return asks, bad
+
+
+def _share_of_lists(asks: Sequence[Ask], patches: int, part: int, parts: int) -> list[Ask]:
+    """Return the prompts of one share: a question is answered by who has scored its whole list."""
+    firsts = plan_groups([ask for ask in asks if ask.choice == 0], patches)
+    share = deal_groups(firsts.groups, patches, parts)[part]
+    keys = {branch.ask.key for group in share for branch in group.branches}
+    return [ask for ask in asks if ask.key in keys]
 
 
 def _unfinished(groups: Sequence[Group], questions: Sequence[Question], done: frozenset[int | str]) -> list[Group]:

@@ -185,6 +185,23 @@ def test_a_closed_list_of_answers(session, folder):
     assert len({answer.text for answer in found.values() if not answer.error}) > 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])  # groups that a question's answers do not all fit into
+def test_all_answers_of_a_list_are_scored_in_one_share(session, folder, batch_size):
+    choices = ["yes", "no", "two words"]
+    options = {"choices": choices, "batch_size": batch_size, "parts": 2}
+    whole = by_id(answer_batch(session, QUESTIONS, folder, choices=choices))
+    shares = [texts(answer_batch(session, QUESTIONS, folder, part=part, **options)) for part in range(2)]
+    assert all(shares)
+    assert sum(map(len, shares)) == len(QUESTIONS) - len(CODES)
+    assert {**shares[0], **shares[1]} == {key: answer.text for key, answer in whole.items() if not answer.error}
+
+
+def test_many_answers_of_a_list_are_shared_evenly(session, folder):
+    questions = [Question(key, "What is it?", (f"{key}.jpg",)) for key in range(4)]  # each is an error of its own
+    options = {"choices": ["a", "b", "c", "d"], "batch_size": 2, "parts": 2}
+    assert [len(list(answer_batch(session, questions, folder, part=part, **options))) for part in range(2)] == [2, 2]
+
+
 def test_a_given_answer_scores_as_much_as_the_same_generated(session, folder, swap_words):
     """The generated answer's ids, its end included, are those of the given answer."""
     yes = answered_ids("hello", 0, "yes", session.template, session.tokenizer)[1][0]
