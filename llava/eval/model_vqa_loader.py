@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,8 +83,8 @@ def read_choices(value: str) -> list[str]:
     Raises:
         argparse.ArgumentTypeError: if some are empty or repeated.
     """
-    path = Path(value)
-    choices = path.read_text(encoding="utf-8").splitlines() if path.is_file() else value.split(",")
+    is_file = os.path.isfile(value)  # noqa: PTH113 - Path.is_file raises for what is too long to be a name
+    choices = Path(value).read_text(encoding="utf-8-sig").splitlines() if is_file else value.split(",")
     choices = [choice.strip() for choice in choices]
     if not all(choices) or len(set(choices)) < len(choices):
         raise argparse.ArgumentTypeError(f"{value!r} has empty or repeated answers; give each once")
@@ -167,7 +168,10 @@ def _answer(
     way_on = f"run the same command {'without --overwrite' if args.overwrite else 'again'} to go on from there"
     session = load_session(args) if answers.done < len(questions) else None
     try:
-        answers.begin()
+        for is_turn in (ranks.rank > 0, ranks.rank == 0):  # new settings come behind the last old answer
+            if is_turn:
+                answers.begin()
+            wait()
         if session is not None:
             _ask(session, args, sampling, questions, answers, ranks)
         wait()  # until all answers are there

@@ -1,5 +1,6 @@
 """Runs of `model_vqa_loader` that are killed, fill the disk or meet each other end with the file of a whole run."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -7,15 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from llava.eval import model_vqa_loader
 from llava.eval.model_vqa_loader import main
 from llava.inference.answers import AnswersFile
 from llava.inference.questions import read_questions
+from llava.inference.ranks import Ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = ("landscape.jpg", "tiny.png", "none.png", "square.png")
@@ -136,7 +141,7 @@ def test_a_list_of_answers_from_the_command_line_and_from_a_file(run, tmp_path, 
     assert {record["text"] for record in answered} <= {"yes", "no"}
     for record in answered:
         assert max(record["metadata"]["choices"], key=record["metadata"]["choices"].get) == record["text"]
-    (tmp_path / "list.txt").write_text("yes\nno\n")
+    (tmp_path / "list.txt").write_text("yes\nno\n", encoding="utf-8-sig")
     assert run("--choices", str(tmp_path / "list.txt")) == 1  # the same run
     assert run.records() == records
     capsys.readouterr()
@@ -164,6 +169,53 @@ def test_wrong_usage(run, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
         run(*flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_first_slow", [False, True])
+def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slow):
+    """Killed at any moment, no answer stands beside the settings of another run, or beside none."""
+    whole = run.whole()
+    run("--temperature", "1")
+    run.answers.with_name(f"{run.journal.name}.1").write_bytes(run.answers.read_bytes())  # as if broken off
+    begin, write, runs = AnswersFile.begin, AnswersFile.write, []
+
+    def slow_begin(self):
+        if ("journal.1" in self.journal_path.name) != is_first_slow:
+            time.sleep(0.5)  # as one that loads the weights longer
+        begin(self)
+        if self.run_path.exists() and json.loads(self.run_path.read_text())["temperature"] == 0:
+            runs.append([place for place in self._places() if place.stat().st_size])
+
+    def watching_write(self, answer, model_id):
+        assert json.loads(self.run_path.read_text())["temperature"] == 0
+        write(self, answer, model_id)
+
+    monkeypatch.setattr(AnswersFile, "begin", slow_begin)
+    monkeypatch.setattr(AnswersFile, "write", watching_write)
+    gate = threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(model_vqa_loader, "joined", lambda ranks: contextlib.nullcontext(gate.wait))
+    ranks = [iter([Ranks(rank, 2, rank)]) for rank in range(2)]
+    lock = threading.Lock()
+
+    def read_ranks():
+        with lock:
+            return next(ranks.pop())
+
+    session = model_vqa_loader.load_session(
+        model_vqa_loader.build_parser().parse_args([*run.arguments, "--answers-file", ""])
+    )
+    monkeypatch.setattr(model_vqa_loader, "load_session", lambda args: session)
+    monkeypatch.setattr(model_vqa_loader, "read_ranks", read_ranks)
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(lambda _: run("--overwrite"), range(2)))
+    assert sorted(codes) == [0, 1]
+    assert runs == [[]]
+    assert run.answers.read_bytes() == whole
+
+
+def test_a_list_of_answers_longer_than_a_file_name():
+    choices = [f"answer {number}" for number in range(100)]
+    assert model_vqa_loader.read_choices(",".join(choices)) == choices
 
 
 @pytest.mark.slow
