@@ -229,8 +229,12 @@ class DurableTrainer(Trainer):
     def _get_dataloader(self, dataset: Dataset, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         if is_training:
             choose = kwargs.pop("sampler_fn", None)
-            kwargs["sampler_fn"] = choose and (lambda _: choose(dataset))
-            loader = super()._get_dataloader(guards.NumberedRows(dataset), *args, is_training=True, **kwargs)
+            sampler = choose and choose(dataset)
+            loader = super()._get_dataloader(
+                guards.NumberedRows(dataset), *args, is_training=True, sampler_fn=lambda _: sampler, **kwargs
+            )
+            if hasattr(sampler, "set_epoch"):  # else accelerate doesn't tell it of epochs resumed by several processes
+                loader.set_sampler(sampler)
         else:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         inner = loader.base_dataloader  # of accelerate's
