@@ -88,7 +88,9 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = _flag(2048, "Longest row in tokens, image patches included.")
     freeze_mm_mlp_adapter: bool = _flag(False, "Keep the projector as it is.")
     mm_projector_lr: float | None = _flag(None, "Learning rate of the projector; default: --learning_rate.")
-    group_by_modality_length: bool = _flag(False, "Batches of one modality and similar length.")
+    group_by_modality_length: bool = _flag(
+        False, "Batches of one modality and similar length; rows that share image prefixes come together instead."
+    )
     share_image_prefix: bool = _flag(
         True, "Compute what rows of one image have in common once a batch, for all of them."
     )

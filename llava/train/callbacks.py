@@ -43,14 +43,20 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for the end if the run that goes on had ended so."""
+        return self.on_evaluate(args, state, control)
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for the end where the best value lies too far back."""
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         values = [row[name] for row in state.log_history if name in row]
-        best = (max if args.greater_is_better else min)(values)
-        since = len(values) - 1 - values.index(best)
+        best = (max if args.greater_is_better else min)(values, default=None)
+        since = len(values) - 1 - values.index(best) if values else 0
         if since >= self.patience:
             logger.info("%s has not improved on %.4f for %d validations; training ends here", name, best, since)
             control.should_training_stop = True

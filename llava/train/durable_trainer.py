@@ -65,6 +65,10 @@ class DurableTrainer(Trainer):
                 self.callback_handler.on_train_end(self.args, self.state, self.control)
                 raise
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a step's batches; none if all steps were done when training began, for which the Trainer asks too."""
+        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Compute one batch's loss and gradient, remembering its rows."""
         self._batches.append(guards.MicroBatch(inputs.pop(guards.ROW_KEY, [])))
@@ -229,8 +233,12 @@ class DurableTrainer(Trainer):
     def _get_dataloader(self, dataset: Dataset, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         if is_training:
             choose = kwargs.pop("sampler_fn", None)
-            kwargs["sampler_fn"] = choose and (lambda _: choose(dataset))
-            loader = super()._get_dataloader(guards.NumberedRows(dataset), *args, is_training=True, **kwargs)
+            sampler = choose and choose(dataset)
+            loader = super()._get_dataloader(
+                guards.NumberedRows(dataset), *args, is_training=True, sampler_fn=lambda _: sampler, **kwargs
+            )
+            if hasattr(sampler, "set_epoch"):  # else accelerate doesn't tell it of epochs resumed by several processes
+                loader.set_sampler(sampler)
         else:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         inner = loader.base_dataloader  # of accelerate's
@@ -272,6 +280,7 @@ class _StepWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.first_step = state.global_step
+        control.should_training_stop |= state.global_step >= state.max_steps
         self.trainer.find_learners()
         self.trainer.restore_unlogged_loss()
 
@@ -280,6 +289,12 @@ class _StepWatch(TrainerCallback):
     ) -> None:
         self.randomness = randomness.capture()
         self._is_epochs_first = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.first_step:  # the run had ended before it went on
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -275,17 +275,22 @@ def test_a_loss_that_is_no_number_stops_the_run_before_its_update(command, tmp_p
 
 ZERO2 = ["--deepspeed", "scripts/zero2.json"]
 TOGETHER = {"DDP": [], "ZeRO-2": ZERO2}
+SHARED = [row(index, PICTURES[index // 2]) for index in range(9)]
 TEXT_FIRST = [row(0), *ROWS[:6], row(7), row(8)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", TOGETHER.values(), ids=TOGETHER)
-def test_two_processes_killed_equal_two_that_were_not(command, tmp_path, monkeypatch, flags):
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [([], ROWS), (ZERO2, ROWS), ([], SHARED)],
+    ids=["DDP", "ZeRO-2", "DDP, two rows an image"],
+)
+def test_two_processes_killed_equal_two_that_were_not(command, tmp_path, monkeypatch, flags, rows):
     """Nine rows for two processes: three steps an epoch, the last of one batch each."""
     monkeypatch.chdir(ROOT)
     flags = [*LORA, *flags]
-    assert run_together(command(tmp_path / "whole", *flags)) == [0, 0]
-    words = command(tmp_path / "killed", *flags, *SAVED)
+    assert run_together(command(tmp_path / "whole", *flags, rows=rows)) == [0, 0]
+    words = command(tmp_path / "killed", *flags, *SAVED, rows=rows)
     for step, batches in enumerate([3, 3, 2, 3, 3], start=1):
         assert run_together(words, lambda rank: killed_at(batches)()) == [KILLED, KILLED]  # noqa: B023
         assert list(numbered(tmp_path / "killed"))[-1] == step

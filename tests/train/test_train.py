@@ -180,6 +180,17 @@ def test_a_finished_run_writes_its_result_again(train, lora_run, tmp_path):
     same_result(output, lora_run)
 
 
+def test_a_run_that_ended_within_an_epoch_ends_there_again(train, tmp_path):
+    flags = [*RESUMABLE, "--max_steps", "3"]
+    assert train(tmp_path / "whole", *flags) == 0
+    output = copy_without_result(tmp_path / "whole", tmp_path / "out", "checkpoint-3")
+    assert train(output, *flags) == 0
+    assert losses(output) == []
+    same_result(output, tmp_path / "whole")
+    assert train(output, *RESUMABLE, "--max_steps", "4") == 0  # asked for more, it goes on
+    assert len(losses(output)) == 1
+
+
 def test_runs_repeat_bit_for_bit(train, lora_run, tmp_path):
     assert train(tmp_path / "out", *RESUMABLE) == 0
     same_result(tmp_path / "out", lora_run)

@@ -411,6 +411,8 @@ def test_early_stopping_and_where_a_resumed_run_stops(train_tiny, read_log, held
     assert kept == {f"checkpoint-{step}" for step in (1, 2, 3, 4)}
     state = json.loads((output / "trainer_state.json").read_text())
     assert (state["best_global_step"], state["global_step"]) == (1, 4)
+    assert train_tiny(output, ROWS, *flags, "--save_total_limit", "9", base=base) == 0
+    assert len(read_log(output, "eval_loss")) == len(read_log(output, "loss")) == 4  # it had ended
     for name in ("checkpoint-3", "checkpoint-4"):
         shutil.rmtree(output / name)
     assert train_tiny(output, ROWS, *flags, base=base) == 0
