@@ -43,7 +43,7 @@ def shard_on_the_cpu():
     """Have accelerate take the CPU for what it shards over with FSDP, which it leaves out there otherwise."""
     from accelerate import state
 
-    import llava.train.arguments as arguments
+    from llava.train import refusals
 
     start = state.AcceleratorState.__init__
 
@@ -53,7 +53,7 @@ def shard_on_the_cpu():
         start(self, *values, **options)
 
     state.AcceleratorState.__init__ = initialise
-    arguments.stage_refusals = lambda *_: {}  # "--fsdp shards over GPUs", rightly
+    refusals._stage_refusals = lambda *_: {}  # "--fsdp shards over GPUs", rightly
 
 
 WAYS = {
