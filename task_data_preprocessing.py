@@ -1,28 +1,30 @@
-"""Turn a table of questions about images into the files that LLaVA reads; `--help` shows the options and an example."""
+"""Convert a table of questions about images to LLaVA's training records or inference questions; see `--help`."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from llava.data.table import Columns, TableError, TableRow, read_table
-from llava.data.table_json import (
+from llava.data.table.read import Columns, TableError, TableRow, read_table
+from llava.data.table.write import (
     COCO_IMAGE_NAME,
-    QUESTION_KEYS,
-    RECORD_KEYS,
+    QUESTION_FIELDS,
+    RECORD_FIELDS,
     build_image_namer,
     check_images,
     format_questions_jsonl,
     format_training_json,
     split_by_image,
 )
-from llava.files import atomic_write
+from llava.files.atomic_files import atomic_write
+from llava.files.home_directory import expand_homes
+from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.terminal_text import print_text, report_error
 
 _DEFAULT_PATHS = {
     "train": ("playground/data_train/Train_Qs.csv", "playground/data_train/data.json"),
@@ -30,9 +32,9 @@ _DEFAULT_PATHS = {
 }
 _EXAMPLE = """examples:
   python task_data_preprocessing.py
-      the original's paths: {train[0]} -> {train[1]}
+      the default paths: {train[0]} -> {train[1]}
   python task_data_preprocessing.py --input my.csv --output my.json --image_name "{{id}}.jpg" --val_share 0.05
-      own table and images; 5 % of the images, with all their questions, go to my_val.json
+      your own table and image names; 5 % of the images, with all their questions, go to my_val.json
   python task_data_preprocessing.py --mode infer --input new.csv --output questions.jsonl --keep kind
       questions without answers for inference; the column `kind` is kept
 
@@ -44,7 +46,7 @@ A table with bad rows is refused, and nothing is written.
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Turn a table of questions about images (CSV) into LLaVA's training data or inference questions.",
+        description="Convert a CSV table of questions about images to training records or inference questions.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,17 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEMPLATE",
         type=_image_name_template,
         default=COCO_IMAGE_NAME,
-        help="file name of an image, {id} standing for its number (default: %(default)s)",
+        help="file name of an image; {id} stands for its number (default: %(default)s)",
     )
     for field, name in Columns()._asdict().items():
-        default = None if field == "answer" else name  # None shows whether the flag was given
+        default = None if field == "answer" else name  # None: the flag was not given
         add(f"--{field}_column", metavar="NAME", default=default, help=f"column with the {field} (default: {name})")
     add(
         "--keep",
         metavar="COLUMN",
         nargs="+",
         default=[],
-        help="further columns to write as extra keys, as text (default: none)",
+        help="columns to copy as extra keys, as text (default: none)",
     )
     add(
         "--val_share",
@@ -82,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of the images (0 to 1) whose questions go to --val_output instead (default: no split)",
     )
     add("--val_output", metavar="FILE", help="file for the validation share (default: --output with _val in its name)")
-    add("--seed", type=int, help="which images --val_share takes (default: 0)")
-    add("--check_images", metavar="DIR", help="check that every image is a file in this folder (default: no check)")
+    add("--seed", type=int, help="decides which images --val_share takes (default: 0)")
+    add("--check_images", metavar="DIR", help="folder in which every image must be a file (default: not checked)")
     return parser
 
 
@@ -103,45 +105,45 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_images(rows, build_image_namer(args.image_name), args.check_images, args.input)
         outputs = _divide(rows, args)
     except TableError as error:
-        print(f"error: {error}\nNothing was written.", file=sys.stderr)
+        report_error(f"{error}\nNothing was written.")
         return 1
     try:
         _write(outputs, args)
     except OSError as error:
         places = " and ".join(path for path, _ in outputs)
-        print(
-            f"error: cannot write {places}: {error.strerror or error}. What stood there is unchanged; "
-            "make room or choose another place with --output.",
-            file=sys.stderr,
+        report_error(
+            f"cannot write {places}: {error.strerror or error}. Existing files are unchanged; "
+            "free disk space, or choose another path with --output."
         )
         return 1
     for path, written in outputs:
-        print(f"wrote {path}: {_describe(written)}")
+        print_text(f"wrote {path}: {_describe(written)}")
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, fill in the defaults that depend on other flags, and refuse what contradicts itself."""
+    """Parse the command line, fill in defaults that depend on other flags, and refuse flags that contradict."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = expand_homes(parser.parse_args(argv), "input", "output", "val_output", "check_images")
     default_input, default_output = _DEFAULT_PATHS[args.mode]
     args.input, args.output = args.input or default_input, args.output or default_output
     if args.mode == "infer":
         given = ("answer_column", "val_share", "val_output", "seed")
         if flags := [f"--{name}" for name in given if getattr(args, name) is not None]:
-            parser.error(f"{', '.join(flags)} has no meaning with --mode infer; leave it out")
+            parser.error(f"{', '.join(flags)} has no effect with --mode infer; leave it out")
     if args.val_share is None and (args.val_output is not None or args.seed is not None):
         parser.error("--val_output and --seed need --val_share; add it or leave them out")
     if args.val_share is not None and args.val_output is None:
         output = Path(args.output)
-        args.val_output = str(output.with_name(f"{output.stem}_val{output.suffix}"))
+        args.val_output = str(output.with_name(f"{output.name.removesuffix(output.suffix)}_val{output.suffix}"))
     args.seed = args.seed or 0
     answer = None if args.mode == "infer" else args.answer_column or Columns().answer
     args.columns = Columns(args.image_id_column, args.question_column, args.question_id_column, answer)
-    paths = [path for path in (args.input, args.output, args.val_output) if path is not None]
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        parser.error(f"--input, --output and --val_output must be different files, not {', '.join(paths)}")
-    reserved = QUESTION_KEYS if args.mode == "infer" else RECORD_KEYS
+    outputs = {"--output": args.output, "--val_output": args.val_output}
+    written = {flag: output_file(path) for flag, path in outputs.items() if path is not None}
+    if message := find_overwrite(written, {"--input": args.input}):
+        parser.error(message)
+    reserved = QUESTION_FIELDS if args.mode == "infer" else RECORD_FIELDS
     if bad := [name for name in args.keep if name in reserved or args.keep.count(name) > 1]:
         parser.error(f"--keep {bad[0]}: every record has that key already; rename the column or leave it out")
     return args
@@ -163,7 +165,7 @@ def _share(text: str) -> float:
 
 
 def _divide(rows: list[TableRow], args: argparse.Namespace) -> list[tuple[str, list[TableRow]]]:
-    """Pairs of a file to write and its rows."""
+    """Return pairs of a file to write and its rows."""
     if args.val_share is None:
         return [(args.output, rows)]
     train, val = split_by_image(rows, args.val_share, args.seed)
@@ -189,5 +191,5 @@ def _describe(rows: Sequence[TableRow]) -> str:
 
 
 if __name__ == "__main__":
-    gc.disable()  # a short process whose rows hold no cycles: collecting would only walk them again and again
+    gc.disable()  # a short process whose rows have no reference cycles: the collector would walk them for nothing
     raise SystemExit(main())

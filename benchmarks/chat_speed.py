@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Measure how fast one chat's tokens come, against the speed at which the device can read the weights they need.
+"""Measure the tokens per second of one chat, against the bandwidth at which the device reads the weights.
 
-The model is LLaVA-1.5-7B at its true sizes with random weights made on the device; one picture, one answer at a time.
+The model is LLaVA-1.5-7B at its true sizes with random weights made on the device; one image, one answer at a time.
 `tokens`, `tokens4` and `tokens8` (bits) compare ways to compute a token; `step` and `products` time its kernels alone.
 
 Example: python benchmarks/chat_speed.py --output chat_speed.json
@@ -27,21 +27,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from quantized_chat import PICTURE, QUESTION, EndlessSession, answer_seconds, synchronize
+from quantized_chat import IMAGE_SIZE, QUESTION, EndlessSession, answer_seconds, synchronize
 from torch import nn
 from vqa_workload import model_config, random_model
 
+from llava.clip_image_processor import CLIPPixels
 from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import get_template
-from llava.image_processing import CLIPPixels
-from llava.inference.chat import Chat
-from llava.inference.dialogue_cache import DialogueCache, LibraryCache, RowCache, load_kernels
+from llava.inference.chat.chat import Chat
+from llava.inference.chat.kv_cache import ChatKVCache, GrowingKVCache, TransformersKVCache, load_fused_step
+from llava.inference.engine.ragged_llama import RaggedLlama
 from llava.inference.session import Sampling, Session
 from llava.model.devices import best_device
-from llava.model.flat_llama import FlatLlama
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.quantization import quantize_linears, quantized_parameter
-from llava.tokenization import load_tokenizer
+from llava.tokenization.llama_tokenizer import load_tokenizer
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "data" / "goldens" / "llava-v1.5-golden"
 VOCABULARY = 32_000
@@ -106,16 +106,16 @@ def measure_tokens(
 ) -> Iterator[dict[str, Any]]:
     """Answers, for each way to compute a token."""
     session = build_session(device, bits=bits, tiny=options.tiny)
-    read, picture = bytes_per_token(session.model), Image.effect_noise(PICTURE, 64).convert("RGB")
-    length = session.spliced_length(session.prepare(QUESTION, [picture]))
+    read, image = bytes_per_token(session.model), Image.effect_noise(IMAGE_SIZE, 64).convert("RGB")
+    length = session.spliced_length(session.prepare(QUESTION, [image]))
     for case, open_cache, sampling in cases(session, bits, options):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         chat = Chat(session, sampling, open_cache() if open_cache else None)
         n_tokens = sampling.max_new_tokens
-        answer_seconds(chat, picture, length, n_tokens, sampling)  # kernels are compiled, steps recorded
+        answer_seconds(chat, image, length, n_tokens, sampling)  # kernels are compiled, CUDA graphs captured
         first, whole = (
-            statistics.median(answer_seconds(chat, picture, length, number, sampling) for _ in range(options.runs))
+            statistics.median(answer_seconds(chat, image, length, number, sampling) for _ in range(options.runs))
             for number in (1, n_tokens)
         )
         rate = (n_tokens - 1) / (whole - first)
@@ -128,7 +128,7 @@ def measure_tokens(
 
 def cases(
     session: Session, bits: int, options: argparse.Namespace
-) -> Iterator[tuple[str, Callable[[], DialogueCache] | None, Sampling]]:
+) -> Iterator[tuple[str, Callable[[], ChatKVCache] | None, Sampling]]:
     """Yield names, caches (None = the one a chat chooses) and sampling."""
     greedy = Sampling(max_new_tokens=options.new_tokens)
     few = dataclasses.replace(greedy, max_new_tokens=min(FEW, options.new_tokens))
@@ -138,12 +138,12 @@ def cases(
         yield "temperature 0.2", None, dataclasses.replace(greedy, temperature=0.2, seed=0)
     if is_cuda and bits == 16:
         yield "temperature 0.2, top_p 0.9", None, dataclasses.replace(greedy, temperature=0.2, top_p=0.9, seed=0)
-        llama = FlatLlama(session.model)
-        yield "layers, recorded", lambda: RowCache(llama, graphed=True), greedy
-        yield "kernels, not recorded", lambda: RowCache(llama, fused=load_kernels(llama)), few
+        llama = RaggedLlama(session.model)
+        yield "layers, CUDA graphs", lambda: GrowingKVCache(llama, is_graphed=True), greedy
+        yield "Triton kernels, no graphs", lambda: GrowingKVCache(llama, fused_step=load_fused_step(llama)), few
     if is_cuda and bits != 8:
-        yield "layers, not recorded", lambda: RowCache(FlatLlama(session.model)), few
-    yield "transformers' forward", lambda: LibraryCache(session.model), few
+        yield "layers, no graphs", lambda: GrowingKVCache(RaggedLlama(session.model)), few
+    yield "transformers' forward", lambda: TransformersKVCache(session.model), few
 
 
 def build_session(device: torch.device, *, bits: int, tiny: bool) -> Session:
@@ -175,7 +175,7 @@ def measure_products(options: argparse.Namespace, device: torch.device, speed: f
     kernels = import_kernels(device)
     if kernels is None:
         return
-    llama = FlatLlama(build_session(device, bits=16, tiny=options.tiny).model)
+    llama = RaggedLlama(build_session(device, bits=16, tiny=options.tiny).model)
     mlp = llama.layers[0].mlp
     hidden, active, result = (
         torch.randn(width, device=device, dtype=llama.dtype)
@@ -187,25 +187,25 @@ def measure_products(options: argparse.Namespace, device: torch.device, speed: f
         heads = [attention.q_proj, attention.k_proj, attention.v_proj]
         for name, call in {
             "queries, keys, values": multiply_by(kernels, hidden, heads, result, norm=layer.input_layernorm),
-            "output": multiply_by(kernels, hidden, [attention.o_proj], result, added=result),
+            "output": multiply_by(kernels, hidden, [attention.o_proj], result, residual=result),
             "gate and up": functools.partial(
-                kernels.multiply_gated, hidden, mlp.gate_proj, mlp.up_proj, result, norm=layer.input_layernorm
+                kernels.gated_matvec, hidden, mlp.gate_proj, mlp.up_proj, result, norm=layer.input_layernorm
             ),
-            "down": multiply_by(kernels, active, [mlp.down_proj], result, added=result),
+            "down": multiply_by(kernels, active, [mlp.down_proj], result, residual=result),
         }.items():
             calls.setdefault(name, []).append(call)
     for name, products in calls.items():
         weights = (linear.weight for part in products[0].args for linear in linears_in(part))
         read = sum(weight.nbytes for weight in weights)
         for tile in map(kernels.Tile._make, TILES):
-            seconds = recorded_seconds(functools.partial(run_all, products, tile=tile), device) / len(products)
+            seconds = replay_seconds(functools.partial(run_all, products, tile=tile), device) / len(products)
             row = {"part": "products", "case": name, "tile": tuple(tile), "microseconds": round(seconds * 1e6, 2)}
             yield {**row, "share_of_limit": round(read / seconds / speed, 3)}
 
 
 def multiply_by(kernels: Any, *arguments: Any, **options: Any) -> Callable[..., None]:
     """Return a product that still lacks its tile."""
-    return functools.partial(kernels.multiply, *arguments, **options)
+    return functools.partial(kernels.matvec, *arguments, **options)
 
 
 def linears_in(part: Any) -> list[nn.Linear]:
@@ -221,15 +221,13 @@ def run_all(calls: Sequence[Callable[..., None]], **options: Any) -> None:
 
 
 def measure_step(options: argparse.Namespace, device: torch.device, speed: float) -> Iterator[dict[str, Any]]:
-    """A token's attention, per layer, and the whole token, both recorded and without a chat around."""
+    """A token's attention, per layer, and the whole token, both as CUDA graphs without a chat."""
     kernels = import_kernels(device)
     if kernels is None:
         return
     model = build_session(device, bits=16, tiny=options.tiny).model
-    llama, read = FlatLlama(model), bytes_per_token(model)
-    steps = {"": kernels.FusedStep(llama)}
-    if torch.cuda.get_device_capability(device) >= (9, 0):
-        steps[", kernels started early"] = kernels.FusedStep(llama, early=True)
+    llama, read = RaggedLlama(model), bytes_per_token(model)
+    step = kernels.FusedDecodeStep(llama)
     heads, width = llama.key_shape
     for length in LENGTHS:
         cache = [
@@ -237,18 +235,16 @@ def measure_step(options: argparse.Namespace, device: torch.device, speed: float
             for _ in llama.layers
         ]
         entries = torch.tensor([5, length - 1], device=device)
-        projected = torch.randn(3 * heads * width, device=device, dtype=llama.dtype)
-        found = torch.empty(-(-length // kernels.PART), heads, width + 2, device=device)
-        attended = torch.empty_like(projected[: heads * width])
-        for case, step in steps.items():
-            calls = [functools.partial(step.attend, entries, projected, *layer, found, attended) for layer in cache]
-            seconds = recorded_seconds(functools.partial(run_all, calls), device) / len(cache)
-            row = {"part": "step", "case": f"attention, {length} positions{case}"}
-            row |= {"microseconds": round(seconds * 1e6, 2)}
-            yield {**row, "share_of_limit": round(2 * cache[0][0].nbytes / seconds / speed, 3)}
-            seconds = recorded_seconds(functools.partial(step, entries, cache), device)
-            row = {"part": "step", "case": f"token, {length} positions{case}", "microseconds": round(seconds * 1e6, 2)}
-            yield {**row, "share_of_limit": round(read / seconds / speed, 3)}
+        qkv = torch.randn(3 * heads * width, device=device, dtype=llama.dtype)
+        partial = torch.empty(-(-length // kernels.SPLIT), heads, width + 2, device=device)
+        attended = torch.empty_like(qkv[: heads * width])
+        calls = [functools.partial(step.attend, entries, qkv, *layer, partial, attended) for layer in cache]
+        seconds = replay_seconds(functools.partial(run_all, calls), device) / len(cache)
+        row = {"part": "step", "case": f"attention, {length} positions", "microseconds": round(seconds * 1e6, 2)}
+        yield {**row, "share_of_limit": round(2 * cache[0][0].nbytes / seconds / speed, 3)}
+        seconds = replay_seconds(functools.partial(step, entries, cache), device)
+        row = {"part": "step", "case": f"token, {length} positions", "microseconds": round(seconds * 1e6, 2)}
+        yield {**row, "share_of_limit": round(read / seconds / speed, 3)}
 
 
 def import_kernels(device: torch.device) -> Any:
@@ -256,13 +252,13 @@ def import_kernels(device: torch.device) -> Any:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         print("kernels need CUDA and Triton", flush=True)
         return None
-    from llava.model import token_step
+    from llava.inference.chat import decode_step
 
-    return token_step
+    return decode_step
 
 
 @torch.no_grad()
-def recorded_seconds(compute: Callable[[], None], device: torch.device) -> float:
+def replay_seconds(compute: Callable[[], None], device: torch.device) -> float:
     """Return the seconds of work as a CUDA graph."""
     compute()
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""For how much of a run the device works, and before what it waits, from PyTorch's profiler."""
+"""GPU utilisation of a run and its longest idle gaps, from PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 
 
 class Span(NamedTuple):
-    """What the device ran, in seconds since the profiler's start."""
+    """A kernel or copy on the device, in seconds since the profiler's start."""
 
     start: float
     end: float
@@ -18,7 +18,7 @@ class Span(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """A time in which the device had nothing to do."""
+    """A time in which the device was idle."""
 
     start: float
     seconds: float
@@ -53,7 +53,7 @@ def device_spans(profiler: torch.profiler.profile) -> list[Span]:
 
 
 def device_share(spans: Sequence[Span]) -> DeviceShare:
-    """Return how long the device worked; zeros if it did not."""
+    """Return the device's busy time and gaps; zeros if nothing ran on it."""
     if not spans:
         return DeviceShare(0.0, 0.0, 0.0, [])
     ordered = sorted(spans)
@@ -80,7 +80,7 @@ def as_lines(share: DeviceShare, wall: float, count: int = 12, width: int = 44) 
     rest = [gap.seconds for gap in share.gaps]
     lines = [
         f"device busy {share.busy:.3f} of {wall:.3f} s ({share.busy / wall:.1%}); idle {share.first:.3f} s before, "
-        f"{max(0.0, wall - share.last):.3f} s behind, {sum(rest):.3f} s in {len(rest)} gaps, "
+        f"{max(0.0, wall - share.last):.3f} s after, {sum(rest):.3f} s in {len(rest)} gaps, "
         f"{sum(seconds for seconds in rest if seconds >= 1e-3):.3f} s of it in gaps of 1 ms and more"
     ]
     lines += [

@@ -1,6 +1,6 @@
 """Measure the data doctor: the whole program on a table's rows without decoding, and decoding of images alone.
 
-The rows are the table's; its images need not be there, an empty file stands for each. For decoding, pictures of
+The rows are the table's; its images need not be there, an empty file stands for each. For decoding, images of
 640 x 480 pixels with noise are made.
 
 Example: python benchmarks/doctor_speed.py --input playground/data_train/Train_Qs.csv --runs 5
@@ -47,8 +47,8 @@ def _core_seconds() -> float:
 
 def make_data(table: Path, directory: Path) -> int:
     """Write `data.json` and an empty file for each image into a directory; return the number of rows."""
-    from llava.data.table import read_table
-    from llava.data.table_json import COCO_IMAGE_NAME, build_image_namer, format_training_json
+    from llava.data.table.read import read_table
+    from llava.data.table.write import COCO_IMAGE_NAME, build_image_namer, format_training_json
 
     name_image = build_image_namer(COCO_IMAGE_NAME)
     rows = read_table(table)
@@ -60,7 +60,7 @@ def make_data(table: Path, directory: Path) -> int:
     return len(rows)
 
 
-def make_pictures(directory: Path, count: int) -> list[Path]:
+def make_images(directory: Path, count: int) -> list[Path]:
     """Write JPEG files of 640 x 480 pixels and return their paths."""
     from PIL import Image
 
@@ -83,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print medians and ranges in seconds; return the exit code."""
     parser = build_parser(__doc__, runs=5)
     parser.add_argument("--model_name_or_path", default=str(MODEL), help="its tokenizer is used")
-    parser.add_argument("--pictures", type=int, default=1000, help="pictures to decode (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1000, help="images to decode (default: %(default)s)")
     args = parse(parser, argv)
     sys.path.insert(0, str(ROOT))
-    from llava.data.image_check import find_broken_images, usable_cores
+    from llava.data.doctor.images import check_images
+    from llava.data.worker_processes import usable_cores
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -95,11 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure("program, without tokens and decoding", lambda: run_doctor(directory), args.runs)
         with_tokens = ("--model_name_or_path", args.model_name_or_path)
         measure("program, with tokens, without decoding", lambda: run_doctor(directory, *with_tokens), args.runs)
-        pictures = make_pictures(directory, args.pictures)
+        images = make_images(directory, args.images)
         for workers in sorted({1, usable_cores()}):
             measure(
-                f"decoding {args.pictures:,} pictures, {workers} process(es)",
-                lambda workers=workers: find_broken_images(pictures, workers=workers),
+                f"decoding {args.images:,} images, {workers} process(es)",
+                lambda workers=workers: check_images(images, workers=workers),
                 args.runs,
             )
     return 0

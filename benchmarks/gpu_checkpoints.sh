@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure loading, quantised chats and the planner on one GPU, at LLaVA-1.5-7B's true sizes with random weights.
-# JSON and logs go into a directory; a step that fails does not stop the next. Needs peft, accelerate, deepspeed and
+# JSON and logs go into a directory; a failed step does not stop the next. Needs peft, accelerate, deepspeed and
 # bitsandbytes, 16 GB of disk in WORK and 70 GB on the GPU. Example: bash benchmarks/gpu_checkpoints.sh measured
 # Some steps, weights kept: WORK=/tmp/w STEPS="quantized_chat memory_plan" bash benchmarks/gpu_checkpoints.sh measured
 set -euo pipefail

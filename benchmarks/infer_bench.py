@@ -1,4 +1,4 @@
-"""What the programs that measure batch answers share: a model of random weights, pictures, questions, a timed run."""
+"""Shared parts of the batch inference benchmarks: a model with random weights, images, questions, a timed run."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.clip_image_processor import CLIPPixels
 from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import get_template
-from llava.image_processing import CLIPPixels
-from llava.inference.answers import AnswersFile
-from llava.inference.grouped import answer_batch
-from llava.inference.picture_source import PictureReader
-from llava.inference.questions import Question
-from llava.inference.ranks import Ranks
+from llava.inference.batch.answer_batch import answer_batch
+from llava.inference.batch.answers_file import AnswersFile
+from llava.inference.batch.questions import Question
+from llava.inference.distributed import DistributedRank
+from llava.inference.engine.image_loader import ImageLoader
 from llava.inference.session import Sampling, Session
 from llava.model.configuration import LlavaConfig
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.vision_tower import VIT_L_14_336
-from llava.tokenization import load_tokenizer
+from llava.tokenization.llama_tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE = REPOSITORY / "benchmarks" / "vqa_sample.json"
 TOKENIZER = REPOSITORY / "tests" / "data" / "goldens" / "llava-v1.5-golden"
 ANSWER_TOKENS, CAPTION_TOKENS = 3, 128
 SPREAD = 0.02
-CAPTION_PROMPT = "Describe the picture in detail."
+CAPTION_PROMPT = "Describe the image in detail."
 DRAWN = 96
 TINY_TEXT = {
     "hidden_size": 64,
@@ -54,19 +54,19 @@ TINY_VISION = {
 
 
 class Bench:
-    """What the parts share: options, pictures on disk, our model.
+    """Options, images on disk and our model, which all parts share.
 
     Args:
         options: of the command line.
         device: where everything runs.
-        folder: holds the pictures; answers are written there.
+        folder: holds the images; answers are written there.
         ranks: this process among those that share the work.
     """
 
     def __init__(
-        self, options: argparse.Namespace, device: torch.device, folder: Path, ranks: Ranks | None = None
+        self, options: argparse.Namespace, device: torch.device, folder: Path, ranks: DistributedRank | None = None
     ) -> None:
-        self.options, self.device, self.folder, self.ranks = options, device, folder, ranks or Ranks()
+        self.options, self.device, self.folder, self.ranks = options, device, folder, ranks or DistributedRank()
         self.compile_mode = options.compile or ("on" if device.type == "cuda" else "off")
         self.texts = json.loads(SAMPLE.read_text(encoding="utf-8"))["images"]
         self.config = model_config(options.tiny)
@@ -82,31 +82,31 @@ class Bench:
         return self._session
 
     def free_session(self) -> None:
-        """Give the memory of our model back."""
+        """Free the memory of our model."""
         self._session = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def questions(self, n_images: int) -> list[Question]:
-        """Return the sample's questions about so many pictures, picture by picture."""
+        """Return the sample's questions about `n_images` images, image by image."""
         rows = [(number, text) for number in range(n_images) for text in self.texts[number % len(self.texts)]]
-        return [Question(key, text, (picture_name(number),)) for key, (number, text) in enumerate(rows)]
+        return [Question(key, text, (image_name(number),)) for key, (number, text) in enumerate(rows)]
 
     def single_questions(self, n_images: int) -> list[Question]:
-        """Return the first question about each picture."""
+        """Return the first question about each image."""
         return [
-            Question(number, self.texts[number % len(self.texts)][0], (picture_name(number),))
+            Question(number, self.texts[number % len(self.texts)][0], (image_name(number),))
             for number in range(n_images)
         ]
 
     def captions(self, n_images: int) -> list[Question]:
-        """Return the wish for a long answer about each picture."""
-        return [Question(number, CAPTION_PROMPT, (picture_name(number),)) for number in range(n_images)]
+        """Return a request for a caption of each image."""
+        return [Question(number, CAPTION_PROMPT, (image_name(number),)) for number in range(n_images)]
 
     def answer(
         self, questions: Sequence[Question], new_tokens: int, wait: Callable[[], None] = lambda: None, **more: Any
     ) -> float:
-        """Answer questions into a file on disk and return the seconds that took.
+        """Answer questions into a file on disk and return the seconds.
 
         Args:
             questions: of all processes.
@@ -115,10 +115,12 @@ class Bench:
             more: options of `answer_batch`.
         """
         path, session = self.folder / "answers.jsonl", self.session
-        rank, n_ranks, _ = self.ranks
+        rank, world_size, _ = self.ranks
         wait()
         start = time.perf_counter()
-        with AnswersFile(path, questions, {"benchmark": True}, overwrite=True, rank=rank, n_ranks=n_ranks) as answers:
+        with AnswersFile(
+            path, questions, {"benchmark": True}, overwrite=True, rank=rank, world_size=world_size
+        ) as answers:
             wait()
             answers.begin()
             rows = answer_batch(
@@ -128,8 +130,8 @@ class Bench:
                 Sampling(max_new_tokens=new_tokens),
                 compile_mode=self.compile_mode,
                 workers=self.options.workers,
-                part=rank,
-                parts=n_ranks,
+                rank=rank,
+                world_size=world_size,
                 **more,
             )
             with contextlib.closing(rows):
@@ -193,31 +195,31 @@ def build_session(config: LlavaConfig, device: torch.device) -> Session:
     return Session(tokenizer, model, processor, get_template(DEFAULT_TEMPLATE), config.max_position_embeddings)
 
 
-def picture_size(is_tiny: bool) -> tuple[int, int]:
-    """Return width and height of the pictures."""
+def image_size(is_tiny: bool) -> tuple[int, int]:
+    """Return width and height of the images."""
     return (64, 48) if is_tiny else (640, 480)
 
 
-def picture_name(number: int) -> str:
-    """Return the file name of a picture."""
+def image_name(number: int) -> str:
+    """Return the file name of an image."""
     return f"{number:06d}.jpg"
 
 
-def draw_pictures(folder: Path, count: int, size: tuple[int, int]) -> None:
+def draw_images(folder: Path, count: int, size: tuple[int, int]) -> None:
     """Write noise as JPEG; beyond the first 96, files are links to these."""
     for number in range(count):
-        path = folder / picture_name(number)
+        path = folder / image_name(number)
         if number < DRAWN:
             channels = [Image.effect_noise(size, 64) for _ in range(3)]
             Image.merge("RGB", channels).save(path, quality=85)
         else:
-            os.link(folder / picture_name(number % DRAWN), path)
+            os.link(folder / image_name(number % DRAWN), path)
 
 
-def picture_reader(bench: Bench) -> PictureReader:
-    """Return what turns our pictures into pixels."""
+def image_reader(bench: Bench) -> ImageLoader:
+    """Return the reader that turns our image files into pixels."""
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    return PictureReader(bench.folder, bench.session.image_processor, SimpleNamespace(image_aspect_ratio="pad"), dtype)
+    return ImageLoader(bench.folder, bench.session.image_processor, SimpleNamespace(image_aspect_ratio="pad"), dtype)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure how batch answering scales over GPUs of one machine: one process for each, as `torchrun` starts them.
 
-Each number of GPUs gets as many pictures per GPU, with VQAv2's numbers of questions, so that all run for the same time
+Every run has the same number of images per GPU, with VQAv2's numbers of questions, so that all take the same time
 if nothing is lost. A run lasts from the first process's start of work to the joined file of answers on disk; model and
 questions are those of `infer_speed.py`.
 
@@ -25,10 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from infer_bench import ANSWER_TOKENS, Bench, describe_machine, draw_pictures, picture_size
+from infer_bench import ANSWER_TOKENS, Bench, describe_machine, draw_images, image_size
 from infer_speed import parse_options as parse_bench_options
 
-from llava.inference.ranks import joined, read_ranks
+from llava.inference.distributed import process_group, read_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,20 +54,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of GPUs, the first is the base (default: 1 2)")
-    add("--images", type=int, default=1000, help="pictures for each GPU (default: %(default)s)")
-    add("--tiny", action="store_true", help="a tiny model in fp32 and tiny pictures, on a CPU if there is no GPU")
+    add("--images", type=int, default=1000, help="images for each GPU (default: %(default)s)")
+    add("--tiny", action="store_true", help="a tiny model in fp32 and tiny images, on a CPU if there is no GPU")
     add("--output", type=Path, help="JSON to write")
-    add("--folder", help=argparse.SUPPRESS)  # names pictures that are drawn already; set for the launched processes
+    add("--folder", help=argparse.SUPPRESS)  # names images that are drawn already; set for the launched processes
     return parser
 
 
 def launch(gpus: int, folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one number of GPUs and return what its first process noted.
+    """Run one number of GPUs and return the row that rank 0 wrote.
 
     Raises:
         subprocess.CalledProcessError: if the run fails.
     """
-    draw_pictures(Path(folder), options.images * gpus, picture_size(options.tiny))
+    draw_images(Path(folder), options.images * gpus, image_size(options.tiny))
     words = ["--folder", folder, "--images", str(options.images * gpus), *(["--tiny"] if options.tiny else [])]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     subprocess.run([*torchrun, __file__, *words], check=True)
@@ -75,16 +75,16 @@ def launch(gpus: int, folder: str, options: argparse.Namespace) -> dict[str, Any
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Answer this process's part of the questions, after some to warm up; the first process notes the rate."""
-    ranks = read_ranks()
-    device = torch.device(ranks.device(None) or "cpu")
+    """Answer this rank's share of the questions, after a warm-up; rank 0 writes the rate."""
+    rank = read_rank()
+    device = torch.device(rank.device(None) or "cpu")
     bench_options = parse_bench_options(["--device", str(device), *(["--tiny"] if options.tiny else [])])
-    bench = Bench(bench_options, device, Path(options.folder), ranks)
+    bench = Bench(bench_options, device, Path(options.folder), rank)
     questions = bench.questions(options.images)
-    with joined(ranks) as wait:
+    with process_group(rank) as wait:
         bench.answer(bench.questions(max(1, options.images // 4)), ANSWER_TOKENS, wait)
         seconds = bench.answer(questions, ANSWER_TOKENS, wait)
-        if ranks.rank == 0:
+        if rank.rank == 0:
             rate = len(questions) / seconds
             row = {"machine": describe_machine(device), "questions_per_second": rate, "seconds": seconds}
             (Path(options.folder) / "row.json").write_text(json.dumps(row), encoding="utf-8")

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 import transformers
-from infer_bench import ANSWER_TOKENS, CAPTION_TOKENS, Bench, fill, made_on, picture_reader, synchronize
+from infer_bench import ANSWER_TOKENS, CAPTION_TOKENS, Bench, fill, image_reader, made_on, synchronize
 from vllm_peer import Peer, export_hf, make_prompts
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.inference.picture_source import default_workers, read_pictures
+from llava.inference.engine.image_loader import default_workers, prefetch_images
 from llava.model.configuration import LlavaConfig
 
 
 @torch.no_grad()
 def measure_transformers(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The same questions through `LlavaForConditionalGeneration`, left-padded, pictures decoded ahead as for ours."""
+    """The same questions through `LlavaForConditionalGeneration`, left-padded, images decoded ahead as for ours."""
     session, options = bench.session, bench.options
     questions = bench.questions(options.peer_images)
     prompts = [session.prompt_ids(question.text, 1) for question in questions]
-    reader = picture_reader(bench)
+    reader = image_reader(bench)
     bench.free_session()
     del session
     model = build_peer(bench.config, bench.device)
@@ -37,13 +37,13 @@ def measure_transformers(bench: Bench) -> Iterator[dict[str, Any]]:
     ]
     workers = default_workers(bench.device) if options.workers is None else options.workers
     for size in options.peer_batches:
-        generate_peer(model, rows[:size], [reader.read(question.images) for question in questions[:size]])
+        generate_peer(model, rows[:size], [reader.load(question.images) for question in questions[:size]])
         synchronize(bench.device)
         start = time.perf_counter()
-        pictures = read_pictures(reader, [question.images for question in questions], workers=workers)
+        images = prefetch_images(reader, [question.images for question in questions], workers=workers)
         for first in range(0, len(rows), size):
             batch = rows[first : first + size]
-            generate_peer(model, batch, [next(pictures) for _ in batch])
+            generate_peer(model, batch, [next(images) for _ in batch])
         synchronize(bench.device)
         seconds = time.perf_counter() - start
         rate = len(rows) / seconds
@@ -64,7 +64,7 @@ def build_peer(config: LlavaConfig, device: torch.device) -> transformers.LlavaF
     return model
 
 
-def generate_peer(model: torch.nn.Module, rows: Sequence[list[int]], pictures: Sequence[Any]) -> None:
+def generate_peer(model: torch.nn.Module, rows: Sequence[list[int]], images: Sequence[Any]) -> None:
     """Generate three tokens for each row of ids."""
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -73,7 +73,7 @@ def generate_peer(model: torch.nn.Module, rows: Sequence[list[int]], pictures: S
         ids[number, length - len(row) :] = torch.tensor(row)
         mask[number, length - len(row) :] = 1
     device = model.device
-    pixels = torch.stack([picture[0] for picture in pictures]).to(device)
+    pixels = torch.stack([image[0] for image in images]).to(device)
     tokens = {"max_new_tokens": ANSWER_TOKENS, "min_new_tokens": ANSWER_TOKENS, "do_sample": False, "pad_token_id": 0}
     model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), pixel_values=pixels, **tokens).cpu()
 
@@ -87,9 +87,9 @@ def measure_vllm(bench: Bench) -> Iterator[dict[str, Any]]:
     in_order = bench.questions(images)
     shuffled = random.Random(0).sample(in_order, len(in_order))
     cases = {
-        "4.24 questions per picture": (in_order, ANSWER_TOKENS),
+        "4.24 questions per image": (in_order, ANSWER_TOKENS),
         "the same shuffled": (shuffled, ANSWER_TOKENS),
-        "one question per picture": (bench.single_questions(max(1, images * 2 // 3)), ANSWER_TOKENS),
+        "one question per image": (bench.single_questions(max(1, images * 2 // 3)), ANSWER_TOKENS),
     }
     for count in bench.options.captions:
         cases[f"{min(count, images)} captions"] = (bench.captions(min(count, images)), CAPTION_TOKENS)
@@ -102,10 +102,10 @@ def measure_vllm(bench: Bench) -> Iterator[dict[str, Any]]:
     del session
     peer = Peer(importlib.import_module("vllm"), directory, longest + CAPTION_TOKENS)
     for case, (questions, new_tokens) in cases.items():
-        pictures = [bench.folder / question.images[0] for question in questions]
+        images = [bench.folder / question.images[0] for question in questions]
         warm = max(1, len(questions) // 16)
-        peer.answer(prompts[case][-warm:], pictures[-warm:], new_tokens)
-        seconds = peer.answer(prompts[case], pictures, new_tokens)
+        peer.answer(prompts[case][-warm:], images[-warm:], new_tokens)
+        seconds = peer.answer(prompts[case], images, new_tokens)
         yield {
             "part": "vllm",
             "case": f"vLLM, {case}",

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Measure batch answering at LLaVA-1.5-7B's sizes with random weights: image files to answers on disk, in one run.
 
-Questions are a sample of VQAv2's, with its numbers of questions per picture; pictures are drawn noise, 640 x 480 JPEG.
+Questions are a sample of VQAv2's, with its numbers of questions per image; images are drawn noise, 640 x 480 JPEG.
 Every answer has exactly three tokens, a caption 128. The same questions go to transformers'
 `LlavaForConditionalGeneration`, to vLLM where it is installed, with the same weights, and a part of them one at a time
 to our own model, to count how often answers agree.
 
 Example: python benchmarks/infer_speed.py --output speed.json
-         python benchmarks/infer_speed.py --parts --profile      (only where the device waits)
+         python benchmarks/infer_speed.py --parts --profile      (only GPU utilisation and idle gaps)
          python benchmarks/infer_speed.py --tiny --images 20      (on a CPU, to try it out)
 """
 
@@ -32,17 +32,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from device_share import as_lines, device_share, device_spans
 from infer_agreement import measure_agreement
-from infer_attention import measure_attention
-from infer_bench import ANSWER_TOKENS, CAPTION_TOKENS, Bench, describe_machine, draw_pictures, picture_size, synchronize
+from infer_bench import ANSWER_TOKENS, CAPTION_TOKENS, Bench, describe_machine, draw_images, image_size, synchronize
 from infer_peers import measure_transformers, measure_vllm
 
-from llava.inference import tree_cache
-from llava.inference.questions import Question
+from llava.inference.batch.questions import Question
 from llava.inference.session import Session
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import best_device
 
-PARTS = ("ceiling", "attention", "grouped", "shuffled", "single", "captions", "agreement", "transformers", "vllm")
+PARTS = ("ceiling", "grouped", "shuffled", "single", "captions", "agreement", "transformers", "vllm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,17 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         drawn = time.perf_counter()
-        draw_pictures(Path(folder), options.images, picture_size(options.tiny))
-        print(f"drew pictures in {time.perf_counter() - drawn:.1f} s", flush=True)
+        draw_images(Path(folder), options.images, image_size(options.tiny))
+        print(f"drew images in {time.perf_counter() - drawn:.1f} s", flush=True)
         bench = Bench(options, device, Path(folder))
         for part in order_parts(options):
             if time.perf_counter() - start > options.budget:
                 print(f"{part}: left out, the budget of {options.budget} s is spent", flush=True)
                 continue
-            if not measure(bench, part, report):
-                print("once more without CUDA graphs", flush=True)
-                tree_cache.StepGraphs = lambda: None
-                measure(bench, part, report)
+            measure(bench, part, report)
     report["seconds"] = round(time.perf_counter() - start, 1)
     print(f"\n{as_table(report['rows'])}\n\n{report['seconds']} s in all", flush=True)
     if options.output:
@@ -74,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if "failed" in report else 0
 
 
-def measure(bench: Bench, part: str, report: dict[str, Any]) -> bool:
-    """Measure a part and print its rows at once; return whether that went well."""
+def measure(bench: Bench, part: str, report: dict[str, Any]) -> None:
+    """Measure a part and print its rows at once; a part that fails is noted in the report and leaves the others."""
     try:
         for row in MEASURES[part](bench):
             report["rows"].append(row)
@@ -83,8 +78,6 @@ def measure(bench: Bench, part: str, report: dict[str, Any]) -> bool:
     except Exception:  # the other parts are worth having
         print(f"{part} failed:\n{traceback.format_exc()}", flush=True)
         report["failed"] = [*report.get("failed", []), part]
-        return False
-    return True
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,18 +85,18 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
-    add("--images", type=int, default=1500, help="pictures of the grouped parts (default: %(default)s)")
+    add("--images", type=int, default=1500, help="images of the grouped parts (default: %(default)s)")
     add("--captions", type=int, nargs="+", default=[64, 128, 320], help="at once or in all (default: %(default)s)")
     add("--compared", type=int, default=96, help="questions asked one at a time as well (default: %(default)s)")
-    add("--peer-images", type=int, default=120, help="pictures for transformers (default: %(default)s)")
+    add("--peer-images", type=int, default=120, help="images for transformers (default: %(default)s)")
     add("--peer-batches", type=int, nargs="+", default=[32, 64], help="its batch sizes (default: %(default)s)")
     add("--compile", choices=("on", "off"), help="default: on with CUDA")
-    add("--workers", type=int, help="processes that decode pictures (default: what suits the device)")
+    add("--workers", type=int, help="processes that decode images (default: what suits the device)")
     add("--device", default=str(best_device()), help="default: %(default)s")
     add("--budget", type=float, default=480, help="seconds after which no further part starts (default: %(default)s)")
-    add("--tiny", action="store_true", help="a tiny model in fp32 and tiny pictures")
-    add("--profile", action="store_true", help="print how busy the device is, before what it waits, and its kernels")
-    add("--verbose", action="store_true", help="print what the engine decides")
+    add("--tiny", action="store_true", help="a tiny model in fp32 and tiny images")
+    add("--profile", action="store_true", help="print GPU utilisation, idle gaps and kernels")
+    add("--verbose", action="store_true", help="print the engine's log")
     add("--output", type=Path, help="JSON to write")
     return parser.parse_args(argv)
 
@@ -115,7 +108,7 @@ def order_parts(options: argparse.Namespace) -> list[str]:
 
 
 def measure_ceiling(bench: Bench) -> Iterator[dict[str, Any]]:
-    """What the device computes in a large product."""
+    """TFLOP/s of a large matrix product."""
     size = 512 if bench.options.tiny else 8192
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     left, right = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
@@ -130,11 +123,11 @@ def measure_ceiling(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def measure_grouped(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Questions in file order by picture."""
+    """Questions in file order by image."""
     questions = bench.questions(bench.options.images)
     warm = bench.answer(bench.questions(max(1, bench.options.images // 4)), ANSWER_TOKENS)
     print(f"warmed up in {warm:.1f} s, compiling included", flush=True)
-    yield speed_row(bench, "grouped", "ours, 4.24 questions per picture", questions, ANSWER_TOKENS)
+    yield speed_row(bench, "grouped", "ours, 4.24 questions per image", questions, ANSWER_TOKENS)
 
 
 def measure_shuffled(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -145,10 +138,10 @@ def measure_shuffled(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def measure_single(bench: Bench) -> Iterator[dict[str, Any]]:
-    """One question per picture."""
+    """One question per image."""
     questions = bench.single_questions(max(1, bench.options.images * 2 // 3))
     bench.answer(questions[: len(questions) // 8 + 1], ANSWER_TOKENS)
-    yield speed_row(bench, "single", "ours, one question per picture", questions, ANSWER_TOKENS)
+    yield speed_row(bench, "single", "ours, one question per image", questions, ANSWER_TOKENS)
 
 
 def measure_captions(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -179,7 +172,7 @@ def speed_row(bench: Bench, part: str, case: str, questions: Sequence[Question],
 
 
 def needed_flops(config: LlavaConfig, questions: Sequence[Question], n_images: int, session: Session) -> float:
-    """Return the operations of linear layers on prefixes once per picture and on questions, answers left out."""
+    """Return the operations of linear layers on prefixes once per image and on questions, answers left out."""
     wide, inner = config.hidden_size, config.intermediate_size
     linear = 2 * config.num_hidden_layers * (4 * wide * wide + 3 * wide * inner)
     tower = session.model.get_vision_tower()
@@ -190,7 +183,7 @@ def needed_flops(config: LlavaConfig, questions: Sequence[Question], n_images: i
 
 
 def print_profile(bench: Bench) -> Iterator[dict[str, Any]]:
-    """For how much of a run the device works, before what it waits, and the kernels that take longest."""
+    """GPU utilisation of a run, its longest idle gaps, and the kernels that take longest."""
     count = bench.options.images
     cases = {
         "grouped": (bench.questions(count), ANSWER_TOKENS),
@@ -233,7 +226,6 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "ceiling": measure_ceiling,
-    "attention": measure_attention,
     "grouped": measure_grouped,
     "shuffled": measure_shuffled,
     "single": measure_single,

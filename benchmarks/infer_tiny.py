@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure batch answering by a small model on the CPU: questions a second, ours against transformers' `generate`.
 
-The model and its test questions are those of the quickstart: one question of every kind about each drawn picture. Each
+The model and its test questions are those of the quickstart: one question of every kind about each drawn image. Each
 way answers all of them from files on disk; ways take turns, and the median of the rounds counts. Answers are compared.
 Where other programs run beside, a second of processor time says more than one of the clock.
 
@@ -27,16 +27,17 @@ from typing import Any
 
 import torch
 
-from llava.inference.answers import Answer
-from llava.inference.batch import answer_questions
-from llava.inference.grouped import answer_batch
-from llava.inference.questions import Question, read_questions
+from llava.files.overwrite_check import find_overwrite, output_file
+from llava.inference.batch.answer_batch import answer_batch
+from llava.inference.batch.answers_file import Answer
+from llava.inference.batch.generate_fallback import generate_answers
+from llava.inference.batch.questions import Question, read_questions
 from llava.inference.session import Sampling, Session
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "tiny")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "shapes_world")]
 
-import make_world  # noqa: E402 (scripts, found by the path above)
+import make_world  # noqa: E402 (programs, found by the path above)
 
 import task_data_preprocessing  # noqa: E402
 
@@ -55,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine": describe_machine(),
             "model": options.model.name,
             "questions": len(questions),
-            "pictures": len({question.images for question in questions}),
+            "images": len({question.images for question in questions}),
             "rounds": options.rounds,
             "rows": measure(session, questions, Path(folder) / "data_infer" / "images", options.rounds),
         }
-    print(f"{report['machine']}\n{len(questions)} questions about {report['pictures']} pictures\n")
+    print(f"{report['machine']}\n{len(questions)} questions about {report['images']} images\n")
     print("| way | questions/s | of processor time | same answers |\n| --- | --- | --- | --- |")
     for row in report["rows"]:
         rates = f"{row['questions_per_second']:.1f} | {row['questions_per_processor_second']:.1f}"
@@ -75,15 +76,19 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, default=ROOT / "playground/llava-tiny", help="directory (default: %(default)s)")
-    add("--scenes", type=int, default=200, help="pictures (default: %(default)s)")
+    add("--scenes", type=int, default=200, help="images (default: %(default)s)")
     add("--rounds", type=int, default=3, help="of every way (default: %(default)s)")
     add("--threads", type=int, help="of PyTorch (default: what it chooses)")
     add("--output", type=Path, help="JSON to write")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    inputs = {"--model": options.model}
+    if options.output and (message := find_overwrite({"--output": output_file(options.output)}, inputs)):
+        parser.error(message)
+    return options
 
 
 def make_questions(folder: Path, scenes: int) -> list[Question]:
-    """Draw pictures, write their questions as the quickstart does, and read them."""
+    """Draw images, write their questions as the quickstart does, and read them."""
     words = ["--output", str(folder), "--train_scenes", "1", "--infer_scenes", str(scenes)]
     data = folder / "data_infer"
     with contextlib.redirect_stdout(io.StringIO()):
@@ -95,11 +100,11 @@ def make_questions(folder: Path, scenes: int) -> list[Question]:
 
 
 def measure(session: Session, questions: Sequence[Question], images: Path, rounds: int) -> list[dict[str, Any]]:
-    """Return for each way its questions a second, and the share of its answers that are those of `generate` alone."""
+    """Return for each way its questions a second, and the share of its answers that equal `generate` one at a time."""
     sampling = Sampling(max_new_tokens=16)
 
     def in_batches(size: int) -> Iterable[Answer]:
-        return answer_questions(session, questions, images, sampling, batch_size=size)
+        return generate_answers(session, questions, images, sampling, batch_size=size)
 
     ways: dict[str, Callable[[], Iterable[Answer]]] = {
         "ours": lambda: answer_batch(session, questions, images, sampling),

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from llava.files.overwrite_check import find_overwrite, output_file
+
 _BLOCK = 32 * 2**20
 
 
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)  # how the program calls itself
     options = parser.parse_args(argv)
+    inputs = {"--model-path": options.model_path}
+    if options.output and (message := find_overwrite({"--output": output_file(options.output)}, inputs)):
+        parser.error(message)
     if options.measure:
         print(json.dumps(measure(options.measure, options.model_path)))
         return 0
@@ -81,7 +86,7 @@ def plain_read(directory: Path, device: torch.device) -> Callable[[], object]:
 def model_load(directory: Path, device: torch.device) -> Callable[[], object]:
     """Return what loads the model as all programs do; their imports, which take seconds, are done here."""
     from llava.model.builder import build_model
-    from llava.model.checkpoint import open_checkpoint
+    from llava.model.checkpoint.checkpoint import open_checkpoint
 
     return lambda: build_model(open_checkpoint(directory), device=device)
 

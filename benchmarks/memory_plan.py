@@ -27,16 +27,17 @@ from PIL import Image
 
 from llava.data.records import encode_records, read_records
 from llava.eval import model_vqa_loader
-from llava.inference.chat import Chat
+from llava.files.overwrite_check import find_overwrite, output_file
+from llava.inference.chat.chat import Chat
 from llava.inference.session import Sampling, Session
-from llava.model.checkpoint import open_checkpoint
+from llava.model.checkpoint.checkpoint import open_checkpoint
 from llava.model.memory import ModelSizes
 from llava.model.plan import Inference, Training, plan_inference, plan_training
 from llava.train import train
 
 ROWS, IMAGES = 64, 16
-PICTURE = (640, 480)
-QUESTION = "Is there a person sitting at the table in the picture?"
+IMAGE_SIZE = (640, 480)
+QUESTION = "Is there a person sitting at the table in the image?"
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
 
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--at-once", type=int, default=1, help="runs side by side on the GPU, which has to hold them (default: 1)"
     )
     options = parser.parse_args(argv)
+    inputs = {"--model-path": options.model_path}
+    if options.output and (message := find_overwrite({"--output": output_file(options.output)}, inputs)):
+        parser.error(message)
     if options.only:
         print(json.dumps(measure(options.only, options.model_path, options.work)))
         return 0
@@ -69,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_data(work: Path) -> None:
-    """Write pictures, records of two lengths, and questions."""
+    """Write images, records of two lengths, and questions."""
     (work / "images").mkdir(parents=True, exist_ok=True)
     for index in range(IMAGES):
-        Image.effect_noise(PICTURE, 50 + index).convert("RGB").save(work / "images" / f"{index}.jpg")
+        Image.effect_noise(IMAGE_SIZE, 50 + index).convert("RGB").save(work / "images" / f"{index}.jpg")
     records, questions = [], []
     for index in range(ROWS):
         image, text = f"{index % IMAGES}.jpg", QUESTION + (" Yes or no?" if index % 2 else "")
@@ -188,13 +192,13 @@ def run_questions(model_path: Path, output: Path, work: Path, setup: Inference) 
 
 
 def run_chat(model_path: Path, output: Path, work: Path, setup: Inference) -> None:
-    """Answer one question about a picture in the chat; random weights seldom end an answer early."""
+    """Answer one question about an image in the chat; random weights seldom end an answer early."""
     session = Session.load(str(model_path), bits=setup.bits)
     chat = Chat(session, Sampling(max_new_tokens=setup.new_tokens))
-    picture = Image.open(work / "images/0.jpg").convert("RGB")
-    for _ in chat.reply(QUESTION, [picture]):
+    image = Image.open(work / "images/0.jpg").convert("RGB")
+    for _ in chat.reply(QUESTION, [image]):
         pass
-    print(f"{chat.fed_tokens} positions", file=sys.stderr)
+    print(f"{chat.computed_positions} positions", file=sys.stderr)
 
 
 RUNS: dict[str, tuple[Training | Inference, Callable[[Path, Path, Path, Training | Inference], None]]] = {

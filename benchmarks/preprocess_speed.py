@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print medians and ranges in seconds; return the exit code."""
     args = parse(build_parser(__doc__, runs=9), argv)
     sys.path.insert(0, str(ROOT))
-    from llava.data.table import read_table
-    from llava.data.table_json import COCO_IMAGE_NAME, build_image_namer, format_training_json
+    from llava.data.table.read import read_table
+    from llava.data.table.write import COCO_IMAGE_NAME, build_image_namer, format_training_json
 
     name_image = build_image_namer(COCO_IMAGE_NAME)
     rows = read_table(args.input)

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.inference.chat import Chat
+from llava.files.overwrite_check import find_overwrite, output_file
+from llava.inference.chat.chat import Chat
 from llava.inference.session import Sampling, Session
 from llava.model.devices import best_device
 from llava.model.quantization import import_bitsandbytes
 
-PICTURE = (640, 480)
-QUESTION = "What is in the picture?"
+IMAGE_SIZE = (640, 480)
+QUESTION = "What is in the image?"
 FIRST_TOKENS = 3
 """First tokens that are timed, whose median counts."""
 LIBRARIES = ("torch", "transformers", "bitsandbytes")
@@ -82,7 +83,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--runs", type=int, default=3, help="answers timed, whose median counts (default: %(default)s)")
     add("--output", type=Path, help="JSON to write")
     add("--only", choices=CASES, help="measure one case in this process and print it as JSON")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    inputs = {"--model-path": options.model_path, "--quantized-path": options.quantized_path}
+    if options.output and (message := find_overwrite({"--output": output_file(options.output)}, inputs)):
+        parser.error(message)
+    return options
 
 
 def run_case(words: Sequence[str], case: str, device: torch.device) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def run_case(words: Sequence[str], case: str, device: torch.device) -> dict[str,
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what no process has taken of a GPU; 0 on the CPU."""
+    """Return the free memory of a GPU in bytes; 0 on the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
@@ -114,13 +119,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     synchronize(device)
     load_seconds = time.perf_counter() - start
     weight_bytes = sum(tensor.nbytes for tensor in session.model.state_dict().values())  # with all statistics
-    picture = Image.effect_noise(PICTURE, 64).convert("RGB")
-    length = session.spliced_length(session.prepare(QUESTION, [picture], max_new_tokens=options.new_tokens))
+    image = Image.effect_noise(IMAGE_SIZE, 64).convert("RGB")
+    length = session.spliced_length(session.prepare(QUESTION, [image], max_new_tokens=options.new_tokens))
     chat = Chat(EndlessSession(**vars(session)))
-    warm_tokens = 2 if case == "8" else options.new_tokens  # 8 bit is slow, and nothing of it is recorded
-    answer_seconds(chat, picture, length, warm_tokens)  # kernels are compiled, storage grows, steps are recorded
-    first_token = statistics.median(answer_seconds(chat, picture, length, 1) for _ in range(FIRST_TOKENS))
-    whole = statistics.median(answer_seconds(chat, picture, length, options.new_tokens) for _ in range(options.runs))
+    warm_tokens = 2 if case == "8" else options.new_tokens  # 8 bit is slow, and no CUDA graph is captured
+    answer_seconds(chat, image, length, warm_tokens)  # kernels are compiled, storage grows, CUDA graphs are captured
+    first_token = statistics.median(answer_seconds(chat, image, length, 1) for _ in range(FIRST_TOKENS))
+    whole = statistics.median(answer_seconds(chat, image, length, options.new_tokens) for _ in range(options.runs))
     is_cuda = device.type == "cuda"
     return {
         "case": CASES[case],
@@ -147,13 +152,13 @@ class EndlessSession(Session):
 
 
 def answer_seconds(
-    chat: Chat, picture: Image.Image, length: int, new_tokens: int, sampling: Sampling | None = None
+    chat: Chat, image: Image.Image, length: int, new_tokens: int, sampling: Sampling | None = None
 ) -> float:
     """Return the seconds of an answer of exactly `new_tokens`.
 
     Args:
         chat: with a session whose answers don't end.
-        picture: asked about.
+        image: asked about.
         length: positions of the prompt.
         new_tokens: to be generated.
         sampling: how they are chosen; None = greedy.
@@ -164,14 +169,14 @@ def answer_seconds(
     device = chat.session.model.device
     chat.reset()
     chat.sampling = dataclasses.replace(sampling or Sampling(), max_new_tokens=new_tokens)
-    pieces = chat.reply(QUESTION, [picture])
+    pieces = chat.reply(QUESTION, [image])
     synchronize(device)
     start = time.perf_counter()
     for _ in pieces:
         pass
     synchronize(device)
     seconds = time.perf_counter() - start
-    n_found = chat.fed_tokens + 1 - length  # the last one is not fed
+    n_found = chat.computed_positions + 1 - length  # the last one is not fed
     if n_found != new_tokens:
         raise RuntimeError(f"{n_found} tokens were generated instead of {new_tokens}; the times mean nothing")
     return seconds

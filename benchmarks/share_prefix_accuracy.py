@@ -27,9 +27,9 @@ from llava.eval import model_vqa_loader
 from llava.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "tiny")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "shapes_world")]
 
-import make_world  # noqa: E402 (scripts, found by the path above)
+import make_world  # noqa: E402 (programs, found by the path above)
 
 import task_data_preprocessing  # noqa: E402
 
@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, type=Path, help="directory for world, runs and answers")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=4200, help="pictures to train on (default: %(default)s)")
-    parser.add_argument("--infer-scenes", type=int, default=200, help="pictures asked about (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=4200, help="images to train on (default: %(default)s)")
+    parser.add_argument("--infer-scenes", type=int, default=200, help="images asked about (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, default=-1, help="end training early (default: one epoch)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def write_world(world: Path, options: argparse.Namespace) -> None:
-    """Draw the pictures and prepare both tables."""
+    """Draw the images and prepare both tables."""
     words = ["--output", str(world), "--train_scenes", str(options.scenes), "--infer_scenes", str(options.infer_scenes)]
     make_world.main(words)
     data = world / "data_train"

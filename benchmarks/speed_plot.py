@@ -17,6 +17,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from llava.files.overwrite_check import find_overwrite, output_file
+
 OURS, THEIRS, GRID = "#4477aa", "#999999", "#dddddd"
 SHORT, LONG = ("grouped", "shuffled", "single", "transformers", "vllm"), ("captions", "vllm")
 PANELS = {
@@ -32,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", type=Path, required=True, help="JSON of one of them")
     parser.add_argument("--output", type=Path, required=True, help="PNG or SVG to write")
     options = parser.parse_args(argv)
+    output = {"--output": output_file(options.output, replaces_images=True)}
+    if message := find_overwrite(output, {"--input": options.input}):
+        parser.error(message)
     draw(json.loads(options.input.read_text(encoding="utf-8")), options.output)
     print(f"wrote {options.output}")
     return 0

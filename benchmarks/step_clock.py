@@ -1,4 +1,4 @@
-"""How long the steps of a training take on the device, and for how much of one of them it works."""
+"""Step times of a training on the device, and the kernels of one profiled step."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ KINDS = (
     (("flex_attention",), "FlexAttention"),
     (("flash", "fmha", "cudnn", "softmax"), "other attention"),
     (("nvjet", "gemm", "cutlass", "splitK"), "matrix products"),
-    (("join_gradients",), "rotary gradient"),
+    (("write_qkv_gradient",), "RoPE gradient"),
     (("silu",), "SwiGLU"),
     (("triton_red", "triton_per", "layer_norm"), "norms"),
-    (("flip",), "rotary"),
+    (("flip",), "RoPE"),
     (("multi_tensor",), "optimizer, clipping"),
 )
 """Words in the names of kernels, and what the kernels are for; the first that fits counts."""
 
 
 class Clock(TrainerCallback):
-    """Notes when the device is done with each step, without making the program wait for it, and profiles one step.
+    """Records when the device finishes each step, without synchronising, and profiles one step.
 
     Args:
         on_cuda: else times are the CPU's.
@@ -58,7 +58,7 @@ class Clock(TrainerCallback):
             self.profiled_ms = -1000 * time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.mark()
         if self.profiler:
             if self.on_cuda:
@@ -81,11 +81,11 @@ class Clock(TrainerCallback):
             print(f"  step {state.global_step}", flush=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.mark()
 
     def mark(self) -> None:
-        """Note the time at which the device has done all that was asked of it so far."""
+        """Record the time at which the device has finished all work launched so far."""
         if self.on_cuda:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
@@ -93,7 +93,7 @@ class Clock(TrainerCallback):
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Return the time of each step, what it waits for included."""
+        """Return the time of each step, idle time included."""
         pairs = zip(self.marks, self.marks[1:], strict=False)
         if not self.on_cuda:
             return [end - start for start, end in pairs]

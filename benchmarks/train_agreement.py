@@ -1,4 +1,4 @@
-"""How far packs in bf16 are from separate rows: FlexAttention, a dense mask, fused adapters, the rows' own noise."""
+"""Agreement of packs in bf16 with separate rows: FlexAttention, a dense mask, fused adapters, noise of bf16."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from llava.data.dataset import SupervisedCollator
 from llava.data.packed_dataset import PackCollator, PackedRow
 from llava.data.records import EncodedRecord
 from llava.model.configuration import features_per_image
-from llava.model.pack import attend_in_blocks
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import fuse_model
 
 QUESTIONS = [[(14, 3), (11, 2), (17, 4), (12, 2)], [(13, 3), (15, 2), (12, 3)]]
 LAYERS = 8
@@ -68,9 +66,9 @@ def measure_agreement(tiny: bool) -> dict[str, Any]:
     ways["separate rows, batched"] = gradient(wrapped, separate(len(records)), autocast())
     ways["pack, dense mask"] = gradient(wrapped, packed, autocast())
     if on_cuda:
-        attend_in_blocks(model)
+        model.use_flex_attention()
         ways["pack, FlexAttention"] = gradient(wrapped, packed, autocast())
-    fuse_model(wrapped, compiled=on_cuda)
+    model.fuse_lora(compiled=on_cuda)
     ways["pack, fused"] = gradient(wrapped, packed, autocast())
     reference = ways["separate rows"]
     return {

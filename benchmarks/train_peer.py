@@ -17,7 +17,7 @@ from vqa_workload import LLAMA_MORE, SYSTEM_TOKENS, counted_flops, fill, model_c
 from llava.model.memory import ModelSizes
 
 QUESTION, ANSWER = 14 + LLAMA_MORE, 3
-"""Tokens of a row behind its image, about the table's mean."""
+"""Tokens of a row after its image, about the table's mean."""
 
 
 def measure_peer(batch: int, checkpointing: bool, options: argparse.Namespace) -> dict[str, Any]:
@@ -26,7 +26,8 @@ def measure_peer(batch: int, checkpointing: bool, options: argparse.Namespace) -
     device = torch.device("cuda" if on_cuda else "cpu")
     model = build_peer(device, torch.bfloat16 if on_cuda else torch.float32, tiny=options.tiny)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # since 5.24
+        enable({"use_reentrant": False})
     model.train()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=2e-4, fused=True)

@@ -1,4 +1,4 @@
-"""What `train_speed.py` reports: the machine, its limits, and the table."""
+"""Report of `train_speed.py`: the machine, its limits, the table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def peak_memory() -> float | None:
 
 
 def release() -> None:
-    """Give the last run's memory and compiled code back."""
+    """Free the last run's memory and compiled code."""
     gc.collect()
     torch._dynamo.reset()
     gc.collect()

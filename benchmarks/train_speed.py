@@ -31,14 +31,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import TrainerCallback
 
+from llava.clip_image_processor import CLIPPixels
 from llava.data.dataset import ImageSettings
-from llava.image_processing import CLIPPixels
-from llava.model import attention_kernels
+from llava.model.attention import sdpa_backends as attention_kernels
 from llava.model.configuration import features_per_image
 from llava.model.memory import ModelSizes
-from llava.train.arguments import TrainingArguments
+from llava.train.flags.arguments import RENAMED_FLAGS, TrainingArguments
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.packs import Feed, Order, choose_feed, choose_order, prepare_model
+from llava.train.packing_setup import BatchPlan, Loader, build_loader, plan_batches, prepare_model
 from llava.train.trainer import LlavaTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -63,7 +63,7 @@ class Variant:
         fuse: `--fuse_lora`.
         checkpointing: `--gradient_checkpointing`.
         alone: one question per image.
-        planned: let cuDNN plan attention anew for every number of images and of supervised tokens.
+        planned: let cuDNN plan attention again for every number of images and of supervised tokens.
     """
 
     batch: int
@@ -76,7 +76,7 @@ class Variant:
     planned: bool = False
 
     def describe(self) -> str:
-        """Return in words what tells the run from others, for plots."""
+        """Return the run's label for plots."""
         words = {
             "one question per image": self.alone,
             "images not shared": not self.share and not self.alone,
@@ -107,7 +107,7 @@ VARIANTS = {
 PEERS = {"peer_batch_6": (6, False), "peer_batch_16_checkpointing": (16, True), "peer_batch_4": (4, False)}
 AGREEMENT = "agreement"
 ORDER = [*list(VARIANTS)[:4], *list(PEERS)[:2], AGREEMENT, *list(VARIANTS)[4:], *list(PEERS)[2:]]
-"""What tells most comes first, for runs with `--limit`."""
+"""The most informative come first, for runs with `--limit`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,8 +175,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         batch, checkpointing = PEERS[name]
         return measure_peer(options.batch or batch, checkpointing, options)
     variant = VARIANTS[name]
-    kernels = [*attention_kernels.WITHOUT_PLANS, *([SDPBackend.CUDNN_ATTENTION] if variant.planned else [])]
-    with mock.patch.object(attention_kernels, "WITHOUT_PLANS", kernels):
+    kernels = [*attention_kernels.WITHOUT_CUDNN, *([SDPBackend.CUDNN_ATTENTION] if variant.planned else [])]
+    with mock.patch.object(attention_kernels, "WITHOUT_CUDNN", kernels):
         return measure_ours(variant, options)
 
 
@@ -189,23 +189,23 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     rank = 4 if options.tiny else RANK
     model = add_lora(model, rank=rank, alpha=2 * rank, dropout=variant.dropout, bias="none", base_name="random")
     choose_trainable(model, lora=True, projector=True, backbone=False, dtype=torch.float32)
-    layers_run = prepare_model(model, args)
+    execution = prepare_model(model, args)
     questions = table_questions()
     if variant.alone:
         questions = [[question] for image in questions for question in image][: len(questions)]
     records = make_records(questions, write_images(options.work, len(questions)), config.vocab_size)
     processor = CLIPPixels(config.mm_vision_config["image_size"])
-    order = choose_order(records, features_per_image(config, config.mm_vision_config), args)
-    feed = choose_feed(order, processor, ImageSettings("pad"), 0, args, layers_run)
+    plan = plan_batches(records, features_per_image(config, config.mm_vision_config), args)
+    loader = build_loader(plan, processor, ImageSettings("pad"), 0, args, execution)
     clock = Clock(args.device.type == "cuda", options.profile, options.warm_up + options.steps)
     options.profile = None
-    trainer = make_trainer(model, args, feed, clock)
+    trainer = make_trainer(model, args, loader, clock)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
     steps = clock.seconds()
     seconds = steps[options.warm_up : options.warm_up + options.steps]
-    positions, images = work_per_step(feed, order, batch, args.world_size, options)
+    positions, images = work_per_step(loader, plan, batch, args.world_size, options)
     sizes = ModelSizes.of(config)
     median = statistics.median(seconds)
     return {
@@ -228,15 +228,15 @@ def measure_ours(variant: Variant, options: argparse.Namespace) -> dict[str, Any
     }
 
 
-def make_trainer(model: nn.Module, args: TrainingArguments, feed: Feed, callback: TrainerCallback) -> LlavaTrainer:
+def make_trainer(model: nn.Module, args: TrainingArguments, loader: Loader, callback: TrainerCallback) -> LlavaTrainer:
     """Return the project's trainer, which saves nothing."""
     return LlavaTrainer(
         model,
         args,
         saver=None,
-        train_dataset=feed.dataset,
-        train_sampler=feed.sampler,
-        data_collator=feed.collator,
+        train_dataset=loader.dataset,
+        train_sampler=loader.sampler,
+        data_collator=loader.collator,
         callbacks=[callback],
     )
 
@@ -254,7 +254,7 @@ def training_arguments(variant: Variant, batch: int, options: argparse.Namespace
         report_to=[],
         disable_tqdm=True,
         dataloader_num_workers=options.workers,
-        gradient_checkpointing=variant.checkpointing,
+        **{RENAMED_FLAGS["gradient_checkpointing"]: variant.checkpointing},
         ddp_find_unused_parameters=False,
         lora_enable=True,
         share_image_prefix=variant.share,
@@ -264,17 +264,17 @@ def training_arguments(variant: Variant, batch: int, options: argparse.Namespace
 
 
 def work_per_step(
-    feed: Feed, order: Order, batch: int, processes: int, options: argparse.Namespace
+    loader: Loader, plan: BatchPlan, batch: int, processes: int, options: argparse.Namespace
 ) -> tuple[float, float]:
     """Return positions (without padding) and images of a measured step on one device, on average."""
-    lengths = feed.dataset.lengths
-    if feed.sampler is None:
-        whole = order.costs[:-1] if order.costs else [batch * sum(lengths) / len(lengths)]
+    lengths = loader.dataset.lengths
+    if loader.sampler is None:
+        whole = plan.costs[:-1] if plan.costs else [batch * sum(lengths) / len(lengths)]
         return statistics.mean(whole), batch
-    rows, costs = feed.sampler.order(), feed.sampler.costs()
+    rows, costs = loader.sampler.order(), loader.sampler.costs()
     first, last = options.warm_up * processes, (options.warm_up + options.steps) * processes
     images = [
-        len({order.records[row].images[0] for row in rows[step * batch : (step + 1) * batch]})
+        len({plan.records[row].images[0] for row in rows[step * batch : (step + 1) * batch]})
         for step in range(first, last)
     ]
     return statistics.mean(costs[first:last]), statistics.mean(images)

@@ -13,11 +13,11 @@ from PIL import Image
 
 from llava.chat_template import chat_template
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.inference.questions import Question
+from llava.inference.batch.questions import Question
 from llava.inference.session import Session
-from llava.model.checkpoint import Checkpoint, Layout
-from llava.model.conversion import special_rows, write_hf
-from llava.model.lazy_tensors import LazyTensor, LazyTensors
+from llava.model.checkpoint.checkpoint import Checkpoint, Layout
+from llava.model.checkpoint.convert import special_rows, write_hf
+from llava.model.checkpoint.lazy_tensors import LazyTensor, LazyTensors
 from llava.model.vision_tower import TOWER_PREFIX, released_name
 
 
@@ -30,7 +30,7 @@ def export_hf(session: Session, directory: Path) -> None:
     """
     config = session.model.config
     tensors = {released_name(name): parameter.detach() for name, parameter in session.model.named_parameters()}
-    # The image encoder's last layer is not used, so the model does not have it; files do.
+    # The last layer of the vision tower is unused: the model lacks it, files have it.
     layers = f"{TOWER_PREFIX}vision_model.encoder.layers."
     last = config.mm_vision_config["num_hidden_layers"] - 1
     first = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{layers}0.")}
@@ -46,7 +46,7 @@ def export_hf(session: Session, directory: Path) -> None:
 
 
 def make_prompts(session: Session, questions: Sequence[Question]) -> list[list[int]]:
-    """Return the ids of each question with one image token per picture, as vLLM wants them."""
+    """Return the ids of each question with one image token for each image, as vLLM wants them."""
     image_id, _ = special_rows(session.tokenizer)
     prompts = (session.prompt_ids(question.text, len(question.images)) for question in questions)
     return [[image_id if token == IMAGE_TOKEN_INDEX else token for token in ids] for ids in prompts]
@@ -58,7 +58,7 @@ class Peer:
     Args:
         library: the module `vllm`.
         directory: in the llava-hf layout.
-        longest: tokens of prompt, picture and answer together.
+        longest: tokens of prompt, image and answer together.
         memory_share: of the GPU that it may take.
     """
 
@@ -72,13 +72,13 @@ class Peer:
             gpu_memory_utilization=memory_share,
         )
 
-    def answer(self, prompts: Sequence[list[int]], pictures: Sequence[Path], new_tokens: int) -> float:
-        """Answer each prompt about its picture with so many tokens, and return the seconds from files to answers."""
+    def answer(self, prompts: Sequence[list[int]], images: Sequence[Path], new_tokens: int) -> float:
+        """Answer each prompt about its image with `new_tokens` tokens; return the seconds from files to answers."""
         start = time.perf_counter()
-        opened = {path: Image.open(path).convert("RGB") for path in dict.fromkeys(pictures)}
+        opened = {path: Image.open(path).convert("RGB") for path in dict.fromkeys(images)}
         asked = [
             {"prompt_token_ids": prompt, "multi_modal_data": {"image": opened[path]}}
-            for prompt, path in zip(prompts, pictures, strict=True)
+            for prompt, path in zip(prompts, images, strict=True)
         ]
         choice = self._library.SamplingParams(
             temperature=0, max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True
@@ -91,6 +91,6 @@ class Peer:
         return seconds
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._llm = None
         torch.cuda.empty_cache()

@@ -19,26 +19,26 @@ from PIL import Image
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.records import EncodedRecord
 from llava.model.configuration import LlavaConfig
-from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.memory import ModelSizes
+from llava.model.packed.forward import PackedLlavaForCausalLM
 from llava.model.vision_tower import VIT_L_14_336
 
 LENGTHS = Path(__file__).parent / "vqa_lengths.json"
-PICTURE = (640, 480)
+IMAGE_SIZE = (640, 480)
 SYSTEM_TOKENS = 34
-"""Before the image, the first token included."""
+"""Tokens before the image, including the first."""
 LLAMA_MORE = 2
 """Added to every question, at least what Llama's tokenizer adds on average to the sample's counts."""
 STANDARD_DEVIATION = 0.02
 TOWER_FLOPS, PROJECTOR_FLOPS = 0.37e12, 0.024e12
-"""Of a picture forward, at true sizes."""
+"""Of an image's forward pass, at true sizes."""
 
 
 def counted_flops(sizes: ModelSizes, rank: int, positions: float, images: float) -> float:
     """Return the floating-point operations of a training step under LoRA, without attention and padding.
 
-    A frozen weight counts 4 a position (forward; backward to the activations), one that learns 6, and the image encoder
-    its forward pass alone.
+    At a position a frozen weight counts 4 (forward, and backward to the activations), a trainable one 6; the vision
+    tower counts its forward pass only.
 
     Args:
         sizes: of the model.
@@ -56,14 +56,14 @@ def table_questions() -> list[list[tuple[int, int]]]:
     return [[(question + LLAMA_MORE, answer) for question, answer in image] for image in images]
 
 
-def write_images(directory: Path, count: int, size: tuple[int, int] = PICTURE) -> list[Path]:
+def write_images(directory: Path, count: int, size: tuple[int, int] = IMAGE_SIZE) -> list[Path]:
     """Write JPEG files of noise, smoothed a little so that they compress about as photographs do."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{index:06d}.jpg" for index in range(count)]
 
     def write(path: Path) -> None:
         if not path.exists():
-            generator = numpy.random.default_rng(int(path.stem))
+            generator = numpy.random.default_rng(int(path.name.removesuffix(".jpg")))
             noise = generator.integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=numpy.uint8)
             hidden = path.with_name(f".{os.getpid()}_{path.name}")  # several processes may write the same
             Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(hidden, quality=90)
@@ -119,11 +119,13 @@ def model_config(*, tiny: bool) -> LlavaConfig:
 
 
 @torch.no_grad()
-def random_model(config: LlavaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LlavaLlamaForCausalLM:
+def random_model(
+    config: LlavaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> PackedLlavaForCausalLM:
     """Return a model with random weights, made on its device; norms are 1."""
     torch.manual_seed(seed)
     with torch.device("meta"):
-        model = LlavaLlamaForCausalLM(config)
+        model = PackedLlavaForCausalLM(config)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
@@ -133,7 +135,7 @@ def random_model(config: LlavaConfig, device: torch.device, dtype: torch.dtype, 
     small = type(config).from_dict(
         config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8, "mm_vision_config": vision}
     )
-    buffers = dict(LlavaLlamaForCausalLM(small).named_buffers())
+    buffers = dict(PackedLlavaForCausalLM(small).named_buffers())
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return model

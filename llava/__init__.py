@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from llava.library_noise import quiet_bitsandbytes, quiet_pillow
+from llava.original_names import install, lazy_names
 
 __version__ = "2.0.0"
+__getattr__ = lazy_names(__name__)
 
-
-def __getattr__(name: str) -> Any:
-    """Give `from llava import LlavaLlamaForCausalLM`, as in the original, importing torch only then."""
-    if name == "LlavaLlamaForCausalLM":
-        from llava.model.llava_llama import LlavaLlamaForCausalLM
-
-        return LlavaLlamaForCausalLM
-    raise AttributeError(f"module 'llava' has no attribute {name!r}")
+quiet_bitsandbytes()
+quiet_pillow()
+install()

@@ -1,4 +1,4 @@
-"""A prompt template as the Jinja text with which transformers, vLLM and their kin render chat messages.
+"""Write a prompt template as a Jinja chat template for transformers, vLLM and SGLang.
 
 It renders what `llava.data.supervision.build_dialogue` builds and `Conversation.get_prompt` writes, so that a served
 model sees the prompts that it was trained on.
@@ -73,7 +73,7 @@ def chat_template(template: Conversation) -> str:
     the template's own. A message's content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text":
     ...}`; several texts are joined by line breaks. Images come first, each on a line of its own, unless the text marks
     their places with `<image>`. As in training, the text beside a single image is stripped of outer white space and
-    comes behind it. The begin token is not in it: `processor(text=..., images=...)` puts that.
+    comes after it. The begin token is not in it: `processor(text=..., images=...)` puts that.
 
     The text is the same for every template. The ids are too where answers end in a token, as `</s>` is; where they end
     in text (`mpt`, `chatml_direct`) the ids of a second question differ, since training encodes each answer by itself.
@@ -86,8 +86,8 @@ def chat_template(template: Conversation) -> str:
     """
     if template.sep_style is SeparatorStyle.PLAIN:
         raise ValueError(
-            f"template {template.version!r} captions images and leaves questions out, so it is no chat; name the "
-            "template of the weights, such as vicuna_v1"
+            f"template {template.version!r} captions images and leaves questions out, so it is not a chat template; "
+            "name the template of the weights, such as vicuna_v1"
         )
     image = DEFAULT_IMAGE_TOKEN
     shown = f"<Image>{image}</Image>" if "mmtag" in template.version else image

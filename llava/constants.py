@@ -1,4 +1,4 @@
-"""Names and numbers that the whole project shares; the values are the original LLaVA's."""
+"""Special tokens and special values in token ids, labels and packs, shared by the whole package."""
 
 IGNORE_INDEX = -100
 """Label of a position that carries no supervision."""
@@ -20,9 +20,11 @@ CONTROLLER_HEART_BEAT_EXPIRATION = 30
 WORKER_HEART_BEAT_INTERVAL = 15
 LOGDIR = "."
 
-TRUNK = 0
-"""Branch number of a group's shared prefix in a pack; branches are numbered from 1."""
+IMAGE_PREFIX = 0
+"""Suffix number of the image prefix of a prefix group in a pack; suffixes are numbered from 1."""
 NO_GROUP = -1
-"""Group number of a pack's padding, which sees itself alone so that no row of the mask is empty."""
-STEM = -2
-"""Group number of what all groups of a pack's row begin with, computed once for them."""
+"""Group number of a pack's padding, which attends to itself alone so that no row of the mask is empty."""
+SYSTEM_PREFIX = -2
+"""Group number of the system prefix that all groups of a pack's row share."""
+MASK_BLOCK = 128
+"""Positions in a block of FlexAttention's mask; the smallest step of padded lengths of packs."""

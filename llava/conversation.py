@@ -10,7 +10,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+from PIL import Image
+
+from llava.image_files.resize import show_image
 
 
 class SeparatorStyle(Enum):
@@ -33,6 +37,9 @@ class Segment(NamedTuple):
     supervised: bool
 
 
+Message: TypeAlias = "str | tuple[str, Any, str] | None"
+
+
 @dataclasses.dataclass
 class Conversation:
     """A dialogue in one template: `append_message` adds turns, `get_prompt` gives the text.
@@ -40,25 +47,28 @@ class Conversation:
     Attributes:
         system: text before the first turn.
         roles: name of the user, name of the assistant.
-        messages: `[role, text]` pairs; the text is None where the model should answer.
+        messages: `[role, text]` pairs; the text is None where the model should answer. In place of a text there may
+            be (text, image, mode), as Gradio clients have it.
         offset: number of leading messages that belong to the template.
         sep_style: how turns are joined.
         sep: ends a turn, or a user's turn where `sep2` differs.
         sep2: ends an assistant's turn.
         version: name of the prompt format used in training flags.
+        skip_next: set and read by Gradio clients of the original.
     """
 
     system: str
     roles: tuple[str, str]
-    messages: list[list[str | None]]
+    messages: list[list[Message]]
     offset: int
-    sep_style: SeparatorStyle
-    sep: str
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
     sep2: str | None = None
     version: str = "unknown"
+    skip_next: bool = False
 
-    def append_message(self, role: str, message: str | None) -> None:
-        """Add a turn; None leaves the answer to the model."""
+    def append_message(self, role: str, message: Message) -> None:
+        """Add a turn: its text, or (text, image, mode); None leaves the answer to the model."""
         self.messages.append([role, message])
 
     def copy(self) -> Conversation:
@@ -68,6 +78,55 @@ class Conversation:
     def get_prompt(self) -> str:
         """Return the whole dialogue as text, ending where the model goes on."""
         return "".join(segment.text for segment in self.segments())
+
+    def get_images(self, return_pil: bool = False) -> list[Image.Image] | list[str]:
+        """Return the images of `(text, image, mode)` messages, as the original's Gradio clients send them.
+
+        Args:
+            return_pil: images, instead of PNG files in base64.
+
+        Raises:
+            ValueError: if a mode is unknown.
+        """
+        return [self.process_image(image, mode, return_pil) for _, image, mode in self._messages_with_image()]
+
+    def process_image(
+        self, image: Image.Image, image_process_mode: str, return_pil: bool = False, **options: Any
+    ) -> Image.Image | str:
+        """Return an image as a client shows it; arguments and errors as in `show_image`."""
+        return show_image(image, image_process_mode, return_pil=return_pil, **options)
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """Return `[question, answer]` pairs for Gradio's chatbot, images as HTML in front of their question."""
+        pairs: list[list[str | None]] = []
+        for index, (_, message) in enumerate(self.messages[self.offset :]):
+            if index % 2:
+                pairs[-1][1] = message
+                continue
+            if isinstance(message, tuple):
+                text, image, _ = message
+                data = self.process_image(image, "Default", image_format="JPEG")
+                shown = f'<img src="data:image/jpeg;base64,{data}" alt="user upload image" />'
+                message = shown + text.replace("<image>", "").strip()
+            pairs.append([message, None])
+        return pairs
+
+    def dict(self) -> dict[str, Any]:
+        """Return the dialogue as JSON can hold it, images left out."""
+        texts = [[role, message[0] if isinstance(message, tuple) else message] for role, message in self.messages]
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": texts,
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+    def _messages_with_image(self) -> Iterator[tuple[str, Image.Image, str]]:
+        for _, message in self.messages[self.offset :]:
+            if isinstance(message, tuple):
+                yield message
 
     @property
     def stop_text(self) -> str:
@@ -87,6 +146,21 @@ class Conversation:
         joined = [Segment("".join(segment.text for segment in run), supervised) for supervised, run in runs]
         return [segment for segment in joined if segment.text]
 
+    def _turns(self) -> list[tuple[str, str | None]]:
+        """Return roles and texts; the text is None where the model should answer.
+
+        A dialogue that opens with (text, image, mode) has its image there, whatever the text says of it.
+        """
+        turns = [(role, _text_of(message)) for role, message in self.messages]
+        if not self.messages or not isinstance(self.messages[0][1], tuple):
+            return turns
+        role, text = turns[0]
+        question = str(text).replace("<image>", "").strip()
+        if "mmtag" not in self.version:
+            return [(role, f"<image>\n{question}"), *turns[1:]]
+        shown = [(self.roles[0], "<Image><image></Image>"), (self.roles[1], "Received.")]
+        return [*shown, (role, question or None), *turns[1:]]
+
     def _is_answer(self, role: str | None) -> bool:
         return role == self.roles[1]
 
@@ -94,52 +168,51 @@ class Conversation:
         """`SYSTEM USER: question ASSISTANT: answer</s>`."""
         ends = (self.sep, self.stop_text)
         yield Segment(self.system + self.sep, False)
-        for index, (role, text) in enumerate(self.messages):
+        for index, (role, text) in enumerate(self._turns()):
             yield Segment(f"{role}:", False)
-            if text:
+            if text is not None:
                 yield Segment(f" {text}{ends[index % 2]}", self._is_answer(role))
 
     def _tagged_turns(self) -> Iterator[Segment]:
         """`<|im_start|>user\\nquestion<|im_end|>`; the tags are part of the role names."""
         yield Segment(self.system + self.sep, False)
-        for role, text in self.messages:
+        for role, text in self._turns():
             yield Segment(str(role), False)
-            if text:
+            if text is not None:
                 yield Segment(text + self.sep, self._is_answer(role))
 
     def _plain_turns(self) -> Iterator[Segment]:
         """Texts and separators only: image, caption."""
         yield Segment(self.system, False)
-        for index, (_, text) in enumerate(self.messages):
-            if text:
+        for index, (_, text) in enumerate(self._turns()):
+            if text is not None:
                 yield Segment(text + (self.sep, self.stop_text)[index % 2], index % 2 == 1)
 
     def _instruction_turns(self) -> Iterator[Segment]:
         """`[INST] <<SYS>> ... question [/INST] answer </s><s>[INST] ...`."""
         system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
-        for index, (role, text) in enumerate(self.messages):
-            if index == 0 and (not text or role != self.roles[0]):
+        for index, (role, text) in enumerate(self._turns()):
+            if index == 0 and (text is None or role != self.roles[0]):
                 raise ValueError(f"template {self.version!r}: the first message must be a text of {self.roles[0]!r}")
-            if text and index % 2 == 0:
+            if text is not None and index % 2 == 0:
                 start = system if index == 0 else self.sep
                 yield Segment(f"[INST] {start}{text} [/INST]" if index == 0 else f"{start}[INST] {text} [/INST]", False)
-            elif text:
+            elif text is not None:
                 yield Segment(f" {text} {self.sep2}", True)
 
 
-def _template(
-    system: str,
-    roles: tuple[str, str],
-    style: SeparatorStyle,
-    sep: str,
-    sep2: str | None,
-    version: str,
-    example: tuple[str, str] | None = None,
-) -> Conversation:
-    messages: list[list[str | None]] = (
-        [[role, text] for role, text in zip(roles, example, strict=True)] if example else []
-    )
-    return Conversation(system, roles, messages, len(messages), style, sep, sep2, version)
+def _text_of(message: Message) -> str | None:
+    """Return the text of a message; None where there is none yet.
+
+    Raises:
+        TypeError: if it is neither text nor a tuple that starts with one.
+    """
+    text = message[0] if isinstance(message, tuple) and message else message
+    if isinstance(text, str):
+        return text if text or isinstance(message, tuple) else None
+    if not message:
+        return None
+    raise TypeError(f"a message is {type(message).__name__}; use a text, (text, image, mode) or None")
 
 
 _POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
@@ -193,22 +266,21 @@ _V1_ROLES = ("USER", "ASSISTANT")
 _INST_ROLES = ("USER", "ASSISTANT")
 _SINGLE, _TWO, _MPT, _PLAIN, _LLAMA_2 = SeparatorStyle
 
-conv_vicuna_v0 = _template(
-    _CURIOUS_HUMAN + _POLITE.format("human"), _V0_ROLES, _SINGLE, "###", None, "v0", example=_V0_EXAMPLE
+conv_vicuna_v1 = Conversation(_CURIOUS_USER + _POLITE.format("user"), _V1_ROLES, [], 0, _TWO, " ", "</s>", "v1")
+conv_llava_v0 = Conversation(_CURIOUS_HUMAN + _POLITE.format("human"), _V0_ROLES, [], 0, _SINGLE, "###", None, "v0")
+_EXAMPLE = [[role, text] for role, text in zip(_V0_ROLES, _V0_EXAMPLE, strict=True)]
+conv_vicuna_v0 = dataclasses.replace(conv_llava_v0, messages=_EXAMPLE, offset=len(_EXAMPLE))
+conv_llava_v1 = Conversation(_CURIOUS_HUMAN + _POLITE.format("human"), _V1_ROLES, [], 0, _TWO, " ", "</s>", "v1")
+conv_llava_v0_mmtag = Conversation(_MMTAG, _V0_ROLES, [], 0, _SINGLE, "###", None, "v0_mmtag")
+conv_llava_v1_mmtag = Conversation(_MMTAG, _V1_ROLES, [], 0, _TWO, " ", "</s>", "v1_mmtag")
+conv_llava_plain = Conversation("", ("", ""), [], 0, _PLAIN, "\n", None, "plain")
+conv_llama_2 = Conversation(_LLAMA_2_SYSTEM, _INST_ROLES, [], 0, _LLAMA_2, "<s>", "</s>", "llama_v2")
+conv_llava_llama_2 = Conversation(_LLAVA_LLAMA_2_SYSTEM, _INST_ROLES, [], 0, _LLAMA_2, "<s>", "</s>", "llama_v2")
+conv_mistral_instruct = Conversation("", _INST_ROLES, [], 0, _LLAMA_2, "", "</s>", "llama_v2")
+conv_chatml_direct = Conversation(
+    "<|im_start|>system\nAnswer the questions.", _CHATML_ROLES, [], 0, _MPT, "<|im_end|>", None, "mpt"
 )
-conv_vicuna_v1 = _template(_CURIOUS_USER + _POLITE.format("user"), _V1_ROLES, _TWO, " ", "</s>", "v1")
-conv_llava_v0 = _template(_CURIOUS_HUMAN + _POLITE.format("human"), _V0_ROLES, _SINGLE, "###", None, "v0")
-conv_llava_v1 = _template(_CURIOUS_HUMAN + _POLITE.format("human"), _V1_ROLES, _TWO, " ", "</s>", "v1")
-conv_llava_v0_mmtag = _template(_MMTAG, _V0_ROLES, _SINGLE, "###", None, "v0_mmtag")
-conv_llava_v1_mmtag = _template(_MMTAG, _V1_ROLES, _TWO, " ", "</s>", "v1_mmtag")
-conv_llava_plain = _template("", ("", ""), _PLAIN, "\n", None, "plain")
-conv_llama_2 = _template(_LLAMA_2_SYSTEM, _INST_ROLES, _LLAMA_2, "<s>", "</s>", "llama_v2")
-conv_llava_llama_2 = _template(_LLAVA_LLAMA_2_SYSTEM, _INST_ROLES, _LLAMA_2, "<s>", "</s>", "llama_v2")
-conv_mistral_instruct = _template("", _INST_ROLES, _LLAMA_2, "", "</s>", "llama_v2")
-conv_chatml_direct = _template(
-    "<|im_start|>system\nAnswer the questions.", _CHATML_ROLES, _MPT, "<|im_end|>", None, "mpt"
-)
-conv_mpt = _template(_MPT_SYSTEM, _CHATML_ROLES, _MPT, "<|im_end|>", None, "mpt")
+conv_mpt = Conversation(_MPT_SYSTEM, _CHATML_ROLES, [], 0, _MPT, "<|im_end|>", None, "mpt")
 
 default_conversation = conv_vicuna_v1
 

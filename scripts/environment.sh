@@ -11,7 +11,7 @@ if [ "$VENV" != none ]; then
     [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
     # shellcheck disable=SC1091
     source "$VENV/bin/activate"
-    # Without a GPU a CPU build of torch is enough, where pip can find one at this version.
+    # Without a GPU, install a CPU build of torch, if pip finds one of this version.
     command -v nvidia-smi >/dev/null || : "${CONSTRAINTS:=requirements/cpu.txt}"
     wanted=$(cat pyproject.toml ${CONSTRAINTS:+"$CONSTRAINTS"} | cksum; echo "$EXTRAS")
     if [ "$(cat "$VENV/installed.txt" 2>/dev/null)" != "$wanted" ]; then
@@ -19,8 +19,8 @@ if [ "$VENV" != none ]; then
         pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} torch  # first, so that packages built from source find it
         pip install --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".[$EXTRAS]"
         if ! command -v nvidia-smi >/dev/null; then
-            # DeepSpeed compiles an extension when it first runs on a CPU, another one when it offloads, which is tested;
-            # better now than in the first training. What was killed while it compiled leaves a lock that nobody opens.
+            # DeepSpeed compiles an extension when it first runs on a CPU, another one when it offloads (tested);
+            # done here, not in the first training run. A killed compilation leaves a stale lock.
             find "${TORCH_EXTENSIONS_DIR:-$HOME/.cache/torch_extensions}" -name lock -mmin +30 -delete 2>/dev/null || true
             for builder in ShareMemCommBuilder $([[ $EXTRAS != *dev* ]] || echo CPUAdamBuilder); do
                 python -c "from deepspeed.ops.op_builder.cpu import $builder as B; B().load(verbose=False)" \

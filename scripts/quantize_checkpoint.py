@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Quantise a model once and write it: a complete directory in 4 or 8 bit that loads without a flag.
+"""Quantise a model once and write it: a complete checkpoint in 4 or 8 bit that loads without a flag.
 
-A LoRA adapter or projector is put on its base on the way. One weight is in memory at a time.
+A LoRA adapter or projector is merged into its base on the way. One weight is in memory at a time.
 
 Example:
     python scripts/quantize_checkpoint.py --model-path llava_merged_model --save-path llava_4bit_model --bits 4
@@ -12,50 +12,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from llava.constants import DEFAULT_TEMPLATE
-from llava.files import atomic_directory
+from llava.files.terminal_text import format_size, print_text
 from llava.inference.command_line import run_program
-from llava.model.builder import check_complete
-from llava.model.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from llava.model.checkpoint.checkpoint import save_checkpoint
+from llava.model.checkpoint.command_line import open_source, open_target, parse_options
+from llava.model.checkpoint.lazy_tensors import LazyTensors
+from llava.model.checkpoint.quantized import quantize_tensors
+from llava.model.checkpoint.write_tensors import stored_size
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import DTYPES, best_device
-from llava.model.lazy_tensors import LazyTensors
-from llava.model.quantization import (
-    DEVICES,
-    import_bitsandbytes,
-    quantization_note,
-    quantization_settings,
-    refuse_quantized,
-)
-from llava.model.quantized_files import quantize_tensors
-from llava.model.weight_writer import refuse_full_disk
+from llava.model.quantization import DEVICES, import_bitsandbytes, quantization_note, quantization_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Quantise as the command line says; return the exit code."""
-    options = parse_options(argv)
-    return run_program(lambda: quantize(options), refused=1)
-
-
-def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model-path", required=True, help="directory or hub id of the model, LoRA adapter or projector")
-    add("--model-base", help="directory or hub id of an adapter's or projector's base (default: as recorded there)")
-    add("--save-path", required=True, type=Path, help="directory to write")
     add("--bits", required=True, type=int, choices=(4, 8), help="4: NF4 with double quantisation; 8: LLM.int8")
-    add("--dtype", choices=sorted(DTYPES), help="of what stays as it is (default: the weights', bfloat16 for float32)")
-    add("--vision-tower", help="image encoder, for weights that come without one")
-    add("--allow-other-base", action="store_true", help="accept a base the adapter was not trained on")
-    add("--overwrite", action="store_true", help="replace a directory that is already there")
-    add("--device", type=torch.device, help="where to quantise: cuda or cpu (default: the best there is)")
-    return parser.parse_args(argv)
+    add("--device", type=torch.device, help="where to quantise: cuda or cpu (default: the best available)")
+    dtype = "dtype of the weights that are not quantised (default: as they are, bfloat16 for float32)"
+    options = parse_options(parser, argv, source="--model-path", target="--save-path", dtype=dtype)
+    return run_program(lambda: quantize(options), refused=1)
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -70,20 +50,19 @@ def quantize(options: argparse.Namespace) -> None:
     """
     import_bitsandbytes()
     device = choose_device(options.device)
-    places = {"vision_tower": options.vision_tower, "allow_other_base": options.allow_other_base}
-    checkpoint = open_checkpoint(options.model_path, options.model_base, **places)
-    refuse_quantized(checkpoint.config, options.model_path, "quantised again")
-    check_complete(checkpoint)
+    checkpoint = open_source(options, "quantised again")
     dtype = DTYPES[options.dtype] if options.dtype else narrow_dtype(checkpoint.tensors)
     tensors = quantize_tensors(checkpoint.tensors, options.bits, dtype, device)
-    config = describe(checkpoint.config, options.bits, dtype)
-    refuse_full_disk(tensors, None, options.save_path)
-    with atomic_directory(options.save_path, replace=options.overwrite) as directory:
-        write(checkpoint, tensors, config, directory)
-    before, after = (sum(entry.nbytes for entry in each.entries.values()) for each in (checkpoint.tensors, tensors))
-    print(f"wrote {options.save_path} in {options.bits} bit: {after / 1e9:.3g} GB, before {before / 1e9:.3g} GB")
-    note = quantization_note(checkpoint.config.base_model_bits)
-    if note:
+    settings = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "quantization_config": quantization_settings(options.bits, dtype),
+    }
+    config = LlavaConfig.from_dict({**checkpoint.config.to_dict(), **settings})
+    with open_target(options, tensors, None, "quantising") as (directory, progress):
+        save_checkpoint(tensors, config, checkpoint.tokenizer, checkpoint.image_processor, directory, progress=progress)
+    after, before = (format_size(stored_size(each)) for each in (tensors, checkpoint.tensors))
+    print_text(f"wrote {options.target} in {options.bits} bit: {after}, before {before}")
+    if note := quantization_note(checkpoint.config.base_model_bits):
         print(note)
 
 
@@ -102,30 +81,9 @@ def choose_device(device: torch.device | None) -> torch.device:
 
 
 def narrow_dtype(tensors: LazyTensors) -> torch.dtype:
-    """Return the dtype that weights are in, if it has 16 bit; else bf16."""
+    """Return the dtype of the weights if it has 16 bit; else bf16."""
     dtype = tensors.entries["model.embed_tokens.weight"].dtype
     return dtype if dtype.itemsize == 2 else torch.bfloat16
-
-
-def describe(config: LlavaConfig, bits: int, dtype: torch.dtype) -> LlavaConfig:
-    """Return the config of the quantised weights."""
-    return LlavaConfig.from_dict(
-        {
-            **config.to_dict(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "conversation_template": config.conversation_template or DEFAULT_TEMPLATE,
-            "quantization_config": quantization_settings(bits, dtype),
-        }
-    )
-
-
-def write(checkpoint: Checkpoint, tensors: LazyTensors, config: LlavaConfig, directory: Path) -> None:
-    """Write a complete directory, tensor by tensor, with a progress bar."""
-    total = sum(entry.nbytes for entry in tensors.entries.values())
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="quantising") as bar:
-        save_checkpoint(
-            tensors, config, checkpoint.tokenizer, checkpoint.image_processor, directory, progress=bar.update
-        )
 
 
 if __name__ == "__main__":

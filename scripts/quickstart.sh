@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a model that has learnt a task, on the small model in playground/llava-tiny; no GPU needed.
-# The steps and programs are those of the 7B model. A second run reuses what is there. Example: bash scripts/quickstart.sh
+# From a fresh clone to a finetuned model, on the small model in playground/llava-tiny; no GPU needed.
+# The steps and programs are the same for the 7B model. A second run reuses the files of the first.
+# Example: bash scripts/quickstart.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${RUN:=quickstart}" "${BASE:=playground/llava-tiny}"
@@ -9,8 +10,8 @@ source scripts/environment.sh
 step() { printf '\n== %s\n' "$*"; }
 tune="$RUN/task-lora" merged="$RUN/merged"
 
-step "World: drawn scenes with questions, as two tables and two folders of images"
-python scripts/tiny/make_world.py --output "$RUN"
+step "World: scenes with questions, as two tables and two folders of images"
+python examples/shapes_world/make_world.py --output "$RUN"
 
 step "Preprocessing: tables become data.json and questions.jsonl"
 python task_data_preprocessing.py --input "$RUN/data_train/Train_Qs.csv" --output "$RUN/data_train/data.json"
@@ -22,7 +23,7 @@ MODEL="$BASE" DATA="$RUN/data_infer" OUT="$RUN/base.jsonl" bash inference.sh
 
 step "Finetuning"
 if [ -f "$tune/adapter_model.safetensors" ]; then
-    echo "$tune is there already"
+    echo "$tune exists already"
 else
     BASE_MODEL="$BASE" DATA="$RUN/data_train" OUT="$tune" GPUS=1 bash scripts/v1_5/finetune_task_lora.sh \
         --lora_r 16 --lora_alpha 32 --lora_dropout 0 --learning_rate 1e-3 --mm_projector_lr 2e-4 \
@@ -31,7 +32,7 @@ fi
 
 step "Merging"
 if [ -f "$merged/model.safetensors" ]; then
-    echo "$merged is there already"
+    echo "$merged exists already"
 else
     python scripts/merge_lora_weights.py --model-path "$tune" --model-base "$BASE" --save-model-path "$merged"
 fi
@@ -70,10 +71,6 @@ args = type("Args", (), {
 })()
 eval_model(args)
 PYTHON
-
-step "Contact sheet"
-python -m llava.eval.contact_sheet --answers-file "$RUN/finetuned.jsonl" --question-file "$RUN/data_infer/questions.jsonl" \
-    --annotations "$RUN/data_infer/Test_Qs.csv" --image-folder "$RUN/data_infer/images" --output "$RUN/contact_sheet.png"
 
 step "Report"
 python -m llava.eval.report --answers "$RUN/base.jsonl" "$RUN/finetuned.jsonl" \

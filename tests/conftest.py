@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import json
 import logging
+import multiprocessing
 import os
-import subprocess
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +19,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU Triton's kernels are interpreted; read at its import
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -35,6 +41,34 @@ def level_of_the_log() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def transformers_log() -> Iterator[list[str]]:
+    """Yield what transformers logs of deprecated calls and doubtful configs; it fails a test that leaves any of it.
+
+    pyproject.toml makes errors of the warnings that transformers raises instead.
+    """
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if re.search("deprecated|to instantiate a model of type", record.getMessage()):
+                messages.append(record.getMessage())
+
+    logger, collector = logging.getLogger("transformers"), Collector()
+    logger.addHandler(collector)
+    yield messages
+    logger.removeHandler(collector)
+    assert not messages
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> None:
+    """Skip where Triton's interpreter can't run kernels on CPU tensors."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("this machine has a GPU, on which the kernels themselves are tested")
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +105,7 @@ def golden_json() -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def tokenizers() -> dict[bool, Any]:
     """Return the goldens' tokenizer by its `legacy` flag."""
-    from llava.tokenization import LlavaTokenizer
+    from llava.tokenization.llama_tokenizer import LlavaTokenizer
 
     path = str(GOLDENS / "llava-v1.5-golden" / "tokenizer.model")
     return {legacy: LlavaTokenizer(path, legacy=legacy, pad_token="<unk>") for legacy in (False, True)}
@@ -95,7 +129,7 @@ def golden_model() -> Any:
 def tiny_model() -> Callable[..., Any]:
     """Return the function that builds a LLaVA with random weights; keywords go into its config."""
 
-    def build(seed: int = 0, **changes: Any) -> Any:
+    def build(seed: int = 0, model_class: Any = None, **changes: Any) -> Any:
         import torch
 
         from llava.model.configuration import LlavaConfig
@@ -128,13 +162,21 @@ def tiny_model() -> Callable[..., Any]:
             "pad_token_id": 0,
         }
         torch.manual_seed(seed)
-        model = LlavaLlamaForCausalLM(LlavaConfig(**{**sizes, **changes}))
+        model = (model_class or LlavaLlamaForCausalLM)(LlavaConfig(**{**sizes, **changes}))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.3)
         return model.eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_packed_model(tiny_model) -> Callable[..., Any]:
+    """Return `tiny_model` of a LLaVA that takes packs, as training builds it."""
+    from llava.model.packed.forward import PackedLlavaForCausalLM
+
+    return functools.partial(tiny_model, model_class=PackedLlavaForCausalLM)
 
 
 @pytest.fixture(scope="session")
@@ -150,33 +192,49 @@ def load_program() -> Callable[[str], Any]:
     return load
 
 
-_UNTIL_KILLED = """
-import runpy, sys, time
-from llava.model import weight_writer
-write, count = weight_writer._write_all, 0
-def write_slowly(stream, content):
-    global count
-    write(stream, content)
-    count += 1
-    if count == 20:
-        print("half way", flush=True)
-        time.sleep(60)
-weight_writer._write_all = write_slowly
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+@pytest.fixture(scope="session")
+def fork() -> Callable[..., multiprocessing.Process]:
+    """Return the function (action, log of stderr) -> started process, which ends with the code that `action` returns.
+
+    It is forked, so it imports nothing again, and it can really be killed.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs processes that fork")
+
+    def act(action: Callable[[], int], log: str | Path) -> None:
+        with Path(log).open("w", encoding="utf-8") as sys.stderr:
+            os.dup2(sys.stderr.fileno(), 2)
+            code = action()
+        os._exit(code)
+
+    def start(action: Callable[[], int], log: str | Path = os.devnull) -> multiprocessing.Process:
+        process = multiprocessing.get_context("fork").Process(target=act, args=(action, log))
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture(scope="session")
-def kill_while_writing() -> Callable[..., None]:
-    """Return the function (path in the repository, flags) that kills a program when it has written some tensors."""
+def kill_while_writing(fork) -> Callable[..., None]:
+    """Return the function (main, flags) that runs a program until it has written some tensors and kills itself."""
 
-    def run(path: str, *words: str) -> None:
-        command = [sys.executable, "-c", _UNTIL_KILLED, path, *words]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            while "half way" not in process.stdout.readline():
-                assert process.poll() is None
-            process.kill()
+    def run(main: Callable[[list[str]], int], words: list[str]) -> None:
+        from llava.model.checkpoint import write_tensors
+
+        def until_killed() -> int:
+            write, writes = write_tensors._write_all, itertools.count(1)
+
+            def write_and_die(stream: Any, content: Any) -> None:
+                write(stream, content)
+                if next(writes) == 20:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            write_tensors._write_all = write_and_die
+            return main(words)
+
+        process = fork(until_killed)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
     return run

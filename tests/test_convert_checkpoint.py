@@ -1,4 +1,4 @@
-"""Conversion loses nothing: there and back is bit-equal, and transformers computes what we compute."""
+"""Conversion is lossless: a round trip is bit-equal, and transformers computes our logits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava.inference.session import Session
-from llava.model import weight_writer
-from llava.model.checkpoint import Layout, detect_layout, open_checkpoint
-from llava.model.weights import open_weights
+from llava.model.checkpoint import write_tensors
+from llava.model.checkpoint.checkpoint import Layout, detect_layout, open_checkpoint
+from llava.model.checkpoint.read_tensors import open_weights
 
 FULL, LORA, TOWER = "llava-v1.5-golden", "llava-v1.5-golden-task-lora", "clip-vit-tiny-patch14-56"
 HF_FILES = [
@@ -58,7 +58,7 @@ def same(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
-def their_answers(directory, picture, question):
+def their_answers(directory, image, question):
     """Their logits over our vocabulary's prompt positions and greedy ids, through their processor."""
     model, loading = LlavaForConditionalGeneration.from_pretrained(
         directory, output_loading_info=True, dtype=torch.float32
@@ -67,16 +67,16 @@ def their_answers(directory, picture, question):
     processor = AutoProcessor.from_pretrained(directory, backend="pil")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0]
         answer = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
     return logits, answer.tolist(), inputs["pixel_values"]
 
 
-def our_answers(directory, picture, question):
+def our_answers(directory, image, question):
     session = Session.load(str(directory), device="cpu", dtype="float32")
-    prompt = session.prepare(question, [picture])
+    prompt = session.prepare(question, [image])
     ids, images = torch.tensor([prompt.input_ids]), torch.stack(prompt.pixel_values)
     with torch.no_grad():
         logits = session.model(input_ids=ids, images=images).logits[0]
@@ -90,9 +90,9 @@ def test_the_listing(converted):
     assert "{{- bos_token" not in (converted / "chat_template.jinja").read_text()
 
 
-@pytest.mark.parametrize("picture", ["landscape.jpg", "portrait.png", "palette.png", "wide.png"])
+@pytest.mark.parametrize("file", ["landscape.jpg", "portrait.png", "palette.png", "wide.png"])
 @pytest.mark.parametrize("aspect_ratio", ["pad", None])
-def test_transformers_computes_what_we_compute(goldens, convert, tmp_path, picture, aspect_ratio):
+def test_transformers_computes_what_we_compute(goldens, convert, tmp_path, file, aspect_ratio):
     source = tmp_path / FULL
     shutil.copytree(goldens / FULL, source)
     shutil.copytree(goldens / TOWER, tmp_path / TOWER)
@@ -100,7 +100,7 @@ def test_transformers_computes_what_we_compute(goldens, convert, tmp_path, pictu
     (source / "config.json").unlink()
     (source / "config.json").write_text(json.dumps({**settings, "image_aspect_ratio": aspect_ratio}))
     assert convert(["--from", str(source), "--to", str(tmp_path / "hf"), "--layout", "hf"]) == 0
-    image = Image.open(goldens / "images" / picture).convert("RGB")
+    image = Image.open(goldens / "images" / file).convert("RGB")
     question = "What are the  colors of the bikes?"
     theirs = their_answers(tmp_path / "hf", image, question)
     ours = our_answers(source, image, question)
@@ -108,6 +108,22 @@ def test_transformers_computes_what_we_compute(goldens, convert, tmp_path, pictu
     torch.testing.assert_close(theirs[0][:, : ours[0].shape[1]], ours[0], atol=1e-5, rtol=1e-5)
     assert theirs[1] == ours[1]
     assert theirs[0].argmax(-1).max() < 32000
+
+
+@pytest.mark.parametrize("layout", ["original", "hf"])
+def test_scaled_positions_are_written_for_transformers_4_too(goldens, convert, tmp_path, layout):
+    for name in (FULL, TOWER):
+        shutil.copytree(goldens / name, tmp_path / name)
+    source = tmp_path / FULL
+    (source / "config.json").chmod(0o644)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, "rope_scaling": {"type": "linear", "factor": 4.0}}))
+    assert convert(["--from", str(source), "--to", str(tmp_path / "out"), "--layout", layout]) == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = written.get("text_config", written)
+    assert written["rope_scaling"] == {"type": "linear", "factor": 4.0}  # a third key is refused before 4.43
+    assert written["rope_theta"] == 10000.0
+    assert written["rope_parameters"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 
 
 def test_ours_computes_the_same_from_the_hf_layout(goldens, converted):
@@ -218,15 +234,25 @@ def test_a_shape_that_does_not_fit_is_named(converted, convert, tmp_path, capsys
 def test_no_room_is_noticed_before_any_work(goldens, convert, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 99, 1))
     assert convert(["--from", str(goldens / FULL), "--to", str(tmp_path / "new/hf"), "--layout", "hf"]) == 1
-    message = f"error: {tmp_path}/new/hf needs 0.0 GB, but {tmp_path} has 0.0 GB; free some space or choose another"
+    message = f"error: {tmp_path}/new/hf needs 4.3 MB, but {tmp_path} has 1 byte; free some space or choose another"
     assert message in capsys.readouterr().err
+
+
+def test_what_a_killed_process_left_makes_room_first(goldens, convert, tmp_path, monkeypatch):
+    left = tmp_path / ".hf.0123abcd.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 0, 0 if left.exists() else 10**9))
+    assert convert(["--from", str(goldens / FULL), "--to", str(tmp_path / "hf"), "--layout", "hf"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_disk_that_fills_up_leaves_nothing(goldens, convert, tmp_path, capsys, monkeypatch):
     def refuse(stream, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weight_writer, "_write_all", refuse)
+    monkeypatch.setattr(write_tensors, "_write_all", refuse)
     assert convert(["--from", str(goldens / FULL), "--to", str(tmp_path / "hf"), "--layout", "hf"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert names(tmp_path) == []
@@ -241,7 +267,7 @@ def test_where_nothing_can_be_written(goldens, convert, tmp_path, capsys):
 
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(goldens, convert, converted, kill_while_writing, tmp_path):
     words = ["--from", str(goldens / FULL), "--to", str(tmp_path / "hf"), "--layout", "hf"]
-    kill_while_writing("scripts/convert_checkpoint.py", *words)
+    kill_while_writing(convert, words)
     assert not (tmp_path / "hf").exists()
     assert convert(words) == 0
     assert names(tmp_path) == ["hf"]

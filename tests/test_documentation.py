@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import io
 import re
+import runpy
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -22,17 +32,15 @@ PROGRAMS = (
     "scripts/merge_lora_weights.py",
     "scripts/convert_checkpoint.py",
     "scripts/quantize_checkpoint.py",
-    "scripts/tiny/make_world.py",
-    "scripts/tiny/train_base.py",
+    "examples/shapes_world/make_world.py",
+    "examples/shapes_world/train_base.py",
     "llava/train/train_mem.py",
     "-m llava.data.doctor",
     "-m llava.model.plan",
     "-m llava.eval.model_vqa_loader",
     "-m llava.eval.run_llava",
     "-m llava.eval.vqa_score",
-    "-m llava.eval.contact_sheet",
     "-m llava.eval.report",
-    "-m llava.model.plan",
     "-m llava.serve.cli",
 )
 WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/train/train_mem.py"} | {
@@ -45,11 +53,22 @@ LAUNCHER_FLAGS |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr
 
 @cache
 def help_text(program: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What a program prints for `--help`, run as `__main__` in this process, which has imported the libraries."""
+    printed, (*module_flag, name) = io.StringIO(), program.split()
+    path = [str((ROOT / name).parent), *sys.path]
+    with (
+        contextlib.redirect_stdout(printed),
+        patch.multiple(sys, argv=[name, "--help"], path=path),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as end,
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)  # the module is imported already
+        if module_flag:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+    assert not end.value.code
+    return printed.getvalue()
 
 
 def commands(text: str) -> list[str]:
@@ -119,6 +138,71 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
+def place_of(module: str) -> bool:
+    """Whether a dotted name is a module, a package, or a name in a module."""
+    *folders, name = module.split(".")
+    folder = ROOT.joinpath(*folders)
+    return (folder / name).is_dir() or (folder / f"{name}.py").is_file() or folder.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_and_modules_in_documents_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    folders = "llava|tests|benchmarks|docs|scripts|examples|requirements"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", re.sub(r"\S*NAME\S*", "", text))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    if path.name != "python.md":  # the original's import paths, which are no files here
+        assert [name for name in re.findall(r"\bllava(?:\.\w+)+", text) if not place_of(name)] == []
+
+
+def test_the_tree_names_every_folder_of_the_package() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## The tree")[2].partition("## ")[0]
+    folders = {path.parent.relative_to(ROOT / "llava") for path in (ROOT / "llava").rglob("__init__.py")}
+    assert {f"{folder.name}/" for folder in folders if folder.name} - set(tree.split()) == set()
+
+
+def imports_of_llava(path: Path) -> list[tuple[str, str]]:
+    """Pairs of module and name that a program imports from the package."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+    found = [(node.module, alias.name) for node in nodes for alias in node.names if node.module]
+    return [(module, name) for module, name in found if module.split(".")[0] == "llava"]
+
+
+def test_programs_import_what_exists() -> None:
+    """Benchmarks run on GPUs and seldom; a renamed import must not wait for that."""
+    folders = [ROOT / name for name in ("benchmarks", "examples", "scripts")]
+    pairs = {pair for folder in folders for path in folder.rglob("*.py") for pair in imports_of_llava(path)}
+    assert len(pairs) > 50
+    wrong = [
+        (module, name)
+        for module, name in sorted(pairs)
+        if not module.endswith("_triton")  # imports Triton
+        and not hasattr(importlib.import_module(module), name)
+        and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
+    assert wrong == []
+
+
+def calls_of_llava(path: Path) -> list[tuple[ast.Call, Callable[..., object]]]:
+    """Calls in a program of what it imports from the package."""
+    names = dict(name[::-1] for name in imports_of_llava(path) if not name[0].endswith("_triton"))
+    calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    direct = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in names]
+    return [(call, getattr(importlib.import_module(names[call.func.id]), call.func.id)) for call in direct]
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "scripts"])
+def test_programs_pass_arguments_that_exist(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for call, function in calls_of_llava(path):
+            is_open = any(isinstance(argument, ast.Starred) for argument in call.args)
+            signature = inspect.signature(function)
+            named = {keyword.arg: None for keyword in call.keywords if keyword.arg}
+            is_open = is_open or len(named) < len(call.keywords)  # *args and **kwargs may hold the rest
+            bind = signature.bind_partial if is_open else signature.bind
+            bind(*(argument for argument in call.args if not isinstance(argument, ast.Starred)), **named)
+
+
 def test_python_of_the_readme_runs(goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     block = block.replace('"llava_merged_model"', repr(str(goldens / "llava-v1.5-golden")))
@@ -135,3 +219,15 @@ def test_documents_and_code_name_no_machine_of_ours() -> None:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".sh", ".toml", ".txt", ".json") and path.is_file():
             assert "/work" + "/" not in path.read_text(encoding="utf-8", errors="ignore"), name
+
+
+def test_each_promise_of_reliability_has_its_test() -> None:
+    promises, _, figures = (ROOT / "docs/reliability.md").read_text("utf-8").partition("## Fuzzing")
+    assert figures
+    rows = re.findall(r"^\| (?!promise|---)(.*) \| (.*) \|$", promises, re.MULTILINE)
+    assert len(rows) > 30
+    for promise, tests in rows:
+        named = re.findall(r"`(tests/\S+\.py)::(test_\w+)`", tests)
+        assert named, promise
+        for path, name in named:
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{promise}: {path}::{name}"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.data.doctor import main
-from llava.data.findings import UNUSABLE, WARNINGS
+from llava.data.doctor.__main__ import main
+from llava.data.row_errors import UNUSABLE, WARNINGS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")

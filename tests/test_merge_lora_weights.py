@@ -1,17 +1,20 @@
-"""Merging streams, says how far the result differs, and leaves nothing that looks whole when it is cut off."""
+"""A merge is compared with base and adapter, and an interrupted one leaves nothing that looks complete."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava.inference import parity
-from llava.model.checkpoint import open_checkpoint
-from llava.model.weights import open_weights
+from llava.model.checkpoint.checkpoint import open_checkpoint
+from llava.model.checkpoint.lazy_tensors import LazyTensors
+from llava.model.checkpoint.read_tensors import open_weights
 
 FULL, LORA, PROJECTOR = "llava-v1.5-golden", "llava-v1.5-golden-task-lora", "golden-pretrained-projector"
 
@@ -46,14 +49,16 @@ def test_the_result_is_what_loading_merges(goldens, merge, tmp_path, capsys, nam
     assert re.search(r"merged - reloaded from .*merged   largest logit difference 0 .* answers 100 %$", reloaded)
 
 
-def test_where_memory_is_short_the_weights_stay_in_their_files(goldens, merge, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [LORA, PROJECTOR])
+def test_where_memory_is_short_tensors_are_compared_one_by_one(
+    goldens, merge, tmp_path, capsys, monkeypatch, name, dtype
+):
     monkeypatch.setattr(parity, "free_memory", lambda device: 1000)
-    assert merge(flags(goldens, tmp_path / "merged")) == 0
-    _, streamed, header, beside, reloaded = capsys.readouterr().out.splitlines()
-    assert streamed.startswith("comparing with the weights left in their files, since memory is short; --no-parity")
-    assert header == "parity on 1 question(s), computed in torch.float32:"
-    assert 0 < float(re.search(r"difference (\S+)", beside)[1]) < 1e-4
-    assert "largest logit difference 0 " in reloaded
+    assert merge(flags(goldens, tmp_path / "merged", name, "--dtype", dtype)) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "parity: too little memory for the model; each tensor compared with base + adapter: equal to rounding"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
@@ -93,13 +98,13 @@ def test_a_target_with_files_is_kept_unless_asked(goldens, merge, tmp_path, caps
     assert "mine.txt" not in names(tmp_path)
 
 
-def test_values_that_are_no_numbers_are_named(goldens, merge, copy_damaged, tmp_path, capsys):
+def test_tensors_with_nan_are_named(goldens, merge, copy_damaged, tmp_path, capsys):
     base = copy_damaged("model.layers.1.mlp.up_proj.weight", float("nan"))
     paths = ["--model-path", str(goldens / LORA), "--model-base", str(base), "--vision-tower", str(goldens / TOWER)]
     assert merge([*paths, "--save-model-path", str(tmp_path / "merged"), "--no-parity"]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(f"error: model.layers.1.mlp.up_proj.weight in {base}/model.safetensors + ")
-    assert "holds values that are no numbers (NaN or infinity)" in message
+    assert "holds NaN or infinity" in message
     assert not (tmp_path / "merged").exists()
 
 
@@ -109,9 +114,6 @@ TOWER = "clip-vit-tiny-patch14-56"
 @pytest.fixture
 def copy_damaged(goldens, tmp_path):
     """Return the function (tensor name, value) -> a copy of the golden checkpoint with that value in that tensor."""
-    import shutil
-
-    from safetensors.torch import save_file
 
     def copy(name, value):
         target = tmp_path / "damaged"
@@ -124,9 +126,9 @@ def copy_damaged(goldens, tmp_path):
     return copy
 
 
-def test_a_killed_merge_leaves_nothing_that_looks_whole(goldens, merge, kill_while_writing, tmp_path):
+def test_a_killed_merge_leaves_nothing_that_looks_complete(goldens, merge, kill_while_writing, tmp_path):
     words = flags(goldens, tmp_path / "merged", LORA, "--no-parity")
-    kill_while_writing("scripts/merge_lora_weights.py", *words)
+    kill_while_writing(merge, words)
     (hidden,) = names(tmp_path)
     assert hidden.startswith(".merged.")
     with pytest.raises((FileNotFoundError, ValueError)):  # whoever names it all the same
@@ -136,3 +138,108 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(goldens, merge, kill_whi
     expected = open_checkpoint(goldens / LORA, goldens / FULL).tensors
     found = open_weights(tmp_path / "merged")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def with_head(goldens, tmp_path):
+    """The golden adapter with another on the head, and target_modules that name it."""
+    directory = tmp_path / "with-head"
+    shutil.copytree(goldens / LORA, directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    rows, width = open_weights(goldens / FULL)["lm_head.weight"].shape
+    draw = torch.Generator().manual_seed(0)
+    module = "base_model.model.lm_head"
+    tensors[f"{module}.lora_A.weight"] = torch.randn(4, width, generator=draw)
+    tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 4, generator=draw)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    settings = json.loads((directory / "adapter_config.json").read_text())
+    settings["target_modules"].append("lm_head")
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_an_adapter_on_the_head_is_counted_once(goldens, merge, with_head, tmp_path, capsys):
+    words = ["--model-path", str(with_head), "--model-base", str(goldens / FULL), "--device", "cpu"]
+    assert merge([*words, "--save-model-path", str(tmp_path / "merged")]) == 0
+    beside = next(line for line in capsys.readouterr().out.splitlines() if "beside its base" in line)
+    scale = float(re.search(r"largest logit (\S+)\)", beside)[1])
+    assert scale > 10
+    assert float(re.search(r"difference (\S+)", beside)[1]) < 1e-5 * scale
+
+
+@pytest.fixture
+def program_with_a_fault(load_program, monkeypatch):
+    """The program, which writes one weight 1 % too large."""
+    program = load_program("scripts/merge_lora_weights.py")
+    write, name = program.write_original, "model.layers.1.mlp.up_proj.weight"
+
+    def write_wrongly(checkpoint, *arguments):
+        wrong = checkpoint.tensors.overlaid(LazyTensors.of({name: 1.01 * checkpoint.tensors[name]}).entries)
+        write(dataclasses.replace(checkpoint, tensors=wrong), *arguments)
+
+    monkeypatch.setattr(program, "write_original", write_wrongly)
+    return program
+
+
+def test_a_merge_that_differs_fails(goldens, program_with_a_fault, tmp_path, capsys):
+    assert program_with_a_fault.main(flags(goldens, tmp_path / "merged")) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: merged - reloaded from {tmp_path / 'merged'}: the logits differ by ")
+    assert f"at most; don't use {tmp_path / 'merged'}: the merge went wrong" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_tensor_that_differs_fails(goldens, program_with_a_fault, tmp_path, capsys, monkeypatch, dtype):
+    monkeypatch.setattr(parity, "free_memory", lambda device: 1000)
+    assert program_with_a_fault.main(flags(goldens, tmp_path / "merged", LORA, "--dtype", dtype)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: model.layers.1.mlp.up_proj.weight in {tmp_path}/merged/model.safetensors is not base + adapter: "
+        "the merge went wrong; don't use it"
+    )
+
+
+def test_the_bound_of_rounding():
+    """A unit of fp16 is 2^-10 and of bf16 2^-7, and the coarsest dtype decides."""
+    assert parity.rounding_bound(20.0, torch.float16) == pytest.approx(20 * (16 * 2**-10 + 1e-4))
+    assert parity.rounding_bound(20.0, torch.float16, torch.bfloat16) == pytest.approx(20 * (16 * 2**-7 + 1e-4))
+    assert parity.rounding_bound(20.0, torch.float32) < 0.003
+
+
+def test_logits_that_are_nan_fail(load_program, tmp_path):
+    program = load_program("scripts/merge_lora_weights.py")
+    parity_of_nan = parity.Parity(float("nan"), 10.0, 1.0)
+    with pytest.raises(ValueError, match=r"^x: the logits differ by nan, and rounding explains"):
+        program.refuse_difference("x", parity_of_nan, {torch.float32}, tmp_path)
+
+
+def test_a_projector_from_elsewhere_is_compared_too(goldens, merge, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(goldens / LORA, bare, ignore=shutil.ignore_patterns("non_lora*"))
+    words = ["--model-path", bare, "--model-base", goldens / FULL, "--save-model-path", tmp_path / "merged"]
+    words += ["--device", "cpu"]
+    assert merge([str(word) for word in words]) == 1
+    assert "which holds the projector trained with the adapter" in capsys.readouterr().err
+    assert merge([str(word) for word in [*words, "--mm-projector", goldens / FULL]]) == 0
+    assert "equal greedy answers 100 %" in capsys.readouterr().out
+
+
+def test_embeddings_trained_whole_do_not_choose_the_dtype(goldens, merge, tmp_path, capsys):
+    """They are often in fp32, on a base in half precision."""
+    half, lora = tmp_path / "half", tmp_path / "lora"
+    assert merge(flags(goldens, half, PROJECTOR, "--dtype", "float16", "--no-parity")) == 0
+    shutil.copytree(goldens / LORA, lora)
+    for path in lora.iterdir():
+        path.chmod(0o644)
+    tensors = load_file(lora / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.weight"] = (
+        open_weights(goldens / FULL)["model.embed_tokens.weight"] + 1
+    )
+    save_file(tensors, lora / "adapter_model.safetensors")
+    capsys.readouterr()
+    words = ["--model-path", lora, "--model-base", half, "--save-model-path", tmp_path / "merged", "--device", "cpu"]
+    assert merge([str(word) for word in words]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'merged'} in float16\n")
+    found = open_weights(tmp_path / "merged")["model.embed_tokens.weight"]
+    assert torch.equal(found, tensors["base_model.model.model.embed_tokens.weight"].half())

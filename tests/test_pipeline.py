@@ -19,8 +19,8 @@ import torch
 
 from llava.eval.run_llava import eval_model
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import open_checkpoint
-from llava.train.checkpoints import newest_valid, verify
+from llava.model.checkpoint.checkpoint import open_checkpoint
+from llava.train.fault_tolerance.checkpoint_dir import newest_valid, verify
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +40,16 @@ LORA_FILES = sorted(["adapter_config.json", "adapter_model.safetensors", "non_lo
 RUN_FILES = ["loss.png", "train_log.jsonl", "trainer_state.json"]
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def run_script(name: str, cwd: Path, *flags: str, **variables: object) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "CUDA_"))}
-    environment |= {name: str(value) for name, value in variables.items()} | {"OMP_NUM_THREADS": "1"}
+    environment |= {name: str(value) for name, value in variables.items()}
+    environment |= {"OMP_NUM_THREADS": "1", "PORT": free_port()}
     return subprocess.run(
         ["bash", str(ROOT / name), *flags], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -91,15 +98,15 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def lora_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """The output directory of the task script with a ZeRO stage and a number of processes; each is run once."""
+def lora_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The output directory of the task script with a ZeRO stage and two processes; each is run once."""
 
     @functools.cache
-    def run(stage: str, processes: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"zero{stage}_{processes}")
+    def run(stage: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"zero{stage}")
         done = run_script(
             "scripts/v1_5/finetune_task_lora.sh", folder, *SHORT,
-            BASE_MODEL=BASE, DATA=data, OUT=folder / "out", ZERO=f"scripts/zero{stage}.json", GPUS=processes,
+            BASE_MODEL=BASE, DATA=data, OUT=folder / "out", ZERO=f"scripts/zero{stage}.json", GPUS="2",
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert "terminate called" not in done.stderr
@@ -110,29 +117,28 @@ def lora_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return run
 
 
-@pytest.mark.parametrize(("stage", "processes"), [("2", "1"), ("2", "2"), ("3", "2")])
-def test_task_lora_with_zero(stage: str, processes: str, lora_run: Callable[[str, str], Path]) -> None:
-    out = lora_run(stage, processes)
-    steps = 8 if processes == "1" else 4
-    assert len(losses(out)) == steps
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_task_lora_with_zero(stage: str, lora_run: Callable[[str], Path]) -> None:
+    out = lora_run(stage)
+    assert len(losses(out)) == 4
     assert files(out) == sorted([*LORA_FILES, *RUN_FILES])
     checkpoints = sorted(path.name for path in out.iterdir() if path.is_dir())
-    assert checkpoints == [f"checkpoint-{step}" for step in (steps - 2, steps)]
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
     assert set(LORA_FILES) <= set(files(out / checkpoints[0]))
     for directory in (out, out / checkpoints[0]):
         _, model, _, _ = load_pretrained_model(str(directory), str(BASE), "any name", device="cpu")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_stages_of_zero_learn_the_same(lora_run: Callable[[str, str], Path]) -> None:
-    first, second = losses(lora_run("2", "2")), losses(lora_run("3", "2"))
+def test_stages_of_zero_learn_the_same(lora_run: Callable[[str], Path]) -> None:
+    first, second = losses(lora_run("2")), losses(lora_run("3"))
     assert first == pytest.approx(second, rel=1e-4)
     assert first[-1] < first[0]
 
 
-def test_an_unfinished_run_of_the_original_opens(lora_run: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_an_unfinished_run_of_the_original_opens(lora_run: Callable[[str], Path], tmp_path: Path) -> None:
     """There the projector is in DeepSpeed's states alone, and `config.json` comes with the finished run."""
-    run, left = lora_run("2", "2"), tmp_path / "checkpoint-2"
+    run, left = lora_run("2"), tmp_path / "checkpoint-2"
     ours = ("config.json", "non_lora_trainables.bin", "training.json", "tokenizer.model", "preprocessor_config.json")
     shutil.copytree(run / "checkpoint-2", left, ignore=shutil.ignore_patterns(*ours))
     assert list(left.glob("global_step2/mp_rank_00_model_states.pt"))
@@ -146,8 +152,8 @@ def test_an_unfinished_run_of_the_original_opens(lora_run: Callable[[str, str], 
         open_checkpoint(left, BASE)
 
 
-def test_from_training_to_answers(lora_run: Callable[[str, str], Path], data: Path, tmp_path: Path) -> None:
-    out, merged, answers = lora_run("2", "1"), tmp_path / "merged", tmp_path / "answers.jsonl"
+def test_from_training_to_answers(lora_run: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    out, merged = lora_run("2"), tmp_path / "merged"
     command = ["python", str(ROOT / "scripts/merge_lora_weights.py"), "--model-path", str(out)]
     merge = subprocess.run(
         [*command, "--save-model-path", str(merged)], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -157,10 +163,11 @@ def test_from_training_to_answers(lora_run: Callable[[str, str], Path], data: Pa
     assert files(merged) == sorted(["model.safetensors", *(name for name in SETTINGS if name != "training.json")])
 
     inference = run_script(
-        "inference.sh", tmp_path, "--max_new_tokens", "5", "--device", "cpu", MODEL=merged, DATA=data, OUT=answers
+        "inference.sh", tmp_path, "--max_new_tokens", "5", "--device", "cpu", MODEL=merged, DATA=data
     )
     assert inference.returncode == 0, inference.stderr
-    records = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    answers = (data / "finetuned_llava_answers.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in answers.splitlines()]
     assert [record["question_id"] for record in records] == list(range(8))
 
     args = type("Args", (), {
@@ -241,9 +248,7 @@ def test_a_signal_to_the_script_ends_it_saved(data: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "CUDA_"))}
     environment |= {"BASE_MODEL": str(BASE), "DATA": str(data), "OUT": str(out), "GPUS": "2", "OMP_NUM_THREADS": "1"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment["PORT"] = str(free.getsockname()[1])
+    environment["PORT"] = free_port()
     command = ["bash", str(ROOT / "scripts/v1_5/finetune_task_lora.sh"), *SHORT, "--num_train_epochs", "500"]
     with (tmp_path / "errors").open("w") as errors:
         script = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""`scripts/quantize_checkpoint.py`: complete directories from full weights and from adapters, and what is refused."""
+"""`scripts/quantize_checkpoint.py`: complete checkpoints from full weights and from adapters, and refusals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from llava.inference.session import Session
-from llava.model.adapter import PEFT_PREFIX
+from llava.model.adapter.tensor_names import PEFT_PREFIX
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import open_checkpoint, save_checkpoint
+from llava.model.checkpoint.checkpoint import open_checkpoint, save_checkpoint
+from llava.model.checkpoint.read_tensors import SAFETENSORS_DTYPES, open_weights
+from llava.model.checkpoint.write_tensors import save_tensors
 from llava.model.configuration import load_config
-from llava.model.weight_writer import save_tensors
-from llava.model.weights import SAFETENSORS_DTYPES, open_weights
 
 pytest.importorskip("bitsandbytes")
 
@@ -74,10 +74,10 @@ def lora(base, tmp_path_factory):
     settings.save_pretrained(directory)
     generator, adapter, projector = torch.Generator().manual_seed(0), {}, {}
     for name, tensor in open_weights(base).items():
-        stem = PEFT_PREFIX + name.removesuffix(".weight")
-        if name.startswith("model.layers.") and stem.endswith(("q_proj", "up_proj")):
-            adapter[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(4, tensor.shape[1], generator=generator)
-            adapter[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(tensor.shape[0], 4, generator=generator)
+        module = PEFT_PREFIX + name.removesuffix(".weight")
+        if name.startswith("model.layers.") and module.endswith(("q_proj", "up_proj")):
+            adapter[f"{module}.lora_A.weight"] = 0.1 * torch.randn(4, tensor.shape[1], generator=generator)
+            adapter[f"{module}.lora_B.weight"] = 0.1 * torch.randn(tensor.shape[0], 4, generator=generator)
         elif "mm_projector" in name:
             projector[PEFT_PREFIX + name] = tensor + 0.01
     save_tensors(adapter, directory / "adapter_model.safetensors")
@@ -157,7 +157,7 @@ def open_weights_of(run, source, target, bits):
     return open_weights(target)
 
 
-def test_weights_in_fp32_are_narrowed_to_bf16_unless_said_otherwise(run, goldens, tmp_path):
+def test_weights_in_fp32_are_narrowed_to_bf16_by_default(run, goldens, tmp_path):
     source = goldens / "llava-v1.5-golden"
     assert run(source, tmp_path / "default", 4) == 0
     assert run(source, tmp_path / "chosen", 4, "--dtype", "float16") == 0
@@ -186,8 +186,8 @@ def failure(capsys, code):
 def test_quantising_twice_is_refused(run, quantised, tmp_path, capsys):
     message = failure(capsys, run(quantised[4], tmp_path / "out", 8))
     assert message == (
-        f"error: {quantised[4]} holds quantised weights, which can be asked but can't be quantised again; give the "
-        "directory of the 16-bit weights they were made from"
+        f"error: {quantised[4]} holds quantised weights, which load for inference but can't be quantised again; give "
+        "the directory of the 16-bit weights they were made from"
     )
 
 
@@ -209,7 +209,7 @@ def test_after_damaged_weights_nothing_is_left(run, base, tmp_path, capsys):
     tensors[NAME][0, 0] = torch.nan
     save_tensors(tensors, source / "model.safetensors")
     message = failure(capsys, run(source, tmp_path / "out"))
-    assert message.startswith(f"error: {NAME} in {source / 'model.safetensors'} holds values that are no numbers")
+    assert message.startswith(f"error: {NAME} in {source / 'model.safetensors'} holds NaN or infinity")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 

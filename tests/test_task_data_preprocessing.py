@@ -22,7 +22,7 @@ and blue",what
 """
 WRONG = "image_id,question,question_id,answer\n1,,2,yes\n"
 RECORD_0 = {
-    "id": 0,
+    "id": "0",
     "image": "COCO_val2014_000000104406.jpg",
     "conversations": [{"from": "human", "value": "<image>\nIs there railing?"}, {"from": "gpt", "value": "yes"}],
     "question_id": 104406001,
@@ -57,7 +57,7 @@ def test_no_arguments_use_the_original_paths(main, folder, capsys):
     assert listing(folder) == ["playground/data_train/Train_Qs.csv", "playground/data_train/data.json"]
     records = json.loads((folder / "playground/data_train/data.json").read_text(encoding="utf-8"))
     assert records[0] == RECORD_0
-    assert [record["id"] for record in records] == [0, 1, 2]
+    assert [record["id"] for record in records] == ["0", "1", "2"]
     assert records[1]["conversations"] == [
         {"from": "human", "value": "<image>\n Why  so?"},
         {"from": "gpt", "value": "n/a"},
@@ -104,7 +104,7 @@ def test_validation_share_is_split_by_image(main, folder, capsys):
     assert main(arguments) == 0
     assert listing(folder) == ["o.json", "o_val.json", "t.csv"]
     train, val = (json.loads((folder / name).read_text()) for name in ("o.json", "o_val.json"))
-    assert sorted(record["id"] for record in train + val) == [0, 1, 2]
+    assert sorted(record["id"] for record in train + val) == ["0", "1", "2"]
     assert not {record["image"] for record in train} & {record["image"] for record in val}
     out = capsys.readouterr().out
     assert "wrote o.json: " in out
@@ -136,7 +136,10 @@ def test_images_are_checked_when_asked(main, folder, capsys):
     (folder / "images/7.jpg").touch()
     arguments = ["--input", "t.csv", "--output", "o.json", "--image_name", "{id}.jpg", "--check_images", "images"]
     assert main(arguments) == 1
-    assert "1 bad row\n  line 2: image '104406.jpg' not found under images\n" in capsys.readouterr().err
+    assert (
+        "1 bad row\n  line 2: image '104406.jpg' not found under images, its folder has 1 image, such as '7.jpg'\n"
+        in capsys.readouterr().err
+    )
     (folder / "images/104406.jpg").touch()
     assert main(arguments) == 0
 
@@ -154,8 +157,8 @@ def test_full_disk_keeps_every_previous_output(main, folder, capsys, monkeypatch
     monkeypatch.setattr(os, "fsync", fail_second)
     assert main(["--input", "t.csv", "--output", "o.json", "--val_share", "0.5"]) == 1
     assert capsys.readouterr().err == (
-        "error: cannot write o.json and o_val.json: No space left on device. What stood there is unchanged; "
-        "make room or choose another place with --output.\n"
+        "error: cannot write o.json and o_val.json: No space left on device. Existing files are unchanged; "
+        "free disk space, or choose another path with --output.\n"
     )
     assert listing(folder) == ["o.json", "o_val.json", "t.csv"]
     assert (folder / "o.json").read_text() == "old"
@@ -170,9 +173,10 @@ def test_full_disk_keeps_every_previous_output(main, folder, capsys, monkeypatch
         (["--val_output", "v"], "--val_output and --seed need --val_share; add it or leave them out"),
         (["--seed", "1"], "--val_output and --seed need --val_share; add it or leave them out"),
         (["--mode", "infer", "--val_share", "0.1", "--answer_column", "a"],
-         "--answer_column, --val_share has no meaning with --mode infer; leave it out"),
-        (["--input", "a", "--output", "a"], "must be different files, not a, a"),
-        (["--val_share", "0.1", "--output", "a", "--val_output", "./a"], "must be different files"),
+         "--answer_column, --val_share has no effect with --mode infer; leave it out"),
+        (["--input", "a", "--output", "a"], "--output a would write over --input a; choose another --output"),
+        (["--val_share", "0.1", "--output", "a", "--val_output", "./a"],
+         "--val_output a and --output a are the same file; change one"),
         (["--keep", "image"], "--keep image: every record has that key already; rename the column or leave it out"),
         (["--keep", "k", "k"], "--keep k: every record has that key already"),
         (["--mode", "infer", "--keep", "text"], "--keep text: every record has that key already"),
@@ -215,4 +219,4 @@ def test_real_table(main, folder, shared_path):
     assert text.count("\n") == 66_670
     assert records[0] == RECORD_0
     assert records[14364]["conversations"][1] == {"from": "gpt", "value": "n/a"}
-    assert [record["id"] for record in records] == list(range(66_668))
+    assert [record["id"] for record in records] == [str(row) for row in range(66_668)]

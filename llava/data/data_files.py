@@ -1,12 +1,13 @@
-"""Several data files read as one list of rows, each row still known by its file."""
+"""Read several data files as one list of rows; each row keeps its file and its number in it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.records import DataError, read_rows
+from llava.files.home_directory import expand_home
 
 SEPARATOR = ","
 
@@ -19,10 +20,10 @@ class DataFile(NamedTuple):
 
 
 def split_paths(text: str) -> list[str]:
-    """Return the paths of `a.json,b.jsonl`; an existing file's name is one path, whatever it contains."""
-    if Path(text).exists():
-        return [text]
-    return [path for path in (part.strip() for part in text.split(SEPARATOR)) if path] or [text]
+    """Return the paths of `a.json,~/b.jsonl`; an existing file's name is one path, whatever it contains."""
+    if os.path.exists(expand_home(text)):  # noqa: PTH110 - Path.exists raises for a list longer than a file name
+        return [expand_home(text)]
+    return [expand_home(part.strip()) for part in text.split(SEPARATOR) if part.strip()] or [text]
 
 
 def read_files(paths: Sequence[str]) -> list[DataFile]:
@@ -30,7 +31,7 @@ def read_files(paths: Sequence[str]) -> list[DataFile]:
 
     Raises:
         FileNotFoundError: if one is missing.
-        DataError: if one is no data file, or is named twice.
+        DataError: if one is not a data file, or is named twice.
     """
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
@@ -39,7 +40,7 @@ def read_files(paths: Sequence[str]) -> list[DataFile]:
 
 
 def join_rows(files: Sequence[DataFile]) -> list[Any]:
-    """Return the rows of all files, one file behind the other."""
+    """Return the rows of all files, one file after the other."""
     return [row for file in files for row in file.rows]
 
 

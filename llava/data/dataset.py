@@ -1,4 +1,4 @@
-"""Training rows: ids and labels encoded at the start, pixels read by worker processes when they are needed."""
+"""Dataset and collator of encoded records; worker processes decode the images of each batch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from llava.clip_image_processor import CLIPPixels
 from llava.constants import IGNORE_INDEX
 from llava.data.records import EncodedRecord, spliced_length
-from llava.image_processing import CLIPPixels, open_image
+from llava.image_files.decode import open_image
 from llava.mm_utils import process_images
 
 
 class ImageSettings(NamedTuple):
-    """What `process_images` reads of a model's config."""
+    """Settings of a model's config that `process_images` reads."""
 
     image_aspect_ratio: str | None
     image_grid_pinpoints: list | str | None = None
 
 
 class SupervisedDataset(Dataset):
-    """Rows `{"input_ids": (T,) int64, "labels": (T,) int64, "images": list of pixel tensors}`.
+    """Dataset of `{"input_ids": (T,) int64, "labels": (T,) int64, "images": list of pixel tensors}`.
 
     Args:
-        records: encoded ones.
+        records: from `encode_records`.
         image_processor: of the model.
-        image_settings: how a picture is brought to a square.
+        image_settings: how an image becomes square.
         patches_per_image: tokens an image becomes; for `lengths`.
     """
 
@@ -59,21 +60,21 @@ class SupervisedDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Positions of each row, patches included."""
+        """Positions of each record, patches included."""
         return [spliced_length(record.input_ids, self.patches_per_image) for record in self.records]
 
     @property
     def has_image(self) -> list[bool]:
-        """Whether each row has an image."""
+        """Whether each record has an image."""
         return [bool(record.images) for record in self.records]
 
 
 class SupervisedCollator:
-    """Makes a batch of rows, padded on the right.
+    """Collate records of `SupervisedDataset` to a batch, padded on the right.
 
     Args:
         pad_token_id: fills `input_ids`.
-        image_size: side of the blank picture, in pixels.
+        image_size: side of the blank image, in pixels.
     """
 
     def __init__(self, pad_token_id: int, image_size: int) -> None:
@@ -95,14 +96,14 @@ class SupervisedCollator:
 
 
 def batch_images(images: Sequence[Tensor], image_size: int) -> Tensor | list[Tensor]:
-    """Return pictures (N, 3, H, W), or a list where they have different numbers of tiles; a blank one if there is none.
+    """Stack images to (N, 3, H, W), or list them if their numbers of tiles differ; a blank one if there is none.
 
-    A batch without any image carries the blank picture, which the model encodes and adds as nothing: processes with
-    text alone stay in step with the others.
+    The model encodes the blank image of a batch without images and uses none of its features, so that a process whose
+    batch is text alone stays in step with the others.
 
     Args:
         images: (3, H, W) or (tiles, 3, H, W) each.
-        image_size: side of the blank picture, in pixels.
+        image_size: side of the blank image, in pixels.
     """
     if not images:
         return torch.zeros(1, 3, image_size, image_size)

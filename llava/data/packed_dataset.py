@@ -1,4 +1,4 @@
-"""Training rows that become packs: each image of a batch is read once, each shared prefix laid out once."""
+"""Dataset and collator of packs: each image of a batch is decoded once, each shared prefix laid out once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from llava.data.dataset import SupervisedDataset, batch_images
 from llava.data.packing import pack_records
 from llava.data.records import EncodedRecord
 
-MODEL_ARGUMENTS = ("input_ids", "labels", "position_ids")
-"""Columns of a pack that the model takes under their own names; the others are its `layout`."""
-
 
 class PackedRow(NamedTuple):
     """A record and the pixels of its images, (3, H, W) or (tiles, 3, H, W) each."""
@@ -24,13 +21,13 @@ class PackedRow(NamedTuple):
 
 
 class PackedDataset(SupervisedDataset):
-    """The same rows for `PackCollator`; a batch's images are decoded once each, however many rows ask about them."""
+    """Dataset for `PackCollator`; each image of a batch is decoded once, however many records ask about it."""
 
     def __getitem__(self, index: int) -> PackedRow:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[PackedRow]:
-        """Return the rows of a batch; torch's loader calls it instead of asking for each row."""
+        """Return the records of a batch with their pixels; torch's loader calls it once for each batch."""
         pixels: dict[Path, Tensor] = {}
         rows = []
         for index in indices:
@@ -43,13 +40,13 @@ class PackedDataset(SupervisedDataset):
 
 
 class PackCollator:
-    """Makes a batch of rows a pack, with the text they share before their questions once.
+    """Collate the records of a batch to a pack, in which shared prefixes stand once.
 
     Args:
-        features_per_image: positions a picture, or each of its tiles, takes.
-        image_size: side of a blank picture for batches without any, in pixels.
-        budget: most positions of the pack's rows, unless a record alone is longer; None = one row.
-        multiple: rows that are longer than all `lengths` are padded to a multiple of so many positions.
+        features_per_image: positions an image, or each of its tiles, takes.
+        image_size: side of the blank image of a batch without images, in pixels.
+        budget: most positions of a row of the pack, unless a record alone is longer; None = one row.
+        multiple: rows longer than all `lengths` are padded to a multiple of it, in positions.
         lengths: others are padded to the shortest of these into which they fit.
     """
 
@@ -69,7 +66,7 @@ class PackCollator:
         self.lengths = lengths
 
     def __call__(self, rows: Sequence[PackedRow]) -> dict[str, Any]:
-        """Return the model's arguments: input_ids, labels, position_ids, layout, see `Pack`; images, each once."""
+        """Return the arguments of `PackedLlavaForCausalLM.forward`: the arrays of a `Pack`, and images, each once."""
         images: list[Tensor] = []
         place: dict[Path, range] = {}
         start = 0
@@ -83,6 +80,4 @@ class PackCollator:
         records = [row.record for row in rows]
         features = [[place[path] for path in record.images] for record in records]
         pack = pack_records(records, features, budget=self.budget, multiple=self.multiple, lengths=self.lengths)
-        columns = pack._asdict()
-        batch = {name: columns.pop(name) for name in MODEL_ARGUMENTS}
-        return {**batch, "layout": columns, "images": batch_images(images, self.image_size)}
+        return {**pack._asdict(), "images": batch_images(images, self.image_size)}

@@ -1,146 +1,154 @@
-"""Records behind the prefixes they share: which records belong together, and where each of their tokens stands.
+"""Pack records that share an image prefix: the tokens of a batch, with every shared prefix laid out once.
 
-Records with the same images whose ids agree up to the last image form a `Group`: a trunk, which they have in common,
-and one branch each. The trunk holds all the images and nothing that is supervised, and ends before the token that
-predicts a record's first supervised one. Records without images, or with supervised text before their last image, are
-groups of their own: a trunk without branches. A pack lays groups out one after the other in rows. What all groups of a
-row begin with, the system prompt as a rule, stands before them once, as the row's stem.
-`llava.model.tree_attention` says who sees whom.
-
-Letters: `R` rows of a pack, `S` positions of a row, `M` positions of all images.
+A prefix group is a set of records with the same images whose ids agree up to the last image. Its image prefix stands
+once, followed by one suffix per record. The prefix holds all images and no supervised token, and ends before the token
+that predicts a record's first supervised one. Records without images, or with supervised text before their last image,
+are groups of their own, without suffixes. A row of a pack holds groups one after the other. What all groups of a row
+begin with, usually the system prompt, stands once before them as the row's system prefix.
+`llava.model.packed.masks` says which positions attend to which.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX, NO_GROUP, STEM, TRUNK
+from llava.constants import IGNORE_INDEX, IMAGE_PREFIX, IMAGE_TOKEN_INDEX, NO_GROUP, SYSTEM_PREFIX
 from llava.data.records import EncodedRecord
 
-BLOCK = 128
-"""Positions that FlexAttention handles at once; the smallest step of padded lengths."""
+_PADDING = numpy.array([0, IGNORE_INDEX, 0, NO_GROUP, IMAGE_PREFIX, -1])
+"""What a position of padding holds in each column: input_ids, labels, position_ids, group, suffix, patch."""
 
 
-class Group(NamedTuple):
-    """Records behind one trunk.
+class RecordGroup(NamedTuple):
+    """Records that share an image prefix.
 
     Attributes:
         members: their indices.
-        trunk: tokens they share, an image counting as one; of a single record all of them.
+        prefix: tokens they share, an image counting as one; all tokens of a record that is alone.
     """
 
     members: list[int]
-    trunk: int
+    prefix: int
 
 
 class Pack(NamedTuple):
-    """One batch.
+    """Model inputs of one batch: (B, S) int64 columns, and flat indices into them.
 
     Attributes:
-        input_ids: (R, S) int64, 0 in the place of patches and padding.
-        labels: (R, S) int64; the label of a group's first position is `IGNORE_INDEX`, as nothing predicts it.
-        position_ids: (R, S) int64, of each branch counting on from its trunk's end.
-        groups: (R, S) int64, from 0 in each row, `STEM` for its stem, `NO_GROUP` for padding.
-        branches: (R, S) int64, `TRUNK` or the number of the branch within its group.
-        supervised: (K,) int64, flat indices of the positions that predict a supervised token, which stands behind them.
-        image_positions: (M,) int64, flat indices of the positions that images take.
-        patches: (M,) int64, which of all images' features, one after the other, stands there.
+        input_ids: 0 where patches or padding stand.
+        labels: `IGNORE_INDEX` also at the first position of a group, which no token predicts.
+        position_ids: each suffix counts on from the end of its group's prefix.
+        groups: from 0 in each row; `SYSTEM_PREFIX` for the row's system prefix, `NO_GROUP` for padding.
+        suffixes: from 1 in each group; `IMAGE_PREFIX` for its prefix.
+        supervised: flat indices of the positions that predict a supervised token, which is the next one.
+        image_positions: flat indices of the positions that image patches take.
+        patches: index of the patch at each of these, among the patches of all images of the batch.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     groups: Tensor
-    branches: Tensor
+    suffixes: Tensor
     supervised: Tensor
     image_positions: Tensor
     patches: Tensor
 
 
 def sharing_key(record: EncodedRecord) -> Hashable | None:
-    """Return what records must have in common to share a prefix; None if this one can't."""
+    """Return what records must have in common to share an image prefix; None if this one can't."""
     shared = record.input_ids[: _end_of_images(record)]
-    if not record.images or len(shared) > last_shareable(record):
+    if not record.images or len(shared) > _longest_prefix(record):
         return None
     return tuple(os.fspath(path) for path in record.images), tuple(shared)
 
 
-def last_shareable(record: EncodedRecord) -> int:
-    """Return how many tokens of a record may be in a trunk: all that don't predict a supervised one."""
+def image_prefix_length(records: Sequence[EncodedRecord]) -> int:
+    """Return how many tokens records with the same `sharing_key` share, without a predictor of a supervised token."""
+    limit = min(map(_longest_prefix, records))
+    return common_prefix_length([record.input_ids[:limit] for record in records])
+
+
+def system_prefix_length(records: Sequence[EncodedRecord]) -> int:
+    """Return how many tokens all records begin with, before any image or predictor of a supervised token."""
+    return common_prefix_length(
+        [record.input_ids[: min(_start_of_images(record), _longest_prefix(record))] for record in records]
+    )
+
+
+def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Return the length of the longest common prefix."""
+    first, last = min(sequences), max(sequences)  # all sequences lie between these two, so they agree as far
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(last)))
+
+
+def _longest_prefix(record: EncodedRecord) -> int:
+    """Return how many tokens of a record a prefix may hold: those before the predictor of its first supervised one."""
     first = next((index for index, label in enumerate(record.labels) if label != IGNORE_INDEX), len(record.labels))
     return max(first - 1, 0)
 
 
-def common_prefix(records: Sequence[EncodedRecord]) -> int:
-    """Return the length of the longest trunk of records with the same `sharing_key`, in tokens."""
-    limit = min(map(last_shareable, records))
-    return agreement([record.input_ids[:limit] for record in records])
+def _start_of_images(record: EncodedRecord) -> int:
+    ids = record.input_ids
+    return ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else len(ids)
 
 
-def common_stem(records: Sequence[EncodedRecord]) -> int:
-    """Return how many tokens all records begin with, before any image or supervised token's predictor."""
-    return agreement([record.input_ids[: min(_start_of_images(record), last_shareable(record))] for record in records])
+def _end_of_images(record: EncodedRecord) -> int:
+    ids = record.input_ids
+    return len(ids) - ids[::-1].index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else 0
 
 
-def agreement(sequences: Sequence[Sequence[int]]) -> int:
-    """Return how many elements all sequences begin with."""
-    first, last = min(sequences), max(sequences)  # what these two agree in, all that lie between them do
-    return next(
-        (index for index, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-    )
-
-
-def group_records(records: Sequence[EncodedRecord], lengths: Sequence[int], budget: int | None = None) -> list[Group]:
-    """Find the groups of a batch, in the order of their first members.
+def group_records(
+    records: Sequence[EncodedRecord], lengths: Sequence[int], budget: int | None = None
+) -> list[RecordGroup]:
+    """Find the prefix groups of records, in the order of their first members.
 
     Args:
-        records: of the batch.
+        records: of a batch, or of all training data.
         lengths: positions of each record, patches included.
-        budget: most positions of a group; what is above it starts another group, a record alone may be longer. None =
-            no limit.
+        budget: most positions of a group; larger ones are split, and a record alone may be longer. None = no limit.
     """
-    sets: dict[Hashable, list[int]] = {}
+    by_key: dict[Hashable, list[int]] = {}
     for index, record in enumerate(records):
         key = sharing_key(record)
-        sets.setdefault(index if key is None else key, []).append(index)
-    return [group for members in sets.values() for group in _divide(members, records, lengths, budget)]
+        by_key.setdefault(index if key is None else key, []).append(index)
+    return [group for members in by_key.values() for group in _split(members, records, lengths, budget)]
 
 
-def _divide(
+def _split(
     members: Sequence[int], records: Sequence[EncodedRecord], lengths: Sequence[int], budget: int | None
-) -> Iterator[Group]:
-    trunk = common_prefix([records[index] for index in members])
-    patches = lengths[members[0]] - len(records[members[0]].input_ids)  # what the images add, the same in all of them
-    taken: list[int] = []
+) -> list[RecordGroup]:
+    prefix = image_prefix_length([records[index] for index in members])
+    first = members[0]
+    prefix_positions = prefix + lengths[first] - len(records[first].input_ids)  # the same images in all of them
+    parts: list[list[int]] = []
     size = 0
     for index in members:
-        branch = lengths[index] - patches - trunk
-        if taken and budget is not None and size + branch > budget:
-            yield _group(taken, records, trunk)
-            taken = []
-        size = size + branch if taken else lengths[index]
-        taken.append(index)
-    yield _group(taken, records, trunk)
+        suffix = lengths[index] - prefix_positions
+        if parts and (budget is None or size + suffix <= budget):
+            parts[-1].append(index)
+            size += suffix
+        else:
+            parts.append([index])
+            size = lengths[index]
+    return [RecordGroup(part, prefix if len(part) > 1 else len(records[part[0]].input_ids)) for part in parts]
 
 
-def _group(members: list[int], records: Sequence[EncodedRecord], trunk: int) -> Group:
-    return Group(members, trunk if len(members) > 1 else len(records[members[0]].input_ids))
-
-
-def group_length(group: Group, records: Sequence[EncodedRecord], lengths: Sequence[int]) -> int:
+def group_length(group: RecordGroup, records: Sequence[EncodedRecord], lengths: Sequence[int]) -> int:
     """Return how many positions a group takes."""
     first, *others = group.members
-    return lengths[first] + sum(len(records[index].input_ids) - group.trunk for index in others)
+    return lengths[first] + sum(len(records[index].input_ids) - group.prefix for index in others)
 
 
 def fill_rows(lengths: Sequence[int], budget: int | None) -> list[list[int]]:
-    """Distribute groups over rows of at most `budget` positions: the longest first, each into the first row with room.
+    """Bin-pack groups into rows of at most `budget` positions: first fit, longest first.
 
     Args:
         lengths: of the groups; one above the budget gets a row of its own.
@@ -171,116 +179,72 @@ def pack_records(
     multiple: int = 1,
     lengths: Sequence[int] = (),
 ) -> Pack:
-    """Lay records out behind the prefixes they share.
+    """Pack the records of a batch.
 
     Args:
         records: of the batch.
-        features: of each record and each of its images, which of all images' features are its own; records that share
-            an image name the same ones.
+        features: for each record and each of its images, the indices of the image's patches among those of all images;
+            records that share an image name the same ones.
         budget: most positions of a row, unless a record alone is longer; None = one row for all.
         multiple: see `padded_length`.
         lengths: see `padded_length`.
     """
-    whole = [
+    positions = [
         len(record.input_ids) + sum(len(image) - 1 for image in images)
         for record, images in zip(records, features, strict=True)
     ]
-    groups = group_records(records, whole, budget)
-    rows = fill_rows([group_length(group, records, whole) for group in groups], budget)
-    columns = [_lay_out_row([groups[index] for index in row], records, features) for row in rows]
-    length = padded_length(max(len(row[0]) for row in columns), multiple, lengths)
-    padding = (0, IGNORE_INDEX, 0, NO_GROUP, TRUNK, -1)
-    input_ids, labels, position_ids, numbers, branches, patches = (
-        torch.from_numpy(
-            numpy.stack(
-                [numpy.pad(row[column], (0, length - len(row[column])), constant_values=value) for row in columns]
-            )
-        )
-        for column, value in enumerate(padding)
-    )
+    groups = group_records(records, positions, budget)
+    filled = fill_rows([group_length(group, records, positions) for group in groups], budget)
+    rows = [_lay_out_row([groups[index] for index in row], records, features) for row in filled]
+    length = padded_length(max(row.shape[1] for row in rows), multiple, lengths)
+    columns = numpy.empty((len(_PADDING), len(rows), length), dtype=numpy.int64)
+    columns[:] = _PADDING[:, None, None]
+    for number, row in enumerate(rows):
+        columns[:, number, : row.shape[1]] = row
+    *tokens, patches = torch.from_numpy(columns)
+    labels, patches = tokens[1], patches.flatten()
     supervised = (labels.flatten()[1:] != IGNORE_INDEX).nonzero().flatten()
-    image_positions = (patches.flatten() >= 0).nonzero().flatten()
-    return Pack(
-        input_ids,
-        labels,
-        position_ids,
-        numbers,
-        branches,
-        supervised,
-        image_positions,
-        patches.flatten()[image_positions],
-    )
+    image_positions = (patches >= 0).nonzero().flatten()
+    return Pack(*tokens, supervised, image_positions, patches[image_positions])
 
 
 def padded_length(positions: int, multiple: int, lengths: Sequence[int] = ()) -> int:
-    """Return the shortest of some lengths that so many positions fit into; where none is, a multiple of `multiple`."""
+    """Return the shortest of `lengths` that holds these positions; if none does, the next multiple of `multiple`."""
     fitting = [length for length in lengths if length >= positions]
     return min(fitting, default=-(-positions // multiple) * multiple)
 
 
-_Columns = list[numpy.ndarray]
-"""input_ids, labels, position_ids, group, branch, patch or -1: equally long."""
-
-
-def _concatenate(pieces: Sequence[_Columns]) -> _Columns:
-    return [numpy.concatenate(column) for column in zip(*pieces, strict=True)]
-
-
 def _lay_out_row(
-    groups: Sequence[Group], records: Sequence[EncodedRecord], features: Sequence[Sequence[range]]
-) -> _Columns:
-    """Return the positions of a row."""
+    groups: Sequence[RecordGroup], records: Sequence[EncodedRecord], features: Sequence[Sequence[range]]
+) -> numpy.ndarray:
+    """Return the columns of `_PADDING` for a row of groups, (6, positions) int64."""
     firsts = [records[group.members[0]] for group in groups]
-    stem = common_stem(firsts) if len(groups) > 1 else 0
-    pieces = [_segment(firsts[0], slice(0, stem), (), 0, STEM, TRUNK)]
+    system = system_prefix_length(firsts) if len(groups) > 1 else 0
+    pieces = [_lay_out(firsts[0], slice(0, system), (), 0, SYSTEM_PREFIX, IMAGE_PREFIX)]
     for number, group in enumerate(groups):
-        pieces += _lay_out(group, number, stem, records, features)
-    return _concatenate(pieces)
+        first, *_ = group.members
+        prefix = _lay_out(records[first], slice(system, group.prefix), features[first], system, number, IMAGE_PREFIX)
+        prefix[1, :1] = IGNORE_INDEX
+        pieces.append(prefix)
+        if len(group.members) > 1:
+            start, rest = system + prefix.shape[1], slice(group.prefix, None)
+            for suffix, index in enumerate(group.members, start=1):
+                pieces.append(_lay_out(records[index], rest, (), start, number, suffix))
+    return numpy.concatenate(pieces, axis=1)
 
 
 def _lay_out(
-    group: Group, number: int, stem: int, records: Sequence[EncodedRecord], features: Sequence[Sequence[range]]
-) -> list[_Columns]:
-    """Return the positions of a group, the `number`th of its row, behind the row's stem."""
-    first = records[group.members[0]]
-    pieces = [_segment(first, slice(stem, group.trunk), features[group.members[0]], stem, number, TRUNK)]
-    pieces[0][1][:1] = IGNORE_INDEX
-    start = stem + len(pieces[0][0])
-    if len(group.members) > 1:
-        rest = slice(group.trunk, None)
-        for branch, index in enumerate(group.members, start=1):
-            pieces.append(_segment(records[index], rest, (), start, number, branch))
-    return pieces
-
-
-def _segment(
-    record: EncodedRecord, part: slice, images: Sequence[range], start: int, group: int, branch: int
-) -> _Columns:
-    """Return the positions of a part of a record, counting from `start`."""
+    record: EncodedRecord, part: slice, images: Sequence[range], start: int, group: int, suffix: int
+) -> numpy.ndarray:
+    """Return the columns of `_PADDING` for a part of a record whose positions count from `start`."""
     ids, labels = (numpy.array(values[part], dtype=numpy.int64) for values in (record.input_ids, record.labels))
-    places = numpy.flatnonzero(ids == IMAGE_TOKEN_INDEX)
     counts = numpy.ones_like(ids)
-    counts[places] = [len(image) for image in images]
+    counts[ids == IMAGE_TOKEN_INDEX] = [len(image) for image in images]
     ids, labels = ids.repeat(counts), labels.repeat(counts)
     is_image = ids == IMAGE_TOKEN_INDEX
-    patches = numpy.full_like(ids, -1)
-    patches[is_image] = [patch for image in images for patch in image]
-    positions = numpy.arange(start, start + len(ids))
-    return [
-        numpy.where(is_image, 0, ids),
-        labels,
-        positions,
-        numpy.full_like(ids, group),
-        numpy.full_like(ids, branch),
-        patches,
-    ]
-
-
-def _start_of_images(record: EncodedRecord) -> int:
-    ids = record.input_ids
-    return ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else len(ids)
-
-
-def _end_of_images(record: EncodedRecord) -> int:
-    ids = record.input_ids
-    return len(ids) - ids[::-1].index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else 0
+    ids[is_image] = 0
+    columns = numpy.empty((len(_PADDING), len(ids)), dtype=numpy.int64)
+    columns[0], columns[1], columns[2] = ids, labels, numpy.arange(start, start + len(ids))
+    columns[3], columns[4], columns[5] = group, suffix, -1
+    columns[5, is_image] = [patch for image in images for patch in image]
+    return columns

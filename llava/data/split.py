@@ -1,4 +1,4 @@
-"""Splitting data by image: questions share images, so rows drawn by chance would be met again in validation."""
+"""Train/validation split by image: split by row, the images of training would come again in validation."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def held_out(keys: Collection[Key], share: float, seed: int) -> set[Key]:
 
 
 def ranked(keys: Collection[Key], seed: int) -> list[Key]:
-    """Return keys in an order by chance that is always the same for the same seed."""
+    """Shuffle keys by a hash of seed and key: always the same order for the same seed."""
     return sorted(keys, key=lambda key: (hashlib.sha256(f"{seed}:{key}".encode()).digest(), key))
 
 
 def split_rows(names: Sequence[Sequence[str]], share: float, seed: int) -> list[bool]:
-    """Tell which rows go to the validation side, so that no name is on both sides.
+    """Return which rows go to the validation side, so that no name is on both sides.
 
     Args:
         names: of each row, at least one: its images', or what identifies a row without any.
@@ -51,7 +51,7 @@ def split_rows(names: Sequence[Sequence[str]], share: float, seed: int) -> list[
 
 
 def tie_rows(names: Sequence[Sequence[str]]) -> list[str]:
-    """Return a group for each row, the same for all that share a name, directly or through others: its first name."""
+    """Group rows that share a name, directly or through others (union-find); a group is called by its first name."""
     parent: dict[str, str] = {}
 
     def find(name: str) -> str:

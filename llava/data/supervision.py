@@ -1,4 +1,4 @@
-"""From one LLaVA record's dialogue to token ids and labels, built together, segment by segment.
+"""Encode a LLaVA record to input ids and labels, built together, segment by segment.
 
 Source: LLaVA-1.5's `preprocess_v1`, `preprocess_llama_2`, `preprocess_plain` and `preprocess_multimodal`; the results
 are equal, except that no row is ever masked as a whole because two ways of counting its tokens disagreed.
@@ -7,7 +7,7 @@ are equal, except that no row is ever masked as a whole because two ways of coun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -17,19 +17,14 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, Segment, SeparatorStyle, get_template
-from llava.tokenization import LlavaTokenizer
+from llava.data.row_errors import RowError
+from llava.files.terminal_text import shorten, show
+from llava.tokenization.llama_tokenizer import MAX_TEXT, LlavaTokenizer
 
-HUMAN, ASSISTANT = "human", "gpt"
+HUMAN, ASSISTANT, SYSTEM = "human", "gpt", "system"
 NO_ANSWER = "the dialogue has no answer, so there is nothing to learn from it"
-_NO_IMAGE = "template 'plain' describes images, but the question {!r} has no " + DEFAULT_IMAGE_TOKEN
+_NO_IMAGE = "template 'plain' describes images, but the question {} has no " + DEFAULT_IMAGE_TOKEN
 _VALUE_SHOWN = 40
-
-
-class Fault(NamedTuple):
-    """Why a record can't be used: a code for programs, a sentence for people."""
-
-    code: str
-    message: str
 
 
 def encode_example(
@@ -72,9 +67,9 @@ def build_dialogue(
     is_plain = dialogue.sep_style is SeparatorStyle.PLAIN
     if is_plain:  # trained without the line break that the prompt has between image and caption
         dialogue.sep, dialogue.sep2 = "", dialogue.stop_text
-    fault = next(find_turn_faults(conversations, is_plain=is_plain), None)
-    if fault is not None:
-        raise ValueError(fault.message)
+    error = next(find_turn_errors(conversations, is_plain=is_plain), None)
+    if error is not None:
+        raise ValueError(error.message)
     for index, turn in enumerate(without_opening(conversations)):
         text = turn["value"]
         if is_plain and index % 2 == 0:
@@ -91,11 +86,11 @@ def without_opening(conversations: Sequence[Mapping[str, str]]) -> Sequence[Mapp
     return conversations[1:] if has_opening else conversations
 
 
-def find_turn_faults(conversations: Sequence[Any], *, is_plain: bool) -> Iterator[Fault]:
+def find_turn_errors(conversations: Sequence[Any], *, is_plain: bool) -> Iterator[RowError]:
     """Yield what is wrong with a dialogue's turns, which are counted from 1 in the messages.
 
-    Of turns that are no objects, and of turns of the wrong role, only the first is told: those behind it are usually
-    wrong for the same reason.
+    Of turns that are not objects, and of turns of the wrong role, only the first is reported: those after it are
+    usually wrong for the same reason.
 
     Args:
         conversations: of a record.
@@ -103,24 +98,53 @@ def find_turn_faults(conversations: Sequence[Any], *, is_plain: bool) -> Iterato
     """
     for number, turn in enumerate(conversations, start=1):
         if not isinstance(turn, Mapping):
-            yield Fault("bad_turn", f"turn {number} is no object with 'from' and 'value'")
+            yield RowError("bad_turn", f"turn {number} is not an object with 'from' and 'value'")
+            return
+        if "value" not in turn and ("from" not in turn or len(turn) > 1):
+            keys = (", ".join(map(show, turn)) or "nothing")[:_VALUE_SHOWN]
+            yield RowError("bad_turn", f"turn {number} is not an object with 'from' and 'value', but has {keys}")
             return
     turns = without_opening(conversations)
+    error = _find_length_error(turns)
+    if error is not None:
+        yield error
+        return
     alternates = True
     for index, turn in enumerate(turns):
         number, expected = index + 1 + len(conversations) - len(turns), (HUMAN, ASSISTANT)[index % 2]
         role, text = turn.get("from"), turn.get("value", "")
         if alternates and role != expected:
             alternates = False
-            yield Fault("roles", f"turn {number} is from {role!r}; turns alternate, so {expected!r} is due")
+            yield _role_error(number, role, expected)
         if not isinstance(text, str):
-            yield Fault("not_text", f"turn {number}, from {role!r}, is {str(text)[:_VALUE_SHOWN]}, which is no text")
+            shown = shorten(show(text), _VALUE_SHOWN)
+            yield RowError("not_text", f"turn {number}, from {show(role)}, is {shown}, which is not text")
         elif not text.strip():
-            yield Fault("empty_turn", f"turn {number}, from {role!r}, is empty")
+            yield RowError("empty_turn", f"turn {number}, from {show(role)}, is empty")
         elif is_plain and alternates and index % 2 == 0 and DEFAULT_IMAGE_TOKEN not in text:
-            yield Fault("caption_without_image", _NO_IMAGE.format(text))
+            yield RowError("caption_without_image", _NO_IMAGE.format(show(text)))
         elif not _is_encodable(text):
-            yield Fault("half_character", f"turn {number}, from {role!r}, holds half of a surrogate pair")
+            yield RowError("half_character", f"turn {number}, from {show(role)}, holds half of a surrogate pair")
+
+
+def _find_length_error(turns: Sequence[Mapping[str, Any]]) -> RowError | None:
+    texts = [text for turn in turns if isinstance(text := turn.get("value"), str)]
+    total = sum(map(len, texts))
+    if total <= MAX_TEXT:
+        return None
+    start = max(texts, key=len)[:_VALUE_SHOWN]
+    message = f"the turns have {total:,} characters, and at most {MAX_TEXT:,} are read; shorten the one that begins"
+    return RowError("too_long", f"{message} {start!r}")
+
+
+def _role_error(number: int, role: Any, expected: str) -> RowError:
+    if role == SYSTEM:
+        return RowError(
+            "system_turn", f"turn {number} is from 'system', and the template has a system prompt of its own"
+        )
+    if role not in (HUMAN, ASSISTANT):
+        return RowError("roles", f"turn {number} is from {show(role)}; roles are {HUMAN!r} and {ASSISTANT!r} in turn")
+    return RowError("roles", f"turn {number} is from {show(role)}; turns alternate, so {expected!r} is due")
 
 
 def _is_encodable(text: str) -> bool:
@@ -134,17 +158,19 @@ def _is_encodable(text: str) -> bool:
 def place_images(text: str, version: str, *, use_im_start_end: bool = False) -> str:
     """Write a turn's `<image>` as the template wants it.
 
-    A single image goes to the front, on a line of its own; several stay where they stand.
+    A single image goes to the front, on a line of its own; several stay where they stand. `<im_start>` and `<im_end>`
+    that stand around an image already, as clients of the original write them, are not written twice.
     """
     if DEFAULT_IMAGE_TOKEN not in text:
         return text
+    marked = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    if use_im_start_end:
+        text = text.replace(marked, DEFAULT_IMAGE_TOKEN)
     if text.count(DEFAULT_IMAGE_TOKEN) == 1:
         text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
     if "mmtag" in version:
         text = text.replace(DEFAULT_IMAGE_TOKEN, f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
-    if use_im_start_end:
-        text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
-    return text
+    return text.replace(DEFAULT_IMAGE_TOKEN, marked) if use_im_start_end else text
 
 
 def plain_question(text: str) -> str:
@@ -155,7 +181,7 @@ def plain_question(text: str) -> str:
     """
     count = text.count(DEFAULT_IMAGE_TOKEN)
     if not count:
-        raise ValueError(_NO_IMAGE.format(text))
+        raise ValueError(_NO_IMAGE.format(show(text)))
     return DEFAULT_IMAGE_TOKEN * count
 
 
@@ -166,7 +192,7 @@ def encode_segments(
     encode_text = encode_text or tokenizer.encode_text
     input_ids = [tokenizer.bos_token_id] if tokenizer.add_bos_token else []
     labels = [IGNORE_INDEX] * len(input_ids)
-    # legacy Llama tokenizers put a space behind a special token, as they do at the start
+    # legacy Llama tokenizers put a space after a special token, as they do at the start
     starts_text = set(tokenizer.all_special_ids) if tokenizer.legacy else set()
     at_start = True
     for segment in segments:

@@ -1,4 +1,4 @@
-"""VQAv2's answer normalisation: what counts as the same short answer.
+"""VQAv2 answer normalisation: which short answers count as the same.
 
 Source: the VQA evaluation's public description (visualqa.org/evaluation.html) and the behaviour of its program, whose
 quirks are kept because published accuracies contain them; each is marked below.
@@ -41,7 +41,7 @@ CONTRACTIONS = {
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_NUMBER = re.compile(r"\d*\.?\d+")
+_NUMBER = re.compile(r"\d+|\d*\.\d+")  # \d*\.?\d+ would try n * n ways to split n digits
 _MOST_PERIODS = 32  # quirk: no more than this many periods are removed
 
 

@@ -1,48 +1,58 @@
-"""One question about one or several images: `eval_model` for Python, `--help` for the command line."""
+"""Answer one question about one or several images: `eval_model` in Python, `--help` for the command line."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.inference.chat import answer_one
+from llava.files.home_directory import expand_homes
+from llava.files.terminal_text import print_text
+from llava.inference.batch.fingerprint import ModelSources
+from llava.inference.chat.chat import answer_one
 from llava.inference.command_line import (
     add_model_arguments,
     add_sampling_arguments,
     parse_sampling,
     run_program,
 )
-from llava.inference.identity import directory_identity
-from llava.inference.images import load_image, split_locations
-from llava.inference.session import Request, Sampling, Session
+from llava.inference.load_image import load_image, split_locations
+from llava.inference.session import Sampling, Session
+from llava.original_names import lazy_names
+
+__getattr__ = lazy_names(__name__)
 
 _EXAMPLE = """example:
   python -m llava.eval.run_llava --model-path llava_merged_model --image-file photo.jpg --query "What is this?"
 
-The image belongs where the query says <image-placeholder>; without that, in front of it.
+Each <image-placeholder> in the query stands for an image; without one, the images come before the query.
 """
+
+
+_LOADING = threading.Lock()
+"""Held while a model is looked up or loaded, so that concurrent calls load it once."""
 
 
 def eval_model(args: Any) -> str:
     """Ask a model one question, print the answer and return it.
 
-    Repeated calls with the same model use the weights that are loaded already.
+    Repeated calls with the same model reuse the loaded weights.
 
     Args:
         args: any object with `model_path`, `model_base`, `query`, `image_file` (paths or http(s) addresses between
             `sep`; None or "" = none), `conv_mode`, `sep`, `temperature`, `top_p`, `num_beams`, `max_new_tokens`;
-            optionally also `device`, `dtype`, `vision_tower`, `load_8bit`, `load_4bit`. Other attributes, `model_name`
-            among them, have no effect.
+            optionally also `device`, `dtype`, `vision_tower`, `load_8bit`, `load_4bit`, `seed`. Other attributes,
+            `model_name` among them, have no effect.
 
     Returns:
         the answer, without spaces around it.
 
     Raises:
         FileNotFoundError: if a file of the model is missing.
-        ImportError: if 4 or 8 bit are asked for without bitsandbytes.
+        ImportError: if 4 or 8 bit are requested without bitsandbytes.
         ValueError: if the question, an image or an option can't be used.
 
     Example:
@@ -57,12 +67,13 @@ def eval_model(args: Any) -> str:
         top_p=args.top_p,
         num_beams=args.num_beams,
         max_new_tokens=args.max_new_tokens,
+        seed=getattr(args, "seed", None),
     )
     images = [load_image(location) for location in split_locations(args.image_file or "", args.sep)]
     question = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
     session = _load(args).with_template(args.conv_mode)
-    answer = answer_one(session, Request(question, images), sampling)
-    print(answer)
+    answer = answer_one(session, question, images, sampling)
+    print_text(answer)
     return answer
 
 
@@ -70,34 +81,42 @@ def _load(args: Any) -> Session:
     # The README's object has none of these: they came later.
     options = {name: getattr(args, name, None) for name in ("device", "dtype", "vision_tower")}
     bits = 4 if getattr(args, "load_4bit", False) else 8 if getattr(args, "load_8bit", False) else 16
-    paths = [path for path in (args.model_path, args.model_base) if path is not None]
-    identity = tuple(directory_identity(path) for path in paths)
-    return _load_session(args.model_path, args.model_base, identity, bits, **options)
+    sources = ModelSources.find(args.model_path, args.model_base, options["vision_tower"])
+    with _LOADING:
+        fingerprints = _fingerprints(sources, sources.stamps())
+        return _load_session(args.model_path, args.model_base, fingerprints, bits, **options)
+
+
+@functools.lru_cache(maxsize=1)
+def _fingerprints(sources: ModelSources, stamps: tuple[tuple[Any, ...], ...]) -> tuple[str | None, ...]:
+    """Return the fingerprints of the model's files; files are read again only where their `stamps` changed."""
+    return tuple(sources.fingerprints().values())
 
 
 @functools.lru_cache(maxsize=1)
 def _load_session(
     model_path: str,
     model_base: str | None,
-    identity: tuple[str, ...],
+    fingerprints: tuple[str | None, ...],
     bits: int,
     device: str | None,
     dtype: str | None,
     vision_tower: str | None,
 ) -> Session:
-    """Load a model, or return the one loaded last if it was this; `identity` changes when the files do.
+    """Load a model, or return the last one if it is the same; `fingerprints` change with the files.
 
     The cache is the one piece of state in this module: the original's `eval_model(args)` has nowhere else to keep 14 GB
     of weights between two calls. It holds one model.
     """
-    _load_session.cache_clear()  # the model before leaves first: two at once may not fit the device
+    _load_session.cache_clear()  # free the previous model first: two may not fit on the device
     return Session.load(model_path, model_base, bits=bits, device=device, dtype=dtype, vision_tower=vision_tower)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Ask a model one question about images.",
+        prog="python -m llava.eval.run_llava",
+        description="Answer one question about images.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,10 +126,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--image-file",
         required=True,
         metavar="PATH",
-        help="image, or several between --sep; paths or http(s) addresses",
+        help="paths or http(s) addresses of images, separated by --sep",
     )
     add("--query", required=True, metavar="TEXT", help="the question")
-    add("--sep", default=",", help="stands between several images (default: a comma)")
+    add("--sep", default=",", help="separator of several images (default: a comma)")
     add_sampling_arguments(parser, temperature=0.2, max_new_tokens=512)
     return parser
 
@@ -125,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    parse_sampling(parser, args)  # a value out of range is wrong usage
+    args = expand_homes(parser.parse_args(argv), "model_path", "model_base", "vision_tower")
+    parse_sampling(parser, args)  # an error here is wrong usage, exit code 2
 
     def run() -> int:
         eval_model(args)

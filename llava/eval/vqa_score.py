@@ -1,15 +1,15 @@
-"""Accuracy of answer files after VQAv2's answer normalisation: overall, by kind of question and by answer type.
+"""VQAv2 accuracy of answer files: overall, by kind of question and by answer type, with 95 % intervals.
 
-Several files stand side by side; each is compared with the first: what got better and worse, and whether the difference
-is more than chance. It lists the most frequent mistakes, and where inference noted log-probabilities, how confidence
-and accuracy agree. --json also has which of the most frequent answers are taken for which.
+Several files are compared with the first: which questions got better and worse, and whether the difference is
+significant. The output lists the most frequent mistakes and, where the answers carry log-probabilities, the
+calibration. --json adds the confusion of the most frequent answers.
 
-95 % intervals: Wilson's for accuracies, at the number of independent questions that is left when those about one image
-count as a group; Bonett and Price's for differences. p is that of McNemar's exact test on questions that got better or
-worse. With many kinds, one in twenty differs by chance alone.
+95 % intervals: Wilson's for accuracies, at the effective number of questions (questions about one image count as a
+group); Bonett and Price's for differences. p is McNemar's exact test on questions that got better or worse. With
+many kinds, one in twenty differs by chance alone.
 
-The answer type is the annotations' `answer_type`. Without it the true answer decides, normalised, of ten the most
-frequent: yes and no are "yes/no", digits (number words are digits) "number", the rest "other".
+The answer type is the annotations' `answer_type`; without it, it follows from the true answer after normalisation (of
+ten, the most frequent): yes and no are "yes/no", digits and number words "number", all others "other".
 
 Example:
     python -m llava.eval.vqa_score --annotations playground/data_infer/Test_Qs.csv \\
@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llava.data.table import Columns, TableError
-from llava.eval.evaluation import Evaluation, compare_ids, evaluate
-from llava.eval.score_text import format_evaluation
-from llava.eval.vqa_inputs import read_answers, read_references
-from llava.files import atomic_write
+from llava.data.table.read import Columns, TableError
+from llava.eval.scoring.annotations import pair_answers, read_answers, read_references
+from llava.eval.scoring.evaluate import Evaluation, compare_ids, evaluate
+from llava.eval.scoring.text import format_evaluation
+from llava.files.atomic_files import atomic_write
+from llava.files.home_directory import expand_homes
+from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.terminal_text import log_to_terminal, print_text, report_error
 
 _INTERVALS = (
     "95 %: Wilson's interval of accuracies (at the effective number of questions, images being groups), "
@@ -43,12 +45,12 @@ _KIND_HELP = (
     "column or key with the kind of a question (default: kind, else question_type, else the question's first two words)"
 )
 _MISSING_HELP = (
-    "score the questions that every file answers and report the others "
+    "score only the questions that every file answers, and list the others "
     "(default: a question without answer, or an answer without question, is an error)"
 )
 _UNANIMOUS_HELP = (
-    "where all ten true answers agree: normalize as everywhere, or compare verbatim as VQAv2's own program does "
-    "(default: normalize)"
+    "where all ten true answers agree: compare normalized, as for all others, or verbatim (case and full stops count), "
+    "as VQAv2's own program does (default: normalize)"
 )
 
 
@@ -64,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="JSONL",
-        help="answers to score, one column for each file",
+        help="answer files to score, one column for each",
     )
     add_annotation_arguments(parser, required=True)
     add("--allow-missing", action="store_true", help=_MISSING_HELP)
@@ -73,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_annotation_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Add the flags that say where the true answers are and how they are compared."""
+    """Add the flags for the true answers: file, columns, kinds, comparison."""
     add = parser.add_argument
     add("--annotations", required=required, metavar="FILE", help=_ANNOTATIONS_HELP)
     add("--kind-key", metavar="NAME", help=_KIND_HELP)
@@ -83,11 +85,13 @@ def add_annotation_arguments(parser: argparse.ArgumentParser, *, required: bool)
 
 
 def parse_columns(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Columns:
-    """Return the columns that the flags of `add_annotation_arguments` name; exit if they have no meaning."""
+    """Return the columns given by the flags of `add_annotation_arguments`; exit if they have no effect."""
     given = {field: name for field in Columns._fields if (name := getattr(args, f"{field}_column")) is not None}
     if given and Path(args.annotations or "").suffix.lower() != ".csv":
         flags = ", ".join(f"--{field}_column" for field in given)
-        parser.error(f"{flags} has no meaning for --annotations {args.annotations}, which is no .csv; leave it out")
+        parser.error(
+            f"{flags} has no effect for --annotations {args.annotations}, which is not a .csv file; leave it out"
+        )
     return Columns(**given)
 
 
@@ -100,12 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 scored, 1 an input or the output cannot be used (argparse itself exits with 2).
     """
+    log_to_terminal()
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = expand_homes(parser.parse_args(argv), "answers_file", "annotations", "json")
     columns = parse_columns(parser, args)
+    inputs = {"--answers-file": args.answers_file, "--annotations": args.annotations}
+    if args.json is not None and (message := find_overwrite({"--json": output_file(args.json)}, inputs)):
+        parser.error(message)
     try:
         references = read_references(args.annotations, columns, args.kind_key)
-        answers = {name: read_answers(path) for name, path in name_files(args.answers_file).items()}
+        texts = {key: references.questions.get(key, "") for key in references.answers}
+        paths = name_files(args.answers_file)
+        answers = {name: pair_answers(path, read_answers(path), texts) for name, path in paths.items()}
         notes = compare_ids(answers, references)
         if notes and not args.allow_missing:
             raise TableError("\n".join([*notes, "Complete the answers, or score the rest with --allow-missing."]))
@@ -113,24 +123,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json is not None:
             _write_json(args.json, evaluation, notes, args)
     except (TableError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return 1
     for note in notes:
-        print(f"left out: {note}")
-    print(format_evaluation(evaluation))
+        print_text(f"left out: {note}")
+    print_text(format_evaluation(evaluation))
     return 0
 
 
 def name_files(paths: Sequence[str]) -> dict[str, str]:
-    """Return name -> path of answer files: their stems, or their whole paths where stems repeat.
+    """Return name -> path of answer files: file names without suffix, or whole paths where these repeat.
 
     Raises:
         TableError: if a file is named twice.
     """
-    stems = [Path(path).stem for path in paths]
+    names = [Path(path).with_suffix("").name for path in paths]
     if len(set(paths)) < len(paths):
         raise TableError(f"--answers-file names a file twice: {' '.join(paths)}; name each once")
-    return dict(zip(stems if len(set(stems)) == len(stems) else paths, paths, strict=True))
+    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
 
 
 def _write_json(path: str, evaluation: Evaluation, notes: Sequence[str], args: argparse.Namespace) -> None:
@@ -156,8 +166,9 @@ def _write_json(path: str, evaluation: Evaluation, notes: Sequence[str], args: a
         "files": files,
         "comparisons": comparisons,
     }
-    with atomic_write(path) as stream:
-        stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path, "wb") as stream:
+        stream.write(text.encode(errors="backslashreplace"))  # half of a surrogate pair becomes JSON's escape
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Prompt in, answer out: one at a time, in dialogue, in batches."""
+"""Inference: prompts, sampler and detokenizer; chat, batch inference and its engine."""

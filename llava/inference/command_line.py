@@ -1,4 +1,4 @@
-"""What the programs that ask a model share: flags for the model and for sampling, and how they report errors."""
+"""Command-line flags for the model and for sampling, and exit codes, of the programs that run a model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from llava.conversation import conv_templates
+from llava.files.terminal_text import log_to_terminal, report_error
 from llava.inference.session import Sampling, Session
-from llava.model.devices import DTYPES
+from llava.model.devices import DTYPES, parse_device
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -21,32 +22,42 @@ INTERRUPTED = 130
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `load_session` reads."""
     add = parser.add_argument
-    add("--model-path", required=True, metavar="DIR", help="model, LoRA or projector directory, or hub id")
-    add("--model-base", metavar="DIR", help="weights under a LoRA or projector directory (default: as recorded there)")
+    add("--model-path", required=True, metavar="DIR", help="full, LoRA or projector checkpoint: directory or hub id")
+    add("--model-base", metavar="DIR", help="base of a LoRA or projector checkpoint (default: as recorded there)")
     add("--conv-mode", choices=sorted(conv_templates), metavar="NAME",
         help="prompt template (default: the one saved with the weights, else vicuna_v1)")  # fmt: skip
-    add("--device", type=_device, help="cuda, cuda:1, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of weights and computation (default: the device's)")
-    add("--vision-tower", metavar="DIR", help="image encoder, for weights that come without one")
+    add("--device", type=_device, help="cuda, cuda:1, mps or cpu (default: the best available)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="weights and computation (default: by device)")
+    add("--vision-tower", metavar="DIR", help="vision tower, for checkpoints without one")
     bits = parser.add_mutually_exclusive_group()
-    bits.add_argument("--load-8bit", action="store_true", help="8 bit weights, through bitsandbytes")
-    bits.add_argument("--load-4bit", action="store_true", help="4 bit weights, through bitsandbytes")
+    bits.add_argument("--load-8bit", action="store_true", help="8-bit weights, through bitsandbytes")
+    bits.add_argument("--load-4bit", action="store_true", help="4-bit weights, through bitsandbytes")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int, seed: int | None = None
+) -> None:
     """Add the flags of `Sampling`, with these defaults, in the original's spelling and with dashes."""
     add = parser.add_argument
     add("--temperature", type=float, default=temperature,
-        help="0 = the likeliest answer, above = the more by chance the higher (default: %(default)s)")  # fmt: skip
+        help="0: greedy decoding; above 0: sampling, more random the higher (default: %(default)s)")  # fmt: skip
     add("--top_p", "--top-p", type=float,
-        help="choose among the likeliest tokens that together have this probability (default: among all)")  # fmt: skip
+        help="sample among the most likely tokens that together have this probability (default: all)")  # fmt: skip
     add("--num_beams", "--num-beams", type=int, default=1, help="beam search above 1 (default: %(default)s)")
     add("--max_new_tokens", "--max-new-tokens", type=int, default=max_new_tokens,
-        help="longest answer, in tokens (default: %(default)s)")  # fmt: skip
+        help="longest answer, in tokens; the context may leave less (default: %(default)s)")  # fmt: skip
+    add_seed_argument(parser, seed)
+
+
+def add_seed_argument(parser: argparse.ArgumentParser, seed: int | None = None) -> None:
+    """Add `--seed` with this default."""
+    default = "random" if seed is None else str(seed)
+    parser.add_argument("--seed", type=int, default=seed, metavar="N",
+        help=f"random seed of sampling; the same N gives the same answers (default: {default})")  # fmt: skip
 
 
 def selected_bits(args: argparse.Namespace) -> int:
-    """Return the bits per weight that the flags ask for."""
+    """Return the bits per weight that the flags request."""
     return 4 if args.load_4bit else 8 if args.load_8bit else 16
 
 
@@ -64,14 +75,14 @@ def load_session(args: argparse.Namespace) -> Session:
 
 
 def parse_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace, **fields: Any) -> Sampling:
-    """Return the sampling that the flags ask for; a value out of range ends the program as wrong usage.
+    """Return the sampling that the flags request; a value out of range exits with a usage error.
 
     Args:
-        parser: reports the error.
-        args: with flags of the names of `Sampling`'s fields.
-        fields: instead of flags that the program does not have.
+        parser: prints the usage error.
+        args: parsed flags, named like the fields of `Sampling`.
+        fields: values for which the program has no flag.
     """
-    names = ("temperature", "top_p", "num_beams", "max_new_tokens")
+    names = ("temperature", "top_p", "num_beams", "max_new_tokens", "seed")
     try:
         return Sampling(**{**{name: getattr(args, name) for name in names if name not in fields}, **fields})
     except ValueError as error:
@@ -79,7 +90,7 @@ def parse_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace, **
 
 
 def run_program(action: Callable[[], int | None], *, refused: int = REFUSED) -> int:
-    """Run a program's work, with its log on stderr, and turn expected errors into one message.
+    """Run a program with its log on stderr, and print an expected error as one message.
 
     Args:
         action: returns the exit code; None = 0.
@@ -88,7 +99,7 @@ def run_program(action: Callable[[], int | None], *, refused: int = REFUSED) -> 
     Returns:
         the exit code; 130 after Ctrl-C.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log_to_terminal()
     logging.getLogger("llava").setLevel(logging.INFO)
     try:
         return action() or 0
@@ -97,26 +108,14 @@ def run_program(action: Callable[[], int | None], *, refused: int = REFUSED) -> 
         return INTERRUPTED
     except torch.OutOfMemoryError as error:
         report_error(f"out of memory ({str(error).splitlines()[0]}); pass --load-4bit or ask for less at a time")
-    except OSError as error:
-        is_worded = error.strerror is None or error.filename is None
-        place = f"{error.filename}: {error.strerror}; check the path, and that it may be read and written"
-        report_error(str(error) if is_worded else place)
-    except (ValueError, ImportError) as error:
-        report_error(str(error))
+    except (OSError, ValueError, ImportError) as error:
+        report_error(error)
     return refused
-
-
-def report_error(message: str) -> None:
-    """Print an error as all programs do."""
-    print(f"error: {message}", file=sys.stderr)
 
 
 def _device(name: str) -> str:
     try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{name!r} is no device; choose cuda, cuda:1, mps or cpu") from None
-    is_there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(kind)
-    if is_there is not None and not is_there():
-        raise argparse.ArgumentTypeError(f"{name} is not available here; choose another or leave the flag out")
+        parse_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return name

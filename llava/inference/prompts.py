@@ -1,4 +1,4 @@
-"""From a question and its number of pictures to token ids, through the same functions that training goes through."""
+"""Tokenize prompts: first and follow-up turns, and answers to be scored, through the functions that training uses."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation, Segment
 from llava.data.supervision import ASSISTANT, HUMAN, build_dialogue, encode_example, encode_segments
-from llava.tokenization import LlavaTokenizer
+from llava.tokenization.llama_tokenizer import MAX_TEXT, LlavaTokenizer, describe_long_text
 
-_STAND_IN = "x"
+_PLACEHOLDER_TEXT = "x"
 
 
 class PromptError(ValueError):
-    """A question that can't be asked.
+    """A question that has no prompt.
 
     Attributes:
-        code: `question_empty`, `image_count_mismatch` or `prompt_too_long`; goes into error records.
+        code: `question_empty`, `image_count_mismatch` or `prompt_too_long`, as written into answers files.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -25,11 +25,13 @@ class PromptError(ValueError):
 
 
 def place_question(question: str, n_images: int) -> str:
-    """Return the question with one `<image>` per picture: where it has them already, else each on a line in front.
+    """Return the question with one `<image>` per image: where it marks them, or each on a line before it.
 
     Raises:
-        PromptError: if the question has no text, or marks another number of pictures than there are.
+        PromptError: if the question has no text, too much text, or marks another number of images than `n_images`.
     """
+    if len(question) > MAX_TEXT:
+        raise PromptError("prompt_too_long", f"the question {describe_long_text(question)}; shorten it")
     if not question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
         raise PromptError("question_empty", "the question is empty; write one")
     count = question.count(DEFAULT_IMAGE_TOKEN)
@@ -37,7 +39,7 @@ def place_question(question: str, n_images: int) -> str:
         raise PromptError(
             "image_count_mismatch",
             f"the question has {count} {DEFAULT_IMAGE_TOKEN} but {n_images} images; write one mark per image, or none "
-            "to have them in front",
+            "to put them first",
         )
     return question if count else f"{DEFAULT_IMAGE_TOKEN}\n" * n_images + question
 
@@ -51,18 +53,18 @@ def first_turn_ids(
     use_im_start_end: bool = False,
     encode_text: Callable[..., list[int]] | None = None,
 ) -> list[int]:
-    """Return the ids of a dialogue that starts with this question and ends where the model answers.
+    """Tokenize the first turn of a conversation, up to where the answer begins.
 
     Args:
         question: text, with or without `<image>`.
-        n_images: pictures that belong to it.
-        template: an empty dialogue.
+        n_images: number of its images.
+        template: an empty conversation.
         tokenizer: of the model.
         use_im_start_end: put `<im_start>` and `<im_end>` around each image.
-        encode_text: `tokenizer.encode_text`, which may remember texts that occur in every question.
+        encode_text: replaces `tokenizer.encode_text`, for example by a cached version.
 
     Returns:
-        The ids that `encode_example` gives for the same question, up to the answer.
+        The beginning of `encode_example`'s ids for the same question.
 
     Raises:
         PromptError: as `place_question`.
@@ -80,18 +82,18 @@ def answered_ids(
     *,
     use_im_start_end: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """Return what scores a given answer: ids to compute, and ids that should follow the last of them.
+    """Tokenize a question and a given answer, to score the answer.
 
     Args:
         question: as in `first_turn_ids`.
-        n_images: pictures that belong to it.
+        n_images: number of its images.
         answer: text.
-        template: an empty dialogue.
+        template: an empty conversation.
         tokenizer: of the model.
         use_im_start_end: put `<im_start>` and `<im_end>` around each image.
 
     Returns:
-        The ids up to the last but one that training supervises, and all ids that it supervises: the answer and its end.
+        The input ids, up to the last supervised token but one, and the supervised tokens: the answer and its end.
 
     Raises:
         PromptError: as `place_question`.
@@ -105,33 +107,33 @@ def answered_ids(
 def next_turn_ids(
     question: str, n_images: int, template: Conversation, tokenizer: LlavaTokenizer, *, use_im_start_end: bool = False
 ) -> list[int]:
-    """Return the ids that follow an ended answer: this question, up to where the model answers.
+    """Tokenize a follow-up turn: what comes after an ended answer, up to where the next answer begins.
 
     Args and errors as in `first_turn_ids`.
     """
-    dialogue = _dialogue([_STAND_IN, place_question(question, n_images)], template, use_im_start_end)
+    dialogue = _dialogue([_PLACEHOLDER_TEXT, place_question(question, n_images)], template, use_im_start_end)
     *_, answer, follow_up = dialogue.segments()
     end = Segment(_ending(answer), supervised=True)
-    before = encode_segments([end], tokenizer)[0]  # so that spaces behind the end fall as in a whole dialogue
+    before = encode_segments([end], tokenizer)[0]  # so that spaces after the end are those of a whole conversation
     return encode_segments([end, follow_up], tokenizer)[0][len(before) :]
 
 
 def ending_ids(template: Conversation, tokenizer: LlavaTokenizer) -> list[int]:
-    """Return the ids of what the template puts behind an answer, for answers that were broken off."""
-    dialogue = _dialogue([_STAND_IN, _STAND_IN], template, use_im_start_end=False)
+    """Tokenize what the template puts after an answer, to append it to an answer that was cut off."""
+    dialogue = _dialogue([_PLACEHOLDER_TEXT, _PLACEHOLDER_TEXT], template, use_im_start_end=False)
     *_, answer, _ = dialogue.segments()
     return tokenizer.encode_text(_ending(answer), at_start=False)
 
 
 def _dialogue(questions: list[str], template: Conversation, use_im_start_end: bool) -> Conversation:
-    """Put questions into the template, each but the last with a stand-in for its answer."""
+    """Build a conversation from questions, each but the last with a placeholder answer."""
     turns = [{"from": HUMAN, "value": questions[0]}]
     for question in questions[1:]:
-        turns += [{"from": ASSISTANT, "value": _STAND_IN}, {"from": HUMAN, "value": question}]
+        turns += [{"from": ASSISTANT, "value": _PLACEHOLDER_TEXT}, {"from": HUMAN, "value": question}]
     dialogue = build_dialogue(turns, template, use_im_start_end=use_im_start_end)
     dialogue.append_message(dialogue.roles[1], None)
     return dialogue
 
 
 def _ending(answer: Segment) -> str:
-    return answer.text.partition(_STAND_IN)[2]
+    return answer.text.partition(_PLACEHOLDER_TEXT)[2]

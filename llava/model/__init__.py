@@ -1,12 +1,12 @@
-"""The model and its files.
+"""LLaVA: vision tower, projector and language model; their checkpoints, adapters and training on packs.
 
-Letters in shape comments: `B` batch rows, `T` prompt tokens with one placeholder per image, `N` images, `P` patches of
-an image (576), `V` vision width (1024), `D` LLM width (4096), `S` spliced length (tokens and patches), `W` vocabulary
-(32000).
+Shape letters, the same in the whole package: `B` rows of a batch, `T` prompt tokens (an image is one), `N` images, `P`
+patches of an image (LLaVA-1.5: 576), `S` spliced length (text tokens and patches), `V` vision width (1024), `D` LLM
+width (4096), `H` attention heads, `Hkv` key heads, `d` head width, `W` vocabulary (32000). Pixels: (3, height, width).
 """
 
 from __future__ import annotations
 
-from llava.model.versions import check_versions
+from llava.original_names import lazy_names
 
-check_versions()
+__getattr__ = lazy_names(__name__)

@@ -1,4 +1,4 @@
-"""From files to a model ready to answer: `load_pretrained_model`, and the strict loading underneath it."""
+"""Load a model for inference: `load_pretrained_model`, and strict loading of tensors."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
+from llava.clip_image_processor import CLIPPixels
 from llava.constants import DEFAULT_TEMPLATE
-from llava.image_processing import CLIPPixels
-from llava.model.adapter import OUTSIDE_LLM
-from llava.model.checkpoint import Checkpoint, open_checkpoint
-from llava.model.devices import best_device, parse_dtype
-from llava.model.lazy_tensors import LazyTensor, LazyTensors, check_finite, is_finite
+from llava.model.adapter.attached import attach
+from llava.model.adapter.lora import read_adapter
+from llava.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from llava.model.checkpoint.empty_model import empty_model
+from llava.model.checkpoint.hub import resolve_directory
+from llava.model.checkpoint.lazy_tensors import DERIVED, LazyTensors, check_finite, is_finite
+from llava.model.checkpoint.loading_options import LoadingOptions, read_options
+from llava.model.checkpoint.quantized import StoredPart, stored_layout, stored_parameter
+from llava.model.checkpoint.strict_load import check_fit
+from llava.model.checkpoint.to_device import Mover
+from llava.model.devices import best_device, default_dtype, parse_device, parse_dtype
 from llava.model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.placement import DeviceMap, first_device, is_strategy, spread_model, stays_on_host
 from llava.model.quantization import (
     check_placement,
     choose_bits,
-    narrow_dtypes,
     plain_parameter,
     quantize_linears,
     quantized_parameter,
     saved_bits,
 )
-from llava.model.quantized_files import StoredPart, stored_layout, stored_parameter
-from llava.model.transfer import Mover
 from llava.model.vision_tower import released_name
-from llava.tokenization import LlavaTokenizer
+from llava.tokenization.llama_tokenizer import LlavaTokenizer
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT_LENGTH = 2048
-_DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""Endings of tensors that older checkpoints carry though they are computed from the config."""
 
 
 def load_pretrained_model(
@@ -45,8 +48,8 @@ def load_pretrained_model(
     model_name: str,
     load_8bit: bool = False,
     load_4bit: bool = False,
-    device_map: str | Mapping[str, Any] = "auto",
-    device: str | torch.device | None = None,
+    device_map: DeviceMap = "auto",
+    device: str | int | torch.device | None = None,
     use_flash_attn: bool = False,
     **kwargs: Any,
 ) -> tuple[LlavaTokenizer, LlavaLlamaForCausalLM, CLIPPixels | None, int]:
@@ -54,62 +57,98 @@ def load_pretrained_model(
 
     Args:
         model_path: directory or hub id.
-        model_base: of the weights under an adapter or projector; None = as recorded.
-        model_name: accepted as in the original; the directory's files decide, not its name.
+        model_base: base of an adapter or projector; None = as recorded.
+        model_name: accepted as in the original; no effect, as the directory's files decide.
         load_8bit: bitsandbytes LLM.int8 for the LLM's linear layers.
         load_4bit: bitsandbytes NF4, double quantisation, for the LLM's linear layers.
-        device_map: "auto" = the best device, spread over all GPUs if one is too small; or a map as accelerate takes it.
-        device: a single device; wins over `device_map`.
+        device_map: "auto" = the best device, spread over all GPUs if one is too small; "balanced", "balanced_low_0" or
+            "sequential" as in accelerate; a device; a map from module to device; None = the CPU, as in transformers.
+        device: a single device; overrides `device_map`, but for "cuda", the original's default.
         use_flash_attn: FlashAttention 2 instead of PyTorch's SDPA.
-        kwargs: `torch_dtype` or `dtype`, `vision_tower`, `allow_other_base`.
+        kwargs: fields of `LoadingOptions`, such as `torch_dtype`, `attn_implementation`, `cache_dir` and
+            `vision_tower`; options of the original's callers without meaning here are accepted.
 
     Returns:
         tokenizer, model in eval mode, image processor, context length in tokens.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if files or options don't fit each other.
+        ImportError: if bitsandbytes or flash-attn is needed and not installed.
+        TypeError: if an option is unknown.
+        ValueError: if files or options don't fit each other, or this machine lacks a device.
     """
-    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-    places = {key: kwargs.pop(key) for key in ("vision_tower", "allow_other_base") if key in kwargs}
-    if kwargs:
-        raise ValueError(
-            f"load_pretrained_model has no option {', '.join(kwargs)}; choose dtype, vision_tower, allow_other_base"
-        )
-    if load_8bit and load_4bit:
-        raise ValueError("load_8bit and load_4bit exclude each other; pass one")
-    checkpoint = open_checkpoint(model_path, model_base, **places)
+    options = read_options(kwargs, load_8bit=load_8bit, load_4bit=load_4bit, use_flash=use_flash_attn)
+    checkpoint, model = load_checkpoint(model_path, model_base or None, options, device_map=device_map, device=device)
+    context_length = checkpoint.config.tokenizer_model_max_length or DEFAULT_CONTEXT_LENGTH
+    return checkpoint.tokenizer, model, checkpoint.image_processor, context_length
+
+
+def load_checkpoint(
+    model_path: str | Path,
+    model_base: str | None,
+    options: LoadingOptions,
+    *,
+    device_map: DeviceMap,
+    device: str | int | torch.device | None = None,
+    with_tokenizer: bool = True,
+    **model_options: Any,
+) -> tuple[Checkpoint, LlavaLlamaForCausalLM]:
+    """Open a checkpoint and build its model for inference: in eval mode, the vision tower frozen.
+
+    Args, errors: as in `load_pretrained_model`; `with_tokenizer` as in `open_checkpoint`, `model_options` as of
+    `empty_model`.
+    """
+    if device == "cuda" and (not is_strategy(device_map) or parse_device(device)):
+        device = None
+    dtype = options.dtype
+    if device is None and dtype in (None, "auto") and stays_on_host(device_map):
+        dtype = default_dtype(best_device())  # callers of the original load there, then move the model themselves
+    if device_map is None and options.bits != 16:
+        device_map = "auto"  # as in transformers
+    if options.revision is not None:
+        model_path = resolve_directory(model_path, options.cache_dir, revision=options.revision)
+    places = {name: getattr(options, name) for name in ("vision_tower", "allow_other_base", "cache_dir")}
+    target = first_device(device_map) if device is None else parse_device(device)  # before anything is read
+    checkpoint = open_checkpoint(model_path, model_base, with_tokenizer=with_tokenizer, **places)
+    options.change_config(checkpoint.config)
     model = build_model(
         checkpoint,
         dtype=dtype,
-        device=device,
+        device=target if device is not None or stays_on_host(device_map) else None,
         device_map=device_map,
-        bits=4 if load_4bit else 8 if load_8bit else 16,
-        attention="flash_attention_2" if use_flash_attn else "sdpa",
+        bits=options.bits,
+        attention=options.attn_implementation,
+        max_memory=options.max_memory,
+        **model_options,
     )
-    context_length = checkpoint.config.tokenizer_model_max_length or DEFAULT_CONTEXT_LENGTH
-    return checkpoint.tokenizer, model.eval(), checkpoint.image_processor, context_length
+    if model.config.mm_vision_config is not None:
+        model.get_vision_tower().requires_grad_(False)
+    return checkpoint, model.eval()
 
 
 def build_model(
     checkpoint: Checkpoint,
     *,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    device_map: str | Mapping[str, Any] = "auto",
+    device: str | int | torch.device | None = None,
+    device_map: DeviceMap = "auto",
     bits: int = 16,
     attention: str = "sdpa",
+    max_memory: Mapping[int | str, int | str] | None = None,
+    **model_options: Any,
 ) -> LlavaLlamaForCausalLM:
-    """Make a model of an opened checkpoint; each tensor goes from the file to its device, none through a second copy.
+    """Build the model of an opened checkpoint; each tensor is moved from the file to its device without another copy.
 
     Args:
         checkpoint: from `open_checkpoint`.
         dtype: of the weights; None = the device's.
-        device: a single device; wins over `device_map`.
+        device: a single device; overrides `device_map`.
         device_map: see `load_pretrained_model`.
         bits: 16, or 8 or 4 for the LLM's linear layers through bitsandbytes; then `dtype` is that of computation.
-            Weights stored in 8 or 4 bit need no saying.
+            Weights stored in 8 or 4 bit keep their bits.
         attention: transformers' name of the attention implementation.
+        max_memory: see `spread_model`.
+        model_options: further arguments of `empty_model`.
 
     Raises:
         ValueError: if tensors are missing, unexpected or of the wrong shape, or if `bits` doesn't fit them or the
@@ -118,16 +157,15 @@ def build_model(
     config = checkpoint.config
     place = checkpoint.directory
     bits, stored_bits = choose_bits(bits, config, place), saved_bits(config, place)
-    target = _single_device(device, device_map)
+    target = first_device(device_map) if device is None else parse_device(device)
     weight_dtype = parse_dtype(dtype, target)
     config.dtype = weight_dtype
     if config.conversation_template is None:
         logger.info("the weights carry no prompt template; using %s", DEFAULT_TEMPLATE)
         config.conversation_template = DEFAULT_TEMPLATE
     config._attn_implementation = attention
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = LlavaLlamaForCausalLM(config)
-    spread = None if device is not None else _spread(model, device_map, weight_dtype, bits)
+    model = empty_model(config, **model_options)
+    spread = None if device is not None else spread_model(model, device_map, weight_dtype, bits, max_memory)
     places = spread or {"": target}
     if bits != 16:
         quantize_linears(model.model.layers, bits, weight_dtype)
@@ -142,39 +180,6 @@ def build_model(
     return model.to(target)
 
 
-def _single_device(device: str | torch.device | None, device_map: str | Mapping[str, Any]) -> torch.device:
-    """Return the device asked for, a map's first, or the best one."""
-    if device is None and not isinstance(device_map, str) and device_map:
-        device = next(iter(device_map.values()))
-    return best_device() if device is None else torch.device(device)
-
-
-def _spread(
-    model: nn.Module, device_map: str | Mapping[str, Any], dtype: torch.dtype, bits: int
-) -> dict[str, Any] | None:
-    """Return where each module goes, or None for a single device."""
-    if not isinstance(device_map, str):
-        _refuse_disk(device_map)
-        return dict(device_map) if len(set(device_map.values())) > 1 else None
-    if device_map != "auto":
-        raise ValueError(f"device_map is {device_map!r}; pass 'auto', a map from module to device, or device=")
-    sizes = {"dtype": dtype, "special_dtypes": narrow_dtypes(model, bits)}
-    weight_bytes = accelerate.utils.compute_module_sizes(model, **sizes)[""]
-    if torch.cuda.device_count() < 2 or weight_bytes < 0.9 * torch.cuda.mem_get_info(0)[0]:
-        return None
-    spread = accelerate.infer_auto_device_map(
-        model, **sizes, no_split_module_classes=["LlamaDecoderLayer", "CLIPVisionTower"]
-    )
-    _refuse_disk(spread)
-    return spread
-
-
-def _refuse_disk(device_map: Mapping[str, Any]) -> None:
-    for name, place in device_map.items():
-        if place == "disk":
-            raise ValueError(f"device_map leaves {name or 'the model'} on disk; load 4 bit, or use more or larger GPUs")
-
-
 def load_tensors(
     model: LlavaLlamaForCausalLM,
     tensors: LazyTensors,
@@ -183,19 +188,19 @@ def load_tensors(
     make_parameter: Callable[[nn.Module, Tensor, torch.dtype], nn.Parameter] = plain_parameter,
     stored: Mapping[str, Mapping[str, StoredPart]] | None = None,
 ) -> None:
-    """Fill an empty model, strictly; names and shapes are compared before anything is read.
+    """Fill an empty model strictly: names and shapes are compared before tensors are read.
 
     Args:
         model: with parameters on `meta`.
         tensors: by released name.
         dtype: of the parameters.
-        devices: by module name, as in accelerate's device maps; "" stands for the whole model.
+        devices: by module name, as in accelerate's device maps; "" = the whole model.
         make_parameter: from module, tensor on its device, and dtype.
-        stored: of the weights that are quantised in the file, the parts each is stored in; see `stored_layout`.
+        stored: by name of a weight that is quantised in the file, its parts there; see `stored_layout`.
 
     Raises:
-        ValueError: if tensors are missing, unexpected, of the wrong shape or hold NaN (they are named), or have no
-            device.
+        ValueError: if tensors are missing, unexpected, of the wrong shape, not finite, or without a device; the
+            message names them.
     """
     names = {released_name(name): name for name, _ in model.named_parameters()}
     layout, unused = _fitting_layout(model, names, tensors, stored or {})
@@ -206,7 +211,7 @@ def load_tensors(
         finite |= _fill(
             model, parameter_name, name, {part: move(tensors[part], place) for part in parts}, dtype, make_parameter
         )
-    for name, flag in finite.items():  # all at the end: asking a GPU at once would make it wait each time
+    for name, flag in finite.items():  # at the end: each read synchronises a GPU
         if not flag:
             check_finite(name, tensors[name], tensors.entries[name].source)
     if unused:
@@ -214,13 +219,12 @@ def load_tensors(
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
-    """Compare names and shapes with those of the model that the config makes, before anything is read or written.
+    """Compare names and shapes with those of the config's model, before tensors are read or written.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or of the wrong shape; they are named.
+        ValueError: if tensors are missing, unexpected or of the wrong shape; the message names them.
     """
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = LlavaLlamaForCausalLM(checkpoint.config)
+    model = empty_model(checkpoint.config)
     names = {released_name(name): name for name, _ in model.named_parameters()}
     _fitting_layout(model, names, checkpoint.tensors, {})
 
@@ -231,9 +235,9 @@ def _fitting_layout(
     tensors: LazyTensors,
     stored: Mapping[str, Mapping[str, StoredPart]],
 ) -> tuple[dict[str, Mapping[str, StoredPart]], set[str]]:
-    """Return what each weight is made of, and the tensors of layers that never run, once names and shapes fit."""
+    """Return the stored parts of each weight, and the tensors of layers that never run, if names and shapes fit."""
     unused = {name for name in tensors if name not in names and _is_unused_tower_layer(name, model)}
-    derived = {name for name in tensors if name.endswith(_DERIVED)}
+    derived = {name for name in tensors if name.endswith(DERIVED)}
     layout = {
         name: stored.get(name, {name: StoredPart(model.get_parameter(parameter_name).shape, None)})
         for name, parameter_name in names.items()
@@ -250,9 +254,9 @@ def _fill(
     dtype: torch.dtype,
     make_parameter: Callable[[nn.Module, Tensor, torch.dtype], nn.Parameter],
 ) -> dict[str, Tensor]:
-    """Set a parameter; return, by name of what it was made of, a scalar that tells whether that is finite.
+    """Set a parameter; return by the name of each stored part a scalar that says whether it is finite.
 
-    What was read lives no longer than this call, so that there is never more than one weight in two forms.
+    The parts are freed with this call, so that at most one weight is held in two forms.
     """
     module_name, _, leaf = parameter_name.rpartition(".")
     module = model.get_submodule(module_name)
@@ -262,29 +266,6 @@ def _fill(
     return {part: is_finite(tensor) for part, tensor in parts.items()}
 
 
-def check_fit(layout: Mapping[str, Mapping[str, StoredPart]], tensors: LazyTensors, ignored: set[str]) -> None:
-    """Compare what a model needs, by weight and part, with what the files hold.
-
-    Raises:
-        ValueError: if they differ; names, then the first shape or dtype, are told.
-    """
-    expected = {part: kind for parts in layout.values() for part, kind in parts.items()}
-    check_names(expected.keys(), tensors.keys() - ignored)
-    for name, kind in expected.items():
-        found = tensors.entries[name]
-        if kind.shape is not None and found.shape != kind.shape:
-            raise _misfit(name, found, tuple(found.shape), tuple(kind.shape))
-        if kind.dtype is not None and found.dtype != kind.dtype:
-            raise _misfit(name, found, found.dtype, kind.dtype)
-
-
-def _misfit(name: str, entry: LazyTensor, found: object, expected: object) -> ValueError:
-    return ValueError(
-        f"{name} is {found} in {entry.source}, but the config makes it {expected}; use the config.json that belongs to "
-        "the weights"
-    )
-
-
 def _place_of(parameter_name: str, devices: Mapping[str, Any]) -> torch.device:
     prefix = next((prefix for prefix in _prefixes(parameter_name) if prefix in devices), None)
     if prefix is None:
@@ -292,35 +273,21 @@ def _place_of(parameter_name: str, devices: Mapping[str, Any]) -> torch.device:
     return torch.device(devices[prefix])
 
 
-def check_names(expected: set[str], found: set[str]) -> None:
-    """Compare two sets of tensor names.
-
-    Raises:
-        ValueError: if they differ; the first ones of each kind are named.
-    """
-    problems = []
-    for kind, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            problems.append(f"{len(names)} {kind} ({shown})")
-    if problems:
-        raise ValueError(
-            f"the weights don't fit the config: {'; '.join(problems)}; use the config.json that belongs to them"
-        )
-
-
-def attach_adapter(model: LlavaLlamaForCausalLM, directory: str | Path) -> nn.Module:
-    """Wrap a model with a LoRA adapter through peft, unmerged.
+def attach_adapter(
+    model: LlavaLlamaForCausalLM, directory: str | Path, mm_projector: str | Path | None = None
+) -> nn.Module:
+    """Wrap a model with a LoRA adapter through peft, unmerged; fully trained weights replace the model's.
 
     Args:
-        model: the adapter's base, with the projector of the adapter's directory.
+        model: the adapter's base.
         directory: of the adapter.
-    """
-    import peft
+        mm_projector: see `open_checkpoint`.
 
-    settings = peft.PeftConfig.from_pretrained(str(directory))
-    settings.exclude_modules = OUTSIDE_LLM
-    return peft.PeftModel.from_pretrained(model, str(directory), config=settings).eval()
+    Raises:
+        FileNotFoundError: if one of the adapter's files is missing.
+        ValueError: if the adapter is incomplete or doesn't fit the model.
+    """
+    return attach(model, read_adapter(directory, mm_projector)).eval()
 
 
 def _is_unused_tower_layer(name: str, model: LlavaLlamaForCausalLM) -> bool:

@@ -1,4 +1,4 @@
-"""What a run needs on each GPU, against what is there, and the nearest setup that fits.
+"""Memory plan of a run: bytes needed on each GPU, bytes available, and the nearest setup that fits.
 
 `python -m llava.model.plan --model-path checkpoints/... --train --batch 16` prints it; training prints the same at its
 start.
@@ -15,16 +15,19 @@ from pathlib import Path
 
 import torch
 
+from llava.files.home_directory import expand_homes
+from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.terminal_text import format_size, report_error
 from llava.model import memory
-from llava.model.checkpoint import open_checkpoint, read_config
+from llava.model.checkpoint.checkpoint import open_checkpoint, read_config
+from llava.model.checkpoint.hub import resolve_config
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import free_memory
-from llava.model.hub import resolve_config
 from llava.model.memory import ModelSizes
 from llava.model.vision_tower import VIT_L_14_336
 
 CONTEXT_BYTES = 800_000_000
-"""CUDA's own use of a GPU and its libraries' (measured: 0.78 GB on an H200 with torch 2.11)."""
+"""Memory of a CUDA context and its libraries (measured: 0.78 GB on an H200 with torch 2.11)."""
 TABLE_LENGTH = 640
 """Positions of a row of the VQA table: 35 of text, 576 of the image, a short question and its answer."""
 FITS, TOO_LARGE, WRONG_USAGE = 0, 1, 2
@@ -37,16 +40,16 @@ class Training:
 
     Attributes:
         kind: "lora", "full" (all of the LLM and the projector) or "projector".
-        batch: rows at a time and GPU.
-        accumulation: batches a step.
+        batch: rows of a batch on each GPU.
+        accumulation: batches of a step.
         length: of the longest row, in positions.
-        is_padded: rows differ in length.
+        is_padded: whether rows differ in length.
         rank: of the adapters.
         dropout: 0..1.
         bits: of the LLM's weights.
-        checkpointing: blocks are computed again in the backward pass.
+        checkpointing: activation checkpointing of all layers.
         zero: DeepSpeed's stage; 0 = no DeepSpeed.
-        offload: masters and moments in the CPU's memory, in stage 3 the weights too.
+        offload: fp32 weights and moments in CPU memory, in stage 3 the weights too.
         gpus: processes.
     """
 
@@ -64,7 +67,7 @@ class Training:
     gpus: int = 1
 
     def flags(self) -> str:
-        """Return it as flags of the training program."""
+        """Return the flags of the training program for this run."""
         words = [
             f"--per_device_train_batch_size {self.batch}",
             f"--gradient_accumulation_steps {self.accumulation}",
@@ -78,12 +81,12 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
-    """Answering questions.
+    """An inference run.
 
     Attributes:
-        batch: questions at a time.
+        batch: requests of a batch.
         length: of a prompt, in positions.
-        new_tokens: longest answer.
+        new_tokens: length of the longest answer, in tokens.
         bits: of the LLM's weights.
     """
 
@@ -93,12 +96,12 @@ class Inference:
     bits: int = 16
 
     def flags(self) -> str:
-        """Return it as flags of the batch program."""
+        """Return the flags of the batch program for this run."""
         return f"--batch-size {self.batch}" + (f" --load-{self.bits}bit" if self.bits != 16 else "")
 
 
 def plan_training(sizes: ModelSizes, run: Training) -> dict[str, int]:
-    """Return what a training run needs on each GPU at its peak: bytes by what they are for."""
+    """Return the peak bytes of a training run on each GPU, by use."""
     rank = run.rank if run.kind == "lora" else 0
     trained = {
         "lora": sizes.lora_parameters(run.rank) + sizes.projector_parameters,
@@ -133,15 +136,15 @@ def plan_training(sizes: ModelSizes, run: Training) -> dict[str, int]:
 
 
 def plan_inference(sizes: ModelSizes, run: Inference) -> dict[str, int]:
-    """Return what answering needs on a GPU at its peak: bytes by what they are for."""
+    """Return the peak bytes of inference on a GPU, by use."""
     cache = memory.cache_bytes(sizes, run.batch * (run.length + run.new_tokens))
     prompt = memory.cache_bytes(sizes, run.batch * run.length)
     workspace = run.batch * run.length * memory.prefill_workspace(sizes, run.length)
-    growth = cache // sizes.layers // 2  # the longer copy of one layer's keys, while the shorter one is still there
+    growth = cache // sizes.layers // 2  # the longer copy of one layer's keys, while the shorter one is live
     parts = {
         "weights": memory.weight_bytes(sizes, run.bits),
         "cache of keys and values": cache,
-        # Answers begin when the prompt is computed: the peak is at one or the other.
+        # Decoding begins after the prefill: the peak is in one or the other.
         "computation": max(workspace - (cache - prompt), growth, 0),
     }
     if run.bits != 16:
@@ -152,8 +155,8 @@ def plan_inference(sizes: ModelSizes, run: Inference) -> dict[str, int]:
 def fitting_training(sizes: ModelSizes, run: Training, available: int) -> Training | None:
     """Return the nearest setup that fits, None if there is none.
 
-    In this order: checkpointing; smaller batches, more of them a step; 4-bit weights under LoRA; partitioning over
-    several GPUs, then masters in the CPU's memory.
+    In this order: activation checkpointing; smaller batches, more of them a step; 4-bit weights under LoRA;
+    partitioning over several GPUs, then fp32 weights in CPU memory.
     """
     return next((other for other in _smaller_training(run) if _fits(plan_training(sizes, other), available)), None)
 
@@ -161,7 +164,7 @@ def fitting_training(sizes: ModelSizes, run: Training, available: int) -> Traini
 def _smaller_training(run: Training) -> Iterator[Training]:
     yield run
     run = dataclasses.replace(run, checkpointing=True)
-    asked = run
+    requested = run
     yield run
     while run.batch > 1:
         rows = run.batch * run.accumulation
@@ -169,7 +172,7 @@ def _smaller_training(run: Training) -> Iterator[Training]:
         run = dataclasses.replace(run, batch=batch, accumulation=-(-rows // batch))
         yield run
     if run.kind == "lora" and run.bits == 16 and run.zero != 3:
-        for other in (asked, run):
+        for other in (requested, run):
             yield dataclasses.replace(other, bits=4)
     if run.bits == 16:
         if run.gpus > 1:
@@ -195,12 +198,12 @@ def _fits(parts: dict[str, int], available: int) -> bool:
 
 
 def describe_plan(sizes: ModelSizes, run: Training | Inference, available: int | None) -> str:
-    """Return need against have in words, and the nearest setup that fits.
+    """Return a table of needed and available memory, and the nearest setup that fits.
 
     Args:
         sizes: of the model.
-        run: what is planned.
-        available: bytes free on each GPU; None = unknown, so that the need alone is told.
+        run: the planned run.
+        available: bytes free on each GPU; None = unknown.
     """
     is_training = isinstance(run, Training)
     parts = plan_training(sizes, run) if is_training else plan_inference(sizes, run)
@@ -211,7 +214,7 @@ def describe_plan(sizes: ModelSizes, run: Training | Inference, available: int |
     lines.append(f"  {'needed on each GPU':<{width}}  {_gigabytes(needed):>9}")
     if available is None:
         return "\n".join(lines)
-    lines.append(f"  {'there':<{width}}  {_gigabytes(available):>9}")
+    lines.append(f"  {'available':<{width}}  {_gigabytes(available):>9}")
     if needed <= available:
         return "\n".join([*lines, "it fits"])
     other = fitting_training(sizes, run, available) if is_training else fitting_inference(sizes, run, available)
@@ -222,14 +225,15 @@ def describe_plan(sizes: ModelSizes, run: Training | Inference, available: int |
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    """Return a size for a column of gigabytes; one that would be 0.0 there has its own unit."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else format_size(size)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.model.plan",
-        description="Tell what training or answering needs on the GPU, and what fits.",
+        description="Print the GPU memory that training or inference needs, and a setup that fits.",
         epilog="""examples:
   python -m llava.model.plan --model-path liuhaotian/llava-v1.5-7b --train --batch 16
   python -m llava.model.plan --model-path llava_merged_model --infer --bits 4 --gpu-memory 8
@@ -240,41 +244,44 @@ exit code: 0 it fits (or no GPU was named), 1 it does not fit, 2 wrong usage""",
     add("--model-path", required=True, help="directory or hub id; its config is read, not its weights")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--train", action="store_true", help="plan training (the default)")
-    task.add_argument("--infer", action="store_true", help="plan answering")
-    add("--bits", type=int, choices=(16, 8, 4), default=16, help="of the LLM's weights (default: %(default)s)")
-    add("--batch", type=int, help="rows or questions at a time and GPU (default: 16 in training, 1 in answering)")
-    add("--length", type=int, default=TABLE_LENGTH, help="positions of a row, image included (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    add("--kind", choices=_KINDS, default="lora", help="what is trained (default: %(default)s)")
+    task.add_argument("--infer", action="store_true", help="plan inference")
+    add("--bits", type=int, choices=(16, 8, 4), default=16, help="bits of the LLM's weights (default: %(default)s)")
+    add("--batch", type=int, help="batch size on each GPU (default: 16 in training, 1 in inference)")
+    add("--length", type=int, default=TABLE_LENGTH, help="longest row in positions, patches too (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=128, help="tokens of the longest answer (default: %(default)s)")
+    add("--kind", choices=_KINDS, default="lora", help="trainable parameters (default: %(default)s)")
     add("--lora-r", type=int, default=128, help="rank of the adapters (default: %(default)s)")
-    add("--lora-dropout", type=float, default=0.05, help="0..1 (default: %(default)s)")
-    add("--no-checkpointing", action="store_true", help="keep all activations instead of computing them again")
-    add("--zero", type=int, choices=(0, 2, 3), default=2, help="DeepSpeed's stage, 0 without (default: %(default)s)")
-    add("--offload", action="store_true", help="DeepSpeed keeps the optimizer in the CPU's memory")
-    add("--gpus", type=int, default=1, help="how many (default: %(default)s)")
-    add("--gpu-memory", type=float, metavar="GB", help="of each GPU (default: what is free on this machine's)")
-    add("--json", type=Path, metavar="FILE", help="write the plan there too")
+    add("--lora-dropout", type=float, default=0.05, help="LoRA dropout, 0 to 1 (default: %(default)s)")
+    add("--no-checkpointing", action="store_true", help="without activation checkpointing")
+    add("--zero", type=int, choices=(0, 2, 3), default=2, help="ZeRO stage, 0: no DeepSpeed (default: %(default)s)")
+    add("--offload", action="store_true", help="DeepSpeed keeps the optimizer in CPU memory")
+    add("--gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
+    add("--gpu-memory", type=float, metavar="GB", help="memory of each GPU in GB (default: what is free here)")
+    add("--json", type=Path, metavar="FILE", help="also write the plan to this file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan that the command line asks for; return the exit code."""
+    """Print a memory plan and return the exit code."""
     parser = build_parser()
-    options = parser.parse_args(argv)
+    options = expand_homes(parser.parse_args(argv), "model_path", "json")
     for name in ("batch", "length", "max_new_tokens", "lora_r", "gpus", "gpu_memory"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; choose a positive number")
+    inputs = {"--model-path": options.model_path}
+    if options.json and (message := find_overwrite({"--json": output_file(options.json)}, inputs)):
+        parser.error(message)
     try:
         sizes = ModelSizes.of(config_of(options.model_path))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return WRONG_USAGE
     available = round(options.gpu_memory * 1e9) if options.gpu_memory else None
     if available is None and torch.cuda.is_available():
         available = free_memory("cuda")
     run = _inference(options) if options.infer else _training(options)
     print(
-        f"{'answering' if options.infer else 'training'} {options.model_path}\n{describe_plan(sizes, run, available)}"
+        f"{'inference' if options.infer else 'training'} {options.model_path}\n{describe_plan(sizes, run, available)}"
     )
     parts = plan_inference(sizes, run) if options.infer else plan_training(sizes, run)
     if options.json:
@@ -284,15 +291,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def config_of(model_path: str) -> LlavaConfig:
-    """Return a model's config with the sizes of its image encoder; weights need not be there.
+    """Return a model's config with the sizes of its vision tower; its weights are not needed.
 
     Raises:
-        FileNotFoundError: if there is no such model.
+        FileNotFoundError: if the model is not found.
         ValueError: if its config is of another architecture.
     """
     config = read_config(resolve_config(model_path))
     if config.mm_vision_config is None and "clip-vit-large-patch14-336" in str(config.mm_vision_tower):
-        config.mm_vision_config = dict(VIT_L_14_336)  # the released weights name it and say no more
+        config.mm_vision_config = dict(VIT_L_14_336)  # released configs have its name alone
     return config if config.mm_vision_config else open_checkpoint(model_path).config
 
 

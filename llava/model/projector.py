@@ -1,4 +1,4 @@
-"""The projector: from the encoder's features to the LLM's embeddings."""
+"""The projector: vision features to LLM embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def build_projector(kind: str, vision_width: int, llm_width: int) -> nn.Module:
-    """Return the module that maps (..., V) to (..., D).
+    """Build the module that maps (..., V) to (..., D).
 
     Args:
         kind: "linear", or "mlpNx_gelu" for N linear layers with GELU between them (LLaVA-1.5: "mlp2x_gelu").
@@ -16,14 +16,25 @@ def build_projector(kind: str, vision_width: int, llm_width: int) -> nn.Module:
         llm_width: D.
 
     Raises:
-        ValueError: if there is no such kind.
+        ValueError: if the kind is unknown.
     """
+    depth = projector_depth(kind)
+    first = nn.Linear(vision_width, llm_width)
     if kind == "linear":
-        return nn.Linear(vision_width, llm_width)
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
-    if not match:
-        raise ValueError(f"mm_projector_type is {kind!r}; choose linear or mlp2x_gelu")
-    layers: list[nn.Module] = [nn.Linear(vision_width, llm_width)]
-    for _ in range(int(match[1]) - 1):
+        return first
+    layers: list[nn.Module] = [first]
+    for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(llm_width, llm_width)]
     return nn.Sequential(*layers)
+
+
+def projector_depth(kind: str) -> int:
+    """Return the number of linear layers of a kind of projector, at most 99.
+
+    Raises:
+        ValueError: if the kind is unknown.
+    """
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
+    if not match and kind != "linear":
+        raise ValueError(f"mm_projector_type is {kind!r:.60}; choose linear or mlp2x_gelu")
+    return int(match[1]) if match else 1

@@ -1,4 +1,4 @@
-"""4 and 8 bit through bitsandbytes, for the LLM's linear layers; tower, projector and head stay in 16 bit.
+"""4- and 8-bit quantisation of the LLM's linear layers by bitsandbytes; all other weights stay in 16 bit.
 
 Source: Dettmers et al. 2022 (LLM.int8), Dettmers et al. 2023 (NF4, double quantisation).
 """
@@ -17,24 +17,25 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llava.model.adapter import is_llm_block
+from llava.model.adapter.lora import is_llm_block
 from llava.model.configuration import LlavaConfig
 
 OUTLIER_THRESHOLD = 6.0
 """LLM.int8: columns with activations beyond this are computed in 16 bit."""
 BLOCK = 64
-"""NF4: values that share a scale."""
+"""NF4: number of values that share a scale."""
 DEVICES = ("cuda", "cpu")
 _CPU_ROWS = 32
-"""bitsandbytes' 4-bit kernel for the CPU computes so many outputs at a time."""
+"""Outputs that bitsandbytes' 4-bit kernel for the CPU computes at a time."""
 _OUTSIDE = ["lm_head", "model.mm_projector", "model.vision_tower"]
 _CAST_LOGGER = "bitsandbytes.autograd._functions"
 _SETTINGS_KEY = "quantization_config"
+_METHOD = "bitsandbytes"
 _REQUIRED: dict[int, dict[str, Any]] = {
     4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     8: {"load_in_8bit": True, "llm_int8_threshold": OUTLIER_THRESHOLD},
 }
-"""By bits, what must stand in the settings of a directory that can be read."""
+"""By bits, the settings of a checkpoint that can be read."""
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -61,20 +62,20 @@ def quantization_settings(bits: int, compute_dtype: torch.dtype) -> dict[str, An
     settings = transformers.BitsAndBytesConfig(
         **_REQUIRED[bits], bnb_4bit_compute_dtype=compute_dtype, llm_int8_skip_modules=list(_OUTSIDE)
     )
-    return {**settings.to_dict(), "quant_method": "bitsandbytes"}
+    return {**settings.to_dict(), "quant_method": _METHOD}
 
 
 def is_quantized(config: LlavaConfig) -> bool:
-    """Tell whether the weights beside a config are stored quantised, by whatever method."""
+    """Tell whether a config's weights are stored quantised, by any method."""
     return config.to_dict().get(_SETTINGS_KEY) is not None
 
 
 def saved_bits(config: LlavaConfig, place: str | Path) -> int | None:
-    """Return the bits that weights are stored in: 4 or 8; None if they are not quantised.
+    """Return the bits of stored weights: 4 or 8; None if they are not quantised.
 
     Args:
         config: of the weights.
-        place: where it stands, for the message.
+        place: path for messages.
 
     Raises:
         ValueError: if they are quantised in a way that is not supported.
@@ -83,68 +84,79 @@ def saved_bits(config: LlavaConfig, place: str | Path) -> int | None:
         return None
     settings = config.to_dict()[_SETTINGS_KEY]
     for bits, required in _REQUIRED.items():
-        if settings.get("quant_method") == "bitsandbytes" and required.items() <= settings.items():
+        if settings.get("quant_method") == _METHOD and required.items() <= settings.items():
             return bits
     found = {key: settings[key] for required in _REQUIRED.values() for key in required if key in settings}
+    how = f"{settings.get('quant_method')} with {found}" if found else settings.get("quant_method")
     raise ValueError(
-        f"{place} is quantised by {settings.get('quant_method')} with {found}; supported are bitsandbytes' NF4 with "
+        f"{place} is quantised by {how}; supported are bitsandbytes' NF4 with "
         "double quantisation and LLM.int8: make one from the 16-bit weights with scripts/quantize_checkpoint.py"
     )
 
 
-def choose_bits(asked: int, config: LlavaConfig, place: str | Path) -> int:
-    """Return the bits to load weights in: those they are stored in, else those asked for (16, 8 or 4).
+def choose_bits(requested: int, config: LlavaConfig, place: str | Path) -> int:
+    """Return the bits to load weights in: the stored ones, else `requested` (16, 8 or 4).
 
     Raises:
         ValueError: if both are quantised and differ.
     """
     saved = saved_bits(config, place)
     if saved is None:
-        return asked
-    if asked not in (16, saved):
+        return requested
+    if requested not in (16, saved):
         raise ValueError(
-            f"{place} holds {saved}-bit weights, but {asked} bit are asked for; leave the option out, or load the "
+            f"{place} holds {saved}-bit weights, but {requested} bit are requested; leave the option out, or load the "
             "16-bit weights they were made from with it"
         )
     return saved
 
 
+def forget_quantization(config: LlavaConfig) -> None:
+    """Remove `quantization_config` from an adapter's config, and record its bits as those of the base.
+
+    A QLoRA run of the original writes how it held its base, whose files are in 16 bit.
+    """
+    if is_quantized(config):
+        config.base_model_bits = 4 if config.to_dict()[_SETTINGS_KEY].get("load_in_4bit") else 8
+        del config.quantization_config
+
+
 def refuse_quantized(config: LlavaConfig, place: str | Path, use: str) -> None:
-    """Make sure that weights are not stored quantised, where their values are needed.
+    """Refuse quantised weights for a use that needs 16-bit values.
 
     Args:
         config: of the weights.
-        place: their directory, for the message.
-        use: what was to be done with them, as in "they can't be USE".
+        place: path for messages.
+        use: a participle, as in "they can't be USE".
 
     Raises:
-        ValueError: if they are.
+        ValueError: if the weights are stored quantised.
     """
     if is_quantized(config):
-        raise ValueError(
-            f"{place} holds quantised weights, which can be asked but can't be {use}; give the directory of the "
-            "16-bit weights they were made from"
-        )
+        method = config.to_dict()[_SETTINGS_KEY].get("quant_method")
+        kind = "quantised weights, which load for inference but can't"
+        kind = kind if method == _METHOD else f"weights quantised by {method}, which can't"
+        raise ValueError(f"{place} holds {kind} be {use}; give the directory of the 16-bit weights they were made from")
 
 
 def quantization_note(bits: int) -> str | None:
-    """Return what to know on merging an adapter whose base was held in `bits`; None for 16."""
+    """Return a warning for merging an adapter that was trained on a base in `bits`; None for 16."""
     if bits == 16:
         return None
     return (
-        f"the adapter was trained on its base held in {bits} bit and is added to the 16-bit weights here: what it "
-        "learned to make up for in the base's rounding is no longer there, so answers can differ a little from those "
-        "seen in training; score the merged model on your own questions"
+        f"the adapter was trained on its base held in {bits} bit and is added to the 16-bit weights here: the rounding "
+        "errors that it compensated are gone, so answers can differ a little from those seen in training; score the "
+        "merged model on your own questions"
     )
 
 
 def is_quantized_weight(name: str, shape: torch.Size) -> bool:
-    """Tell whether a weight is one that 4 and 8 bit quantise: the linear layers of the LLM's blocks."""
+    """Tell whether a weight is quantised in 4 and 8 bit: the linear layers of the LLM's layers."""
     return is_llm_block(name) and len(shape) == 2
 
 
 def narrow_dtypes(model: nn.Module, bits: int) -> dict[str, Any]:
-    """Return the dtypes of the weights to be quantised, by parameter name, as accelerate's size functions take them."""
+    """Return the dtypes of weights to quantise, by parameter name, for accelerate's size functions."""
     if bits == 16:
         return {}
     narrow = accelerate.utils.CustomDtype.INT4 if bits == 4 else torch.int8
@@ -152,12 +164,12 @@ def narrow_dtypes(model: nn.Module, bits: int) -> dict[str, Any]:
 
 
 def check_placement(layers: nn.Module, bits: int, devices: Collection[torch.device]) -> None:
-    """Make sure that bitsandbytes computes these layers on these devices, before anything is read.
+    """Check that bitsandbytes computes these layers on these devices, before tensors are read.
 
     Args:
         layers: of the LLM.
         bits: 4 or 8.
-        devices: where parts of the model go.
+        devices: of all parts of the model.
 
     Raises:
         ValueError: if a device has no kernels, if the model is spread over kinds of devices, or if a layer's sizes
@@ -192,7 +204,7 @@ def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -
     bnb = import_bitsandbytes()
     if bits not in (4, 8):
         raise ValueError(f"bits is {bits}; choose 4, 8 or 16")
-    # LLM.int8 computes in fp16 whatever it is given, and bitsandbytes says so for each layer and token.
+    # LLM.int8 computes in fp16 whatever its input, and bitsandbytes logs so for each layer and token.
     logging.getLogger(_CAST_LOGGER).addFilter(_is_other_message)
     for parent in list(layers.modules()):
         for name, child in list(parent.named_children()):
@@ -208,7 +220,7 @@ def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -
 
 
 def has_4bit_weights(layers: nn.Module) -> bool:
-    """Return whether `layers` hold linear layers of 4 bit, and none with an adapter."""
+    """Tell whether `layers` hold 4-bit linear layers, and none with an adapter."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     kind = import_bitsandbytes().nn.Linear4bit
@@ -231,11 +243,11 @@ def quantized_parameter(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -
 
 
 def quantize_4bit(tensor: Tensor, module: nn.Module | None = None) -> nn.Parameter:
-    """Return a weight in NF4 with its statistics, quantised where it lies.
+    """Return a weight in NF4 with its statistics, quantised on its device.
 
     Args:
         tensor: (out, in).
-        module: the layer it is for, if any.
+        module: its layer, if any.
     """
     kind = {"compress_statistics": True, "quant_type": "nf4", "blocksize": BLOCK, "module": module}
     parameter = import_bitsandbytes().nn.Params4bit(tensor.contiguous(), requires_grad=False, **kind)
@@ -243,7 +255,7 @@ def quantize_4bit(tensor: Tensor, module: nn.Module | None = None) -> nn.Paramet
 
 
 def quantize_8bit(tensor: Tensor) -> nn.Parameter:
-    """Return a weight in int8 with one scale per row, quantised where it lies.
+    """Return a weight in int8 with one scale per row, quantised on its device.
 
     Args:
         tensor: (out, in) float16.
@@ -256,7 +268,7 @@ def quantize_8bit(tensor: Tensor) -> nn.Parameter:
 
 
 def int8_parameter(rows: Tensor, scales: Tensor) -> nn.Parameter:
-    """Return a weight of LLM.int8.
+    """Return an LLM.int8 weight.
 
     Args:
         rows: (out, in) int8.
@@ -267,5 +279,5 @@ def int8_parameter(rows: Tensor, scales: Tensor) -> nn.Parameter:
 
 
 def plain_parameter(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """Return a weight in `dtype`; the module makes no difference."""
+    """Return a weight in `dtype`; `module` has no effect."""
     return nn.Parameter(tensor.to(dtype))

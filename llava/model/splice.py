@@ -1,4 +1,4 @@
-"""Put image features into token embeddings: a function of tensors, without model or config."""
+"""Splice image features into token embeddings: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 class SplicedInputs(NamedTuple):
-    """What the LLM takes: embeddings (B, S, D); mask (B, S) bool; positions and labels (B, S) int64, labels or None."""
+    """Inputs of the LLM: embeddings (B, S, D), mask (B, S) bool, positions (B, S) int64, labels (B, S) or None."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
@@ -34,11 +34,11 @@ def splice_image_features(
 
     Args:
         input_ids: (B, T) int64; images are consumed in reading order, row by row.
-        image_features: one (P, D) tensor per placeholder, on the embedding's device and dtype; P may differ.
-        embed: token embedding, (N,) -> (N, D).
+        image_features: one (P, D) tensor per placeholder; P may differ.
+        embed: token embedding, (tokens,) -> (tokens, D).
         labels: (B, T) int64; patches receive `IGNORE_INDEX`.
-        attention_mask: (B, T), nonzero where a token counts; padding on either side is dropped and laid anew.
-        max_length: in spliced tokens; what is behind it is cut off, as in the original.
+        attention_mask: (B, T), nonzero where a token counts; padding on either side is dropped.
+        max_length: S at most; longer rows are truncated, as in the original.
         padding_side: "right" or "left", of the result.
 
     Returns:
@@ -51,7 +51,7 @@ def splice_image_features(
     """
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side is {padding_side!r}; choose right or left")
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    keep = token_mask(input_ids, attention_mask)
     placeholders = int((input_ids[keep] == IMAGE_TOKEN_INDEX).sum())
     if placeholders != len(image_features):
         raise ValueError(
@@ -60,17 +60,17 @@ def splice_image_features(
     row_labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
     features = iter(image_features)
     rows = [
-        _splice_row(ids[kept], targets[kept], features, embed)
+        splice_row(ids[kept], targets[kept], features, embed)
         for ids, targets, kept in zip(input_ids, row_labels, keep, strict=True)
     ]
     rows = [(embeds[:max_length], targets[:max_length]) for embeds, targets in rows]
-    return _pad_rows(rows, padding_side, with_labels=labels is not None)
+    return pad_rows(rows, padding_side, with_labels=labels is not None)
 
 
-def _splice_row(
+def splice_row(
     ids: Tensor, labels: Tensor, features: Sequence[Tensor], embed: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Splice one row without padding; takes its images from the iterator `features`."""
+    """Splice one row without padding, (T,) -> (S, D), (S,); takes its images from the iterator `features`."""
     is_image = ids == IMAGE_TOKEN_INDEX
     text_embeds = embed(ids[~is_image])  # one lookup for all the row's text
     pieces, targets, text_start, label_start = [], [], 0, 0
@@ -85,7 +85,8 @@ def _splice_row(
     return torch.cat(pieces), torch.cat(targets)
 
 
-def _pad_rows(rows: list[tuple[Tensor, Tensor]], padding_side: str, *, with_labels: bool) -> SplicedInputs:
+def pad_rows(rows: list[tuple[Tensor, Tensor]], padding_side: str, *, with_labels: bool) -> SplicedInputs:
+    """Pad rows of embeddings (S, D) and labels (S,) to one batch; see `splice_image_features`."""
     length = max(len(embeds) for embeds, _ in rows)
     device = rows[0][0].device
     embeds, masks, positions, labels = [], [], [], []
@@ -99,3 +100,104 @@ def _pad_rows(rows: list[tuple[Tensor, Tensor]], padding_side: str, *, with_labe
     return SplicedInputs(
         torch.stack(embeds), torch.stack(masks), torch.stack(positions), torch.stack(labels) if with_labels else None
     )
+
+
+def place_features(embeds: Tensor, positions: Tensor, features: Tensor) -> Tensor:
+    """Return embeddings (B, S, D) with features (positions, D) in place of those at flat indices."""
+    return embeds.flatten(0, 1).index_copy(0, positions, features.to(embeds)).view_as(embeds)
+
+
+def split_tiles(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return each image as (tiles, 3, height, width), one of (3, height, width) as a single tile.
+
+    Raises:
+        TypeError: if an image is not a tensor.
+        ValueError: if one has another number of dimensions, or they differ in size.
+    """
+    for image in images:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"images hold a {type(image).__name__}; pass the pixels that process_images makes of them")
+    shapes = [tuple(image.shape) for image in images]
+    if any(len(shape) not in (3, 4) for shape in shapes) or len({shape[-3:] for shape in shapes}) > 1:
+        given = tuple(images.shape) if isinstance(images, Tensor) else f"a list of {', '.join(map(str, shapes))}"
+        raise ValueError(
+            f"images are {given}; pass (N, 3, height, width), or a list of (3, height, width) or "
+            "(tiles, 3, height, width), all of one size"
+        )
+    return [image[None] if image.ndim == 3 else image for image in images]
+
+
+def token_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the attention mask over ids, (B, T) bool; without one, all ids count.
+
+    Raises:
+        ValueError: if ids or mask are not (B, T).
+    """
+    _check_ids(input_ids)
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are {tuple(input_ids.shape)}; it needs a "
+            "column for each id, of which an image has one"
+        )
+    return attention_mask.bool()
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids are {tuple(input_ids.shape)}; pass (B, T), a single prompt as input_ids[None]")
+
+
+def takes_images(input_ids: Tensor, images: Tensor | Sequence[Tensor] | None, cached: int) -> bool:
+    """Tell whether a call's images go into its prompts; a decoding loop passes them again at every step.
+
+    Args:
+        input_ids: (B, T).
+        images: of the call.
+        cached: positions in the KV cache.
+
+    Raises:
+        ValueError: if the ids are not (B, T), or there are placeholders without images or after a filled cache.
+    """
+    _check_ids(input_ids)
+    is_step = cached > 0 or input_ids.shape[1] == 1
+    if images is None and input_ids.shape[1] == 1:
+        return False  # a step of generation: don't wait for the device
+    placeholders = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+    if cached and placeholders:
+        raise ValueError(
+            f"input_ids hold {placeholders} image placeholders, but the cache holds {cached} positions already; pass "
+            "the new tokens alone, or inputs_embeds from `splice` for a further image"
+        )
+    if images is None:
+        assign_images([placeholders], [])
+        return False
+    return placeholders > 0 or not is_step
+
+
+def assign_images(counts: Sequence[int], features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Split images into those that fill placeholders and spare ones of rows without placeholders.
+
+    Args:
+        counts: placeholders of each row; if there are none at all, every image is spare.
+        features: one tensor per image, in reading order.
+
+    Returns:
+        used, in reading order, and spare.
+
+    Raises:
+        ValueError: if the number of images fits neither reading.
+    """
+    if not any(counts):
+        return [], list(features)
+    if len(features) == sum(counts):
+        return list(features), []
+    if len(features) != sum(max(count, 1) for count in counts):
+        raise ValueError(f"the prompts hold {sum(counts)} image placeholders, but {len(features)} images were given")
+    used, spare, start = [], [], 0
+    for count in counts:
+        stop = start + max(count, 1)
+        (used if count else spare).extend(features[start:stop])
+        start = stop
+    return used, spare

@@ -1,54 +1,61 @@
-"""A chat about an image in the terminal; `--help` shows the options, `/help` inside what can be typed."""
+"""Terminal chat about an image; `--help` lists the flags, `/help` in the chat its commands."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 
 from PIL import Image
 
-from llava.inference.chat import Chat
+from llava.files.home_directory import expand_homes
+from llava.files.terminal_text import print_text, report_error, show
+from llava.inference.chat.chat import Chat
 from llava.inference.command_line import (
     add_model_arguments,
+    add_seed_argument,
     load_session,
     parse_sampling,
-    report_error,
     run_program,
 )
-from llava.inference.images import load_image
+from llava.inference.load_image import load_image
 from llava.inference.session import Sampling
 
 _EXAMPLE = """example:
   python -m llava.serve.cli --model-path llava_merged_model --image-file photo.jpg --load-4bit
 """
-_HELP = """/image PATH   talk about another picture (path or http(s) address); the dialogue starts anew
-/reset        start anew about the same picture
+_HELP = """/image PATH   start a new conversation about another image (path or http(s) address)
+/reset        start a new conversation about the same image
+/tokens N     limit answers to N tokens
 /help         this list
-/exit         end (or Ctrl-D); Ctrl-C ends too, or breaks an answer off"""
+/exit         leave the chat, as Ctrl-D and Ctrl-C do; during an answer Ctrl-C stops the answer"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Talk with a model about an image, in the terminal.",
-        epilog=_EXAMPLE + "\nin the chat:\n" + _HELP,
+        prog="python -m llava.serve.cli",
+        description="Chat with a model about an image in the terminal.",
+        epilog=_EXAMPLE + "\ncommands in the chat:\n" + _HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--image-file", metavar="PATH", help="path or http(s) address (default: talk without an image)")
+    add("--image-file", metavar="PATH", help="path or http(s) address (default: no image)")
     add(
         "--image-aspect-ratio",
         metavar="NAME",
-        help="has to be what the weights were trained with, which is the default",
+        help="only the value the weights were trained with is accepted (default: that value)",
     )
     add("--temperature", type=float, default=0.2,
-        help="0 = the likeliest answer, above = the more by chance the higher (default: %(default)s)")  # fmt: skip
-    add("--max-new-tokens", type=int, default=512, help="longest answer, in tokens (default: %(default)s)")
-    add("--debug", action="store_true", help="show on stderr, after each answer, what the model has read and written")
+        help="0: greedy decoding; above 0: sampling, more random the higher (default: %(default)s)")  # fmt: skip
+    add("--max-new-tokens", type=int, default=512,
+        help="longest answer, in tokens; at most the rest of the context (default: %(default)s)")  # fmt: skip
+    add_seed_argument(parser)
+    add("--debug", action="store_true", help="after each answer, print the token ids of the conversation on stderr")
     return parser
 
 
@@ -62,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error at the start.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = expand_homes(parser.parse_args(argv), "model_path", "model_base", "vision_tower")
     sampling = parse_sampling(parser, args, top_p=None, num_beams=1)
     return run_program(lambda: _run(args, sampling))
 
@@ -83,12 +90,12 @@ def _run(args: argparse.Namespace, sampling: Sampling) -> int:
 
 
 class Terminal:
-    """Reads what the user types and prints what the model says.
+    """Read-eval-print loop of a conversation: lines typed by the user, answers streamed by the model.
 
     Args:
-        chat: the dialogue.
-        images: pictures it is about.
-        show_ids: print on stderr what the model has read and written, after each answer.
+        chat: the conversation.
+        images: sent with its first question.
+        show_ids: after each answer, print the token ids so far on stderr.
     """
 
     def __init__(self, chat: Chat, images: list[Image.Image], *, show_ids: bool = False) -> None:
@@ -98,7 +105,7 @@ class Terminal:
         self.is_open = True
 
     def run(self) -> None:
-        """Go on until the user ends it."""
+        """Read lines and answer them until /exit, Ctrl-D or Ctrl-C."""
         user, _ = self.chat.session.template.roles
         print("Type a question, or /help.")
         while self.is_open:
@@ -108,12 +115,12 @@ class Terminal:
                 print()
                 return
             if line.startswith("/"):
-                self.obey(line)
+                self.run_command(line)
             elif line:
                 self.ask(line)
 
-    def obey(self, line: str) -> None:
-        """Carry out a line that starts with a slash."""
+    def run_command(self, line: str) -> None:
+        """Run a command, a line that starts with a slash."""
         command, _, argument = line.partition(" ")
         if command == "/exit":
             self.is_open = False
@@ -121,14 +128,16 @@ class Terminal:
             print(_HELP)
         elif command == "/reset":
             self.chat.reset()
-            print("The dialogue starts anew.")
+            print("New conversation.")
         elif command == "/image" and argument.strip():
             self.change_image(argument.strip())
+        elif command == "/tokens" and argument.strip():
+            self.change_limit(argument.strip())
         else:
-            report_error(f"{line!r} is no command; type /help")
+            report_error(f"{show(line)} is not a command; type /help")
 
     def change_image(self, location: str) -> None:
-        """Start anew about another picture; if that can't be read, everything stays as it is."""
+        """Start a new conversation about another image; one that can't be read changes nothing."""
         try:
             images = [load_image(location)]
         except ValueError as error:
@@ -136,24 +145,32 @@ class Terminal:
             return
         self.images = images
         self.chat.reset()
-        print(f"The dialogue starts anew, about {location}.")
+        print_text(f"New conversation about {location}.")
+
+    def change_limit(self, text: str) -> None:
+        """Set the longest answer in tokens; a text that is not a number above 0 changes nothing."""
+        if not (text.isascii() and text.isdigit() and int(text)):
+            report_error(f"/tokens {text}: give a whole number of tokens, 1 or more")
+            return
+        self.chat.sampling = dataclasses.replace(self.chat.sampling, max_new_tokens=int(text))
+        print(f"Answers have at most {int(text)} tokens.")
 
     def ask(self, question: str) -> None:
-        """Print the answer to a question as it comes."""
+        """Stream the answer to a question."""
         _, assistant = self.chat.session.template.roles
         images = [] if self.chat.turns else self.images
         try:
             with contextlib.closing(self.chat.reply(question, images)) as pieces:
                 print(f"{assistant or 'ASSISTANT'}: ", end="", flush=True)
                 for piece in pieces:
-                    print(piece, end="", flush=True)
+                    print_text(piece, end="", flush=True)
             print()
         except KeyboardInterrupt:
-            print(" (broken off)")
+            print(" (stopped)")
         except ValueError as error:
-            report_error(f"{error}; /reset starts anew")
+            report_error(f"{error}; /reset starts a new conversation")
         if self.show_ids:
-            print(f"{self.chat.fed_tokens} positions computed; ids so far: {self.chat.ids}", file=sys.stderr)
+            print(f"{self.chat.computed_positions} positions computed; token ids: {self.chat.ids}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,51 @@
-"""What happens beside the steps of training: a last validation, early stopping, the picture of the curves, cleaning."""
+"""Callbacks of training: log file, last validation, early stopping, finished runs, loss plot, shared memory."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from llava.train.arguments import TrainingArguments
-from llava.train.plots import PLOT_FILE, draw_curves
+from llava.train.flags.arguments import TrainingArguments
+from llava.train.loss_plot import draw_curves
+from llava.train.output_files import LOG_FILE, PLOT_FILE
 
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
-"""Where Linux names shared memory; other systems have no such folder."""
+"""Folder of shared memory on Linux; other systems have none."""
+
+
+class FileLog(TrainerCallback):
+    """Appends each logged step as a line of `train_log.jsonl`, in the output directory."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append the figures with the step and the time in seconds since 1970."""
+        if state.is_world_process_zero and logs:
+            with (Path(args.output_dir) / LOG_FILE).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
 
 
 class LastValidation(TrainerCallback):
-    """Validates at the last step too, so that the curve ends where the training does."""
+    """Validates after the last step too, so that the loss plot ends where the training does."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a validation at the last step, where steps decide."""
+        """Ask for a validation at the last step under `--eval_strategy steps`."""
         if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
             control.should_evaluate = True
         return control
@@ -34,7 +54,7 @@ class LastValidation(TrainerCallback):
 class EarlyStopping(TrainerCallback):
     """Ends training when the metric of the best checkpoint has not improved for a number of validations.
 
-    It counts in the logged history, which checkpoints hold, so a resumed run stops where an uninterrupted one does.
+    It counts in the logged history, which checkpoints hold: a resumed run stops where an uninterrupted one does.
 
     Args:
         patience: validations without a better value.
@@ -46,13 +66,13 @@ class EarlyStopping(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for the end if the run that goes on had ended so."""
+        """Ask for the end if the resumed run had ended by early stopping."""
         return self.on_evaluate(args, state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for the end where the best value lies too far back."""
+        """Ask for the end if the best value is `patience` validations old."""
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         values = [row[name] for row in state.log_history if name in row]
         best = (max if args.greater_is_better else min)(values, default=None)
@@ -63,13 +83,34 @@ class EarlyStopping(TrainerCallback):
         return control
 
 
+class SkipFinishedRun(TrainerCallback):
+    """Lets a resumed run that had already finished end without a further step, log line, validation or checkpoint."""
+
+    def __init__(self) -> None:
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for the end if all steps are done."""
+        self._first_step = state.global_step
+        control.should_training_stop |= state.global_step >= state.max_steps
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take back what the end of an epoch asks for if the epoch had no step."""
+        if state.global_step == self._first_step:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
 class CurvePlot(TrainerCallback):
     """Draws `loss.png` into the output directory at the end of training."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw it, or log what to install."""
+        """Draw the plot, or log what to install."""
         if not state.is_world_process_zero:
             return
         try:
@@ -78,16 +119,16 @@ class CurvePlot(TrainerCallback):
             logger.warning("%s", error)
 
 
-class NamelessBuffers(TrainerCallback):
-    """Takes the names off the 66 MiB by which each of DeepSpeed's processes on a CPU adds gradients up with the others.
+class UnlinkSharedMemory(TrainerCallback):
+    """Unlinks the 66 MiB of shared memory through which each rank of DeepSpeed on a CPU reduces gradients.
 
-    DeepSpeed never removes them. Nameless, they go with the processes, however those end.
+    DeepSpeed never removes them. Unlinked, the memory is freed with the processes, however those end.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Unlink this process's buffer, which all others have mapped once they are through the barrier."""
+        """Unlink this rank's buffer, which all others have mapped once they are past the barrier."""
         if args.deepspeed and args.device.type == "cpu":
             torch.distributed.barrier()
             place = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"

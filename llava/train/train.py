@@ -1,11 +1,10 @@
-"""Finetune LLaVA-1.5, or pretrain its projector: load, choose what learns, data, trainer, save.
+"""Finetune LLaVA-1.5, or pretrain its projector: open the base, load and check the data, build, train, save.
 
 Run by the scripts in `scripts/v1_5`: `deepspeed llava/train/train_mem.py --model_name_or_path ... --data_path ...`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -13,56 +12,51 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from transformers import TrainerCallback
+from torch import nn
 
 from llava.data.dataset import ImageSettings
-from llava.model.checkpoint import Checkpoint
-from llava.model.configuration import LlavaConfig, features_per_image
-from llava.model.devices import free_memory
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.callbacks import CurvePlot, EarlyStopping, LastValidation, NamelessBuffers
-from llava.train.command_line import parse_arguments
-from llava.train.data_check import load_both
-from llava.train.packs import Order, choose_feed, choose_order, prepare_model
-from llava.train.recipe import describe_memory, describe_run
-from llava.train.recompute import KeepActivations
-from llava.train.resume import find_resume_point
-from llava.train.run_record import add_to_record, run_facts
+from llava.files.terminal_text import log_to_terminal, report_error
+from llava.model.configuration import features_per_image
+from llava.original_names import lazy_names
+from llava.train.activation_checkpointing import FewestCheckpoints
+from llava.train.callbacks import CurvePlot, EarlyStopping, FileLog, LastValidation, UnlinkSharedMemory
+from llava.train.data_setup import check_records, load_records
+from llava.train.fault_tolerance.resume import find_resume_point
+from llava.train.fault_tolerance.signals import Stopped
+from llava.train.flags.arguments import DataArguments, ModelArguments, TrainingArguments, is_first_process
+from llava.train.flags.command_line import parse_arguments
+from llava.train.flags.requirements import refuse_missing_launcher
+from llava.train.model_setup import adapter_rank, add_trained_weights, build_saver, load_model, open_base
+from llava.train.packing_setup import Loader, build_loader, plan_batches, prepare_model
+from llava.train.run_summary import print_memory_plan, print_summary
 from llava.train.saving import Saver
-from llava.train.signals import Stopped
-from llava.train.starting_point import (
-    adapter_rank,
-    add_projector,
-    add_what_was_trained,
-    describe_base,
-    load_model,
-    open_for_training,
-    surroundings,
-)
-from llava.train.trainer import LOG_FILE, FileLog, LlavaTrainer
-from llava.train.validators import Validator, build_validator
+from llava.train.trainer import LlavaTrainer
+from llava.train.validation.evaluator import Evaluator
+from llava.train.validation.packed_evaluator import build_evaluator
+
+__getattr__ = lazy_names(__name__)
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit code."""
-    logging.basicConfig(level=logging.INFO if _is_first() else logging.WARNING, format="%(message)s")
+    log_to_terminal(logging.INFO if is_first_process() else logging.WARNING)
     try:
         arguments = parse_arguments(argv)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         return _fail(error, code=2)
     try:
-        train(*arguments)
+        run_training(*arguments)
     except Stopped as stop:
-        if _is_first():
+        if is_first_process():
             print(stop, file=sys.stderr)
         return stop.code
     except (ValueError, OSError, ImportError) as error:
         logger.debug("", exc_info=True)
         return _fail(error, code=1)
     except RuntimeError as error:
-        if "ImageError" not in str(error):  # how a picture that can't be decoded arrives from a worker process
+        if "ImageError" not in str(error):  # how an image that can't be decoded arrives from a worker process
             raise
         return _fail(str(error).strip().splitlines()[-1], code=1)
     finally:
@@ -71,112 +65,118 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Run the whole training.
+def run_training(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Finetune as the flags say: open, check, build, train, save.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if data, checkpoint and flags don't fit each other, or a loss is no number.
-        Stopped: if a signal asked for the end; the state is saved.
+        ValueError: if data, checkpoint and flags contradict each other, or a loss is not finite.
+        Stopped: on a signal, after the state is saved.
     """
-    warn_of_idle_gpus(training_args)
-    transformers.set_seed(training_args.seed)
-    checkpoint = open_for_training(model_args, data_args, training_args.cache_dir)
-    config = checkpoint.config
-    config.tokenizer_model_max_length = training_args.model_max_length
-    checkpoint.tokenizer.model_max_length = training_args.model_max_length
-    patches = features_per_image(config, config.mm_vision_config)
-    records, validation = load_both(data_args, training_args, checkpoint, patches, is_first=_is_first())
-    base = describe_base(model_args.model_name_or_path, checkpoint, training_args.bits)
-    checkpoint = add_projector(checkpoint, model_args, training_args.seed)
-    if training_args.lora_weight_path:
-        checkpoint = add_what_was_trained(checkpoint, model_args, training_args)
+    prepare_process(training_args)
+    base = open_base(model_args, data_args, training_args)
+    records, held_out = load_records(base, data_args, training_args)
+    check_records(records, held_out, training_args)
+    plan = plan_batches(records, features_per_image(base.config, base.config.mm_vision_config), training_args)
+    print_memory_plan(plan, base.config, model_args, training_args)
 
-    kind = "lora" if training_args.lora_enable else "projector" if model_args.tune_mm_mlp_adapter else "full"
-    rank = adapter_rank(training_args) if kind == "lora" else 0
-    order = choose_order(records, patches, training_args)
-    if training_args.device.type == "cuda" and _is_first():
-        _print_memory(config, training_args, kind, rank, order)
-    model = load_model(checkpoint, kind, model_args, training_args)
-    beside = surroundings(checkpoint, base, model_args, data_args, training_args)
-    facts = run_facts(records, kind=kind, base_fingerprint=base["base_model_fingerprint"], training_args=training_args)
-    beside = dataclasses.replace(beside, training=add_to_record(beside.training, facts))
-    layers_run = prepare_model(model, training_args)
-    settings = ImageSettings(config.image_aspect_ratio, config.image_grid_pinpoints)
-    padding = checkpoint.tokenizer.pad_token_id or 0
-    feed = choose_feed(order, checkpoint.image_processor, settings, padding, training_args, layers_run)
-    validator = build_validator(validation, checkpoint, model, data_args, training_args) if validation else None
-    trainer = LlavaTrainer(
-        model,
-        training_args,
-        saver=Saver(model, beside, kind, training_args.weight_dtype),
-        train_dataset=feed.dataset,
-        train_sampler=feed.sampler,
-        data_collator=feed.collator,
-        validator=validator,
-        callbacks=[*_callbacks(training_args), KeepActivations(model, rank=rank, positions=feed.positions)],
+    start = add_trained_weights(base, model_args, training_args)
+    model = load_model(start, model_args, training_args)
+    execution = prepare_model(model, training_args)
+    images = ImageSettings(base.config.image_aspect_ratio, base.config.image_grid_pinpoints)
+    loader = build_loader(
+        plan, base.image_processor, images, base.tokenizer.pad_token_id or 0, training_args, execution
     )
-    if _is_first():
-        described = _facts(checkpoint, kind, training_args, validator)
-        print(describe_run(model, records, checkpoint.tokenizer, described), flush=True)
-    resume_point = find_resume_point(training_args, beside.training, LOG_FILE)
-    if resume_point is None:
-        _check_sanity(trainer, training_args.sanity_check)
-    trainer.train(resume_from_checkpoint=resume_point)
+    evaluator = build_evaluator(held_out, start, model, data_args, training_args)
+    saver = build_saver(model, base, records, model_args, data_args, training_args)
+    trainer = build_trainer(model, loader, evaluator, saver, training_args)
+    print_summary(model, records, start, evaluator, model_args, training_args)
+
+    checkpoint = find_resume_point(training_args, saver.metadata.training)
+    if checkpoint is None:
+        _check_overfit(trainer, training_args.sanity_check)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model()
 
 
+def train(attn_implementation: str | None = None) -> None:
+    """Run `main` on the command line, as the original's `train()` does.
+
+    Raises:
+        SystemExit: if the training failed; the error is on stderr.
+    """
+    if attn_implementation not in (None, "sdpa"):
+        logger.warning("attn_implementation %s is not used; training attends through PyTorch", attn_implementation)
+    if code := main():
+        raise SystemExit(code)
+
+
+def prepare_process(training_args: TrainingArguments) -> None:
+    """Check the launcher, hand on `--logging_dir` and seed the random generators.
+
+    Raises:
+        ValueError: if DeepSpeed is asked for and no launcher started this process.
+    """
+    refuse_missing_launcher(training_args)
+    warn_of_idle_gpus(training_args)
+    choose_log_directory(training_args)
+    transformers.set_seed(training_args.seed)
+
+
 def warn_of_idle_gpus(training_args: TrainingArguments) -> None:
-    """Say so if a process that is alone leaves GPUs unused."""
-    here = torch.cuda.device_count() if training_args.device.type == "cuda" else 0
-    if training_args.world_size == 1 and here > 1:
+    """Log a warning if a single process leaves GPUs unused."""
+    visible = torch.cuda.device_count() if training_args.device.type == "cuda" else 0
+    if training_args.world_size == 1 and visible > 1:
         logger.warning(
-            "one process trains on one GPU, and %d are here; start a process for each, as scripts/v1_5 and torchrun do",
-            here,
+            "one process trains on one GPU, and %d are visible; start a process for each, as scripts/v1_5 and torchrun "
+            "do",
+            visible,
         )
 
 
-def _print_memory(config: LlavaConfig, training_args: TrainingArguments, kind: str, rank: int, order: Order) -> None:
-    lengths = order.planned_lengths(training_args.train_batch_size)
-    free = free_memory(training_args.device)
-    print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
+def choose_log_directory(training_args: TrainingArguments) -> None:
+    """Hand `--logging_dir` to TensorBoard's callback, which reads it from the environment."""
+    if training_args.logging_dir is None:
+        return
+    os.environ["TENSORBOARD_LOGGING_DIR"] = training_args.logging_dir
+    if "tensorboard" not in training_args.report_to:
+        logger.warning("--logging_dir %s has no effect without --report_to tensorboard", training_args.logging_dir)
 
 
-def _check_sanity(trainer: LlavaTrainer, n_steps: int) -> None:
-    if n_steps:
-        before, after = trainer.check_first_batch(n_steps)
-        logger.info("first batch alone: loss %.4f, after %d steps %.4f", before, n_steps, after)
+def build_trainer(
+    model: nn.Module, loader: Loader, evaluator: Evaluator | None, saver: Saver, training_args: TrainingArguments
+) -> LlavaTrainer:
+    """Return the trainer with the callbacks that the flags ask for."""
+    patience, rank = training_args.early_stopping_patience, adapter_rank(training_args)
+    return LlavaTrainer(
+        model,
+        training_args,
+        saver=saver,
+        train_dataset=loader.dataset,
+        train_sampler=loader.sampler,
+        data_collator=loader.collator,
+        evaluator=evaluator,
+        callbacks=[
+            FileLog(),
+            LastValidation(),
+            *([] if patience is None else [EarlyStopping(patience)]),
+            CurvePlot(),
+            UnlinkSharedMemory(),
+            FewestCheckpoints(model, rank=rank, positions=loader.positions),
+        ],
+    )
 
 
-def _callbacks(training_args: TrainingArguments) -> list[TrainerCallback]:
-    patience = training_args.early_stopping_patience
-    stopping = [] if patience is None else [EarlyStopping(patience)]
-    return [FileLog(), LastValidation(), *stopping, CurvePlot(), NamelessBuffers()]
+def _check_overfit(trainer: LlavaTrainer, steps: int) -> None:
+    if steps:
+        before, after = trainer.check_first_batch(steps)
+        logger.info("overfit check: loss of the first batch %.4f, after %d steps %.4f", before, steps, after)
 
 
-def _facts(
-    checkpoint: Checkpoint, kind: str, training_args: TrainingArguments, validator: Validator | None
-) -> list[tuple[str, str]]:
-    per_step = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    return [
-        ("output", f"{kind} -> {training_args.output_dir}"),
-        ("template", checkpoint.config.conversation_template),
-        ("image aspect ratio", str(checkpoint.config.image_aspect_ratio)),
-        ("dtype", f"{training_args.weight_dtype} on {training_args.device}, {training_args.world_size} process(es)"),
-        ("learning rate", f"{training_args.learning_rate}, projector {training_args.mm_projector_lr or 'the same'}"),
-        ("rows a step", str(per_step)),
-        *([("validation", validator.describe())] if validator else []),
-    ]
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _fail(error: object, *, code: int) -> int:
-    if _is_first():
-        print(f"error: {error}", file=sys.stderr)
+def _fail(error: str | Exception, *, code: int) -> int:
+    if is_first_process():
+        report_error(error)
     return code
 
 

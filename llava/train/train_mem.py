@@ -1,4 +1,4 @@
-"""What the scripts launch; the name is the original's, where it chose memory-saving attention."""
+"""Entry point of the training scripts; its name is the original's, where it chose memory-efficient attention."""
 
 from __future__ import annotations
 

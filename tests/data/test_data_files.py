@@ -23,7 +23,7 @@ def test_rows_are_joined_and_located(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"id": 3}\n\n{"id": \n{"id": 4}\n')
     a, b = str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")
     files = read_files([a, b])
-    bad = UnreadableLine("line 3 is no valid JSON (Expecting value, column 8)")
+    bad = UnreadableLine("line 3 is not valid JSON (Expecting value, column 8)")
     assert join_rows(files) == [{"id": 1}, {"id": 2}, {"id": 3}, bad, {"id": 4}]
     assert locate_rows(files) == [(a, 0), (a, 1), (b, 0), (b, 1), (b, 2)]
     assert read_files([b, a])[0].path == b

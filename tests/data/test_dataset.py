@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.clip_image_processor import CLIPPixels
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.records import EncodedRecord
-from llava.image_processing import CLIPPixels, ImageError
+from llava.image_files.errors import ImageError
 
 IGNORE, IMAGE = -100, -200
 
@@ -53,7 +54,7 @@ def test_the_aspect_ratio_reaches_the_pixels(tmp_path, processor):
 
 def test_a_missing_image_is_named(tmp_path, processor):
     records = [EncodedRecord([IMAGE], [IGNORE], [tmp_path / "gone.png"])]
-    with pytest.raises(ImageError, match=r"gone.png not found; check the image folder and the file's name$"):
+    with pytest.raises(ImageError, match=r"gone.png not found, its folder has no images; check the image folder"):
         SupervisedDataset(records, processor, ImageSettings("pad"), 1)[0]
 
 
@@ -77,7 +78,7 @@ def test_a_padding_id_inside_the_text_counts():
     assert batch["attention_mask"].tolist() == [[True, True, True]]
 
 
-def test_a_batch_of_text_brings_one_blank_picture():
+def test_a_batch_of_text_brings_one_blank_image():
     batch = SupervisedCollator(pad_token_id=0, image_size=2)([row([1, 2], [1, 2]), row([1], [1])])
     assert torch.equal(batch["images"], torch.zeros(1, 3, 2, 2))
 

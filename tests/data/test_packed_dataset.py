@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llava.constants import STEM
+from llava.clip_image_processor import CLIPPixels
+from llava.constants import SYSTEM_PREFIX
 from llava.data.dataset import ImageSettings
 from llava.data.packed_dataset import PackCollator, PackedDataset, PackedRow
+from llava.data.packing import Pack
 from llava.data.records import EncodedRecord
-from llava.image_processing import CLIPPixels
 
 __, IMAGE = -100, -200
 
@@ -47,24 +48,23 @@ def test_a_batch_reads_each_image_once(dataset, monkeypatch):
 def test_what_a_loader_hands_to_the_model(dataset):
     collator = PackCollator(2, 2, budget=None, multiple=16)
     (batch,) = DataLoader(dataset, batch_size=4, collate_fn=collator)
-    assert sorted(batch) == ["images", "input_ids", "labels", "layout", "position_ids"]
-    assert sorted(batch["layout"]) == ["branches", "groups", "image_positions", "patches", "supervised"]
+    assert set(batch) == {*Pack._fields, "images"}
     assert batch["images"].shape == (2, 3, 2, 2)
     assert batch["images"][:, :, 0, 0].tolist() == [[1, 0, 0], [0, 1, 0]]
     assert batch["input_ids"].tolist() == [[1, 0, 0, 5, 6, 2, 7, 6, 2, 0, 0, 8, 6, 2, 4, 6, 2, *[0] * 15]]
-    assert batch["layout"]["groups"][0, :12].tolist() == [STEM, *[0] * 8, *[1] * 3]
-    assert batch["layout"]["patches"].tolist() == [0, 1, 2, 3]
+    assert batch["groups"][0, :12].tolist() == [SYSTEM_PREFIX, *[0] * 8, *[1] * 3]
+    assert batch["patches"].tolist() == [0, 1, 2, 3]
 
 
 def test_tiles_take_their_places_one_after_the_other():
-    one, two = torch.zeros(3, 3, 2, 2), torch.ones(2, 3, 2, 2)  # pictures of three and two tiles
+    one, two = torch.zeros(3, 3, 2, 2), torch.ones(2, 3, 2, 2)  # images of three and two tiles
     rows = [PackedRow(question(5, 6, images=("a", "b")), [one, two]), PackedRow(question(7, 6, images=("b",)), [two])]
     batch = PackCollator(2, 2, budget=None, multiple=1)(rows)
     assert [tuple(image.shape) for image in batch["images"]] == [(3, 3, 2, 2), (2, 3, 2, 2)]
-    assert batch["layout"]["patches"].tolist() == [*range(10), *range(6, 10)]
+    assert batch["patches"].tolist() == [*range(10), *range(6, 10)]
 
 
-def test_a_batch_of_text_brings_one_blank_picture():
+def test_a_batch_of_text_brings_one_blank_image():
     batch = PackCollator(2, 2, budget=None, multiple=1)([PackedRow(question(5, 6, images=()), [])])
     assert torch.equal(batch["images"], torch.zeros(1, 3, 2, 2))
-    assert batch["layout"]["image_positions"].tolist() == []
+    assert batch["image_positions"].tolist() == []

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.constants import NO_GROUP, STEM
+from llava.constants import NO_GROUP, SYSTEM_PREFIX
 from llava.data.packing import (
-    Group,
-    common_prefix,
-    common_stem,
+    RecordGroup,
     fill_rows,
     group_records,
+    image_prefix_length,
     pack_records,
     padded_length,
     sharing_key,
+    system_prefix_length,
 )
 from llava.data.records import EncodedRecord, spliced_length
 
@@ -42,13 +42,13 @@ TEXT = record([1, 4, 3], [__, __, 3])
 def test_a_pack_written_out():
     a, b = range(2), range(2, 4)
     pack = pack_records([RED, TEXT, BLUE, OTHER], [[a], [], [a], [b]], multiple=8)
-    #                            stem  trunk     red     blue     text   other          padding
+    #                          system  image     red     blue     text   other          padding
     assert pack.input_ids.tolist() == [[1, 0, 0, 5, 6, 7, 2, 8, 9, 2, 4, 3, 0, 0, 4, 3, 2, *[0] * 7]]
     supervised = [__, __, __, __, __, 7, 2, __, 9, 2, __, 3, __, __, __, 3, 2]
     assert pack.labels.tolist() == [[*supervised, *[__] * 7]]
     assert pack.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 1, 2, 1, 2, 3, 4, 5, *[0] * 7]]
-    assert pack.groups.tolist() == [[STEM, *[0] * 9, *[1] * 2, *[2] * 5, *[NO_GROUP] * 7]]
-    assert pack.branches.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, *[0] * 14]]
+    assert pack.groups.tolist() == [[SYSTEM_PREFIX, *[0] * 9, *[1] * 2, *[2] * 5, *[NO_GROUP] * 7]]
+    assert pack.suffixes.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, *[0] * 14]]
     assert pack.supervised.tolist() == [4, 5, 7, 8, 10, 14, 15]
     assert pack.image_positions.tolist() == [1, 2, 12, 13]
     assert pack.patches.tolist() == [0, 1, 2, 3]
@@ -64,7 +64,7 @@ def test_rows_are_as_long_as_the_shortest_length_that_holds_them(positions, padd
 def test_rows_within_a_budget():
     pack = pack_records([RED, TEXT, BLUE, OTHER], [[range(2)], [], [range(2)], [range(2, 4)]], budget=10)
     assert pack.input_ids.tolist() == [[1, 0, 0, 5, 6, 7, 2, 8, 9, 2], [1, 4, 3, 0, 0, 4, 3, 2, 0, 0]]
-    assert pack.groups.tolist() == [[0] * 10, [STEM, 0, 0, 1, 1, 1, 1, 1, NO_GROUP, NO_GROUP]]
+    assert pack.groups.tolist() == [[0] * 10, [SYSTEM_PREFIX, 0, 0, 1, 1, 1, 1, 1, NO_GROUP, NO_GROUP]]
     assert pack.image_positions.tolist() == [1, 2, 13, 14]
 
 
@@ -79,10 +79,10 @@ def test_a_record_above_the_budget_has_a_row_of_its_own():
     assert pack.groups.tolist() == [[0] * 6, [0] * 3 + [NO_GROUP] * 3]
 
 
-def test_the_trunk_ends_before_the_token_that_predicts_an_answer():
+def test_the_image_prefix_ends_before_the_token_that_predicts_an_answer():
     twins = [record([1, IMAGE, 5, 6, 7], [__, __, __, __, 7], "a.png")] * 2
-    assert common_prefix(twins) == 3  # 6 predicts 7, so each branch has its own
-    assert common_prefix([RED, BLUE]) == 3
+    assert image_prefix_length(twins) == 3  # 6 predicts 7, so each suffix has its own
+    assert image_prefix_length([RED, BLUE]) == 3
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,13 @@ def test_the_trunk_ends_before_the_token_that_predicts_an_answer():
     ],
 )
 def test_what_keeps_records_apart(reason, other):
-    assert group_records([RED, other], lengths([RED, other])) == [Group([0], 6), Group([1], len(other.input_ids))]
+    assert group_records([RED, other], lengths([RED, other])) == [
+        RecordGroup([0], 6),
+        RecordGroup([1], len(other.input_ids)),
+    ]
 
 
-def test_an_image_behind_or_right_before_supervised_text_is_not_shared():
+def test_an_image_after_or_right_before_supervised_text_is_not_shared():
     late = record([1, 5, 3, IMAGE, 4, 2], [__, __, 3, __, __, 2], "a.png")
     caption = record([1, IMAGE, 7, 2], [__, __, 7, 2], "a.png")  # the image itself predicts the answer
     for item in (late, caption):
@@ -108,7 +111,7 @@ def test_an_image_behind_or_right_before_supervised_text_is_not_shared():
 def test_several_images_and_several_turns_share():
     first = record([1, IMAGE, IMAGE, 5, 6, 7, 8, 2], [__, __, __, __, __, 7, __, 2], "a.png", "b.png")
     second = record([1, IMAGE, IMAGE, 4, 6, 2], [__, __, __, __, __, 2], "a.png", "b.png")
-    assert group_records([first, second], lengths([first, second])) == [Group([0, 1], 3)]
+    assert group_records([first, second], lengths([first, second])) == [RecordGroup([0, 1], 3)]
 
 
 def test_the_first_position_of_a_group_is_no_target():
@@ -117,17 +120,20 @@ def test_the_first_position_of_a_group_is_no_target():
     assert pack.supervised.tolist() == [1, 3]
 
 
-def test_the_stem_ends_before_images_and_predictors():
-    assert common_stem([RED, OTHER]) == 1
-    assert common_stem([TEXT, TEXT]) == 1  # 4 predicts 3
+def test_the_system_prefix_ends_before_images_and_predictors():
+    assert system_prefix_length([RED, OTHER]) == 1
+    assert system_prefix_length([TEXT, TEXT]) == 1  # 4 predicts 3
     assert (
-        common_stem([record([1, 8, 8, IMAGE, 5, 2], [__] * 5 + [2]), record([1, 8, 8, 7, 4, 2], [__] * 5 + [2])]) == 3
+        system_prefix_length(
+            [record([1, 8, 8, IMAGE, 5, 2], [__] * 5 + [2]), record([1, 8, 8, 7, 4, 2], [__] * 5 + [2])]
+        )
+        == 3
     )
-    assert common_stem([record([5, 6], [5, 6]), record([5, 6], [5, 6])]) == 0
+    assert system_prefix_length([record([5, 6], [5, 6]), record([5, 6], [5, 6])]) == 0
 
 
-def test_a_row_of_one_group_has_no_stem():
-    assert STEM not in pack_records([RED, BLUE], [[range(2)], [range(2)]]).groups
+def test_a_row_of_one_group_has_no_system_prefix():
+    assert SYSTEM_PREFIX not in pack_records([RED, BLUE], [[range(2)], [range(2)]]).groups
 
 
 def test_rows_are_filled_longest_first():
@@ -149,8 +155,8 @@ def test_no_row_exceeds_its_budget_and_nothing_is_lost(asked, budget):
     groups = group_records(records, lengths(records), budget)
     assert sorted(index for group in groups for index in group.members) == list(range(len(records)))
     used = int((pack.groups != NO_GROUP).sum())
-    saved = sum(max(len(set(row.tolist()) - {NO_GROUP, STEM}) - 1, 0) for row in pack.groups)  # one token each
+    saved = sum(max(len(set(row.tolist()) - {NO_GROUP, SYSTEM_PREFIX}) - 1, 0) for row in pack.groups)  # one token each
     assert used + saved == sum(
-        group.trunk + PATCHES - 1 + sum(len(records[index].input_ids) - group.trunk for index in group.members)
+        group.prefix + PATCHES - 1 + sum(len(records[index].input_ids) - group.prefix for index in group.members)
         for group in groups
     )

@@ -10,7 +10,7 @@ import pytest
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.data.supervision import build_dialogue, encode_example, place_images, plain_question
+from llava.data.supervision import build_dialogue, encode_example, find_turn_errors, place_images, plain_question
 from llava.mm_utils import tokenizer_image_token
 
 
@@ -128,6 +128,8 @@ def test_images_stand_where_the_original_put_them(text, version, placed):
 
 def test_image_marks_around_an_image():
     assert place_images("<image>\na", "v1", use_im_start_end=True) == "<im_start><image><im_end>\na"
+    for text in ("<im_start><image><im_end>\na", "a <im_start><image><im_end> b <im_start><image><im_end>"):
+        assert place_images(text, "v1", use_im_start_end=True) == text
 
 
 def test_captioning_keeps_the_images_alone():
@@ -148,8 +150,19 @@ def test_captioning_keeps_the_images_alone():
             "v1",
             "^turn 2 is from 'human'; turns alternate, so 'gpt' is due$",
         ),
-        ([{"from": "user", "value": "a"}], "v1", "^turn 1 is from 'user'; turns alternate, so 'human' is due$"),
-        (["text"], "v1", "^turn 1 is no object with 'from' and 'value'$"),
+        ([{"from": "user", "value": "a"}], "v1", "^turn 1 is from 'user'; roles are 'human' and 'gpt' in turn$"),
+        ([{"from": "system", "value": "a"}], "v1", "^turn 1 is from 'system', and the template has a system prompt of"),
+        (
+            [{"from": "human", "text": "a"}],
+            "v1",
+            "^turn 1 is not an object with 'from' and 'value', but has 'from', 'text'",
+        ),
+        (
+            [{"speaker": "a", "text": "b"}],
+            "v1",
+            "^turn 1 is not an object with 'from' and 'value', but has 'speaker', ",
+        ),
+        (["text"], "v1", "^turn 1 is not an object with 'from' and 'value'$"),
         (turns("Describe.", "a dog"), "plain", "^template 'plain' describes images, but the question 'Describe.' has"),
         (turns("a", "b"), "v9", "^unknown conversation template 'v9'; choose one of"),
     ],
@@ -157,3 +170,15 @@ def test_captioning_keeps_the_images_alone():
 def test_what_cannot_be_learnt_from_is_refused(tokenizer, conversations, template, message):
     with pytest.raises(ValueError, match=message):
         encode_example(conversations, template, tokenizer)
+
+
+def test_turns_that_no_context_holds_are_refused_before_they_are_encoded():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "word " * 200_000}]
+    [error] = find_turn_errors(turns, is_plain=False)
+    assert error.code == "too_long"
+    assert error.message == (
+        "the turns have 1,000,001 characters, and at most 1,000,000 are read; shorten the one that begins "
+        f"{('word ' * 8)!r}"
+    )
+    turns[0]["value"], turns[1]["value"] = "a" * 10, "b" * 999_990
+    assert list(find_turn_errors(turns, is_plain=False)) == []

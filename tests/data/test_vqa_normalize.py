@@ -1,10 +1,19 @@
 """VQAv2's answer normalisation, its quirks included."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.vqa_normalize import CONTRACTIONS, NUMBER_WORDS, normalize_answer, strip_answer
+from llava.data.vqa_normalize import (
+    CONTRACTIONS,
+    NUMBER,
+    NUMBER_WORDS,
+    normalize_answer,
+    strip_answer,
+    type_of_normalized,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +79,14 @@ def test_normalize_ignores_case_and_is_stable_on_plain_words(text):
 
 def test_strip_makes_one_line():
     assert strip_answer("\n a\tb\nc ") == "a b c"
+
+
+@given(st.text("09.x٣", max_size=8))
+def test_numbers_are_digits_with_at_most_one_point(text):
+    assert (type_of_normalized(text) == NUMBER) == bool(re.fullmatch(r"\d*\.?\d+", text))
+
+
+def test_a_long_string_of_digits_is_read_once():
+    digits = "1" * 1_000_000  # backtracking over all ways to split it would take hours
+    assert type_of_normalized(digits) == NUMBER
+    assert {type_of_normalized(digits + rest) for rest in ("x", ".", f".{digits}x")} == {"other"}

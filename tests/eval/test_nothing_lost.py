@@ -1,13 +1,13 @@
 """Runs of `model_vqa_loader` that are killed, fill the disk or meet each other end with the file of a whole run."""
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +18,12 @@ import torch
 
 from llava.eval import model_vqa_loader
 from llava.eval.model_vqa_loader import main
-from llava.inference.answers import AnswersFile
-from llava.inference.questions import read_questions
-from llava.inference.ranks import Ranks
+from llava.inference.batch.answer_batch import answer_batch
+from llava.inference.batch.answers_file import AnswersFile
+from llava.inference.batch.journal import Journal
+from llava.inference.batch.questions import read_questions
+from llava.inference.distributed import DistributedRank
+from llava.inference.engine.limits import Limits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = ("landscape.jpg", "tiny.png", "none.png", "square.png")
@@ -74,7 +77,7 @@ def test_a_disk_that_is_full_at_any_answer(run, monkeypatch, capsys, kept):
     monkeypatch.setattr(os, "write", full)
     assert run() == 2
     monkeypatch.undo()
-    way_on = "make room, then run the same command again to go on from there"
+    way_on = "free disk space, then run the same command again to resume"
     message = f"{run.answers} can't be written (No space left on device); its {kept} answers are intact: {way_on}"
     assert message in capsys.readouterr().err
     assert not run.answers.exists()
@@ -95,7 +98,7 @@ def test_a_disk_that_is_full_when_all_is_answered(run, monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", full)
     assert run() == 2
     monkeypatch.undo()
-    assert "its 12 answers are intact: make room" in capsys.readouterr().err
+    assert "its 12 answers are intact: free disk space" in capsys.readouterr().err
     assert not run.answers.exists()
     assert run() == 1
     assert run.answers.read_bytes() == whole
@@ -121,6 +124,27 @@ def test_the_batch_size_may_change_in_between(run, monkeypatch, batch_size):
     with monkeypatch.context() as patch:
         patch.setattr(AnswersFile, "write", interrupted)
         assert run("--batch-size", str(batch_size)) == 130
+    assert run() == 1
+    assert run.answers.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 11])
+@pytest.mark.parametrize("size", [1, 3])
+def test_windows_of_any_size_write_the_same_file_through_any_interruption(run, monkeypatch, size, kept):
+    whole = run.whole()
+    limits = dataclasses.replace(Limits.suiting(torch.device("cpu"), 4), window=size, planned_groups=2)
+    monkeypatch.setattr(model_vqa_loader, "answer_batch", functools.partial(answer_batch, limits=limits))
+    write = AnswersFile.write
+
+    def interrupted(self, answer, model_id):
+        if self.done == kept:
+            raise KeyboardInterrupt
+        write(self, answer, model_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswersFile, "write", interrupted)
+        assert run() == 130
+    assert len(lines(run.journal)) == kept
     assert run() == 1
     assert run.answers.read_bytes() == whole
 
@@ -193,11 +217,11 @@ def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slo
     monkeypatch.setattr(AnswersFile, "begin", slow_begin)
     monkeypatch.setattr(AnswersFile, "write", watching_write)
     gate = threading.Barrier(2, timeout=30)
-    monkeypatch.setattr(model_vqa_loader, "joined", lambda ranks: contextlib.nullcontext(gate.wait))
-    ranks = [iter([Ranks(rank, 2, rank)]) for rank in range(2)]
+    monkeypatch.setattr(model_vqa_loader, "process_group", lambda ranks: contextlib.nullcontext(gate.wait))
+    ranks = [iter([DistributedRank(rank, 2, rank)]) for rank in range(2)]
     lock = threading.Lock()
 
-    def read_ranks():
+    def read_rank():
         with lock:
             return next(ranks.pop())
 
@@ -205,7 +229,7 @@ def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slo
         model_vqa_loader.build_parser().parse_args([*run.arguments, "--answers-file", ""])
     )
     monkeypatch.setattr(model_vqa_loader, "load_session", lambda args: session)
-    monkeypatch.setattr(model_vqa_loader, "read_ranks", read_ranks)
+    monkeypatch.setattr(model_vqa_loader, "read_rank", read_rank)
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda _: run("--overwrite"), range(2)))
     assert sorted(codes) == [0, 1]
@@ -218,24 +242,27 @@ def test_a_list_of_answers_longer_than_a_file_name():
     assert model_vqa_loader.read_choices(",".join(choices)) == choices
 
 
-@pytest.mark.slow
-def test_killed_twice_and_run_again(goldens, tmp_path):
-    run = Run(goldens, tmp_path, 400)
+def test_killed_twice_and_run_again(goldens, tmp_path, fork):
+    """With another batch size and by chance: what was drawn before and after the kills is what a whole run draws."""
+    run = Run(goldens, tmp_path, 200)
     whole = run.whole("--temperature", "1")
-    command = [sys.executable, "-m", "llava.eval.model_vqa_loader", *run.arguments, "--temperature", "1"]
-    command += ["--answers-file", str(run.answers), "--batch-size", "4"]
-    kept = 0
-    for _ in range(2):
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(lines(run.journal)) < kept + 30 and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        before, kept = kept, len(lines(run.journal))
-        assert before < kept < 400
+
+    def until_killed():
+        append, appended = Journal.append, itertools.count(1)
+
+        def append_and_die(journal, line):
+            append(journal, line)
+            if next(appended) == 37:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.append = append_and_die
+        return run("--temperature", "1", "--batch-size", "4")
+
+    for kept in (37, 74):
+        process = fork(until_killed)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(lines(run.journal)) == kept
         assert not run.answers.exists()
     assert run("--temperature", "1") == 1
     assert run.answers.read_bytes() == whole

@@ -11,19 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.table import Columns, TableError
-from llava.eval.accuracy import score_answer
-from llava.eval.evaluation import Score, ScoreTable, score_answers
-from llava.eval.intervals import Difference, compare_paired, wilson_interval
-from llava.eval.score_text import describe_difference, format_p_value, format_table
-from llava.eval.vqa_inputs import (
+from llava.data.table.read import Columns, TableError
+from llava.eval.scoring.accuracy import score_answer
+from llava.eval.scoring.annotations import (
     GivenAnswer,
-    canonical_id,
+    References,
     derive_kinds,
+    pair_answers,
     read_answers,
-    read_predictions,
     read_references,
 )
+from llava.eval.scoring.evaluate import Score, ScoreTable, evaluate
+from llava.eval.scoring.intervals import Difference, compare_paired, wilson_interval
+from llava.eval.scoring.question_keys import canonical_id
+from llava.eval.scoring.text import describe_difference, format_p_value, format_table
 from llava.eval.vqa_score import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,10 @@ def test_one_answer_is_normalised_on_both_sides(prediction, reference, accuracy)
 def test_unanimous_answers():
     assert score_answer("Yes.", ["yes"] * 10) == 1.0
     assert score_answer("Yes.", ["yes"] * 10, unanimous="verbatim") == 0.0
-    assert score_answer("YES\n", ["yes"] * 10, unanimous="verbatim") == 1.0
+    assert score_answer("yes\n", ["yes"] * 10, unanimous="verbatim") == 1.0
+    assert score_answer("Yes", ["yes"] * 10, unanimous="verbatim") == 0.0
+    assert score_answer("yes", ["Yes"] * 10, unanimous="verbatim") == 0.0
+    assert score_answer("Yes", ["yes"] * 9 + ["Yes"], unanimous="verbatim") == 1.0
     assert score_answer("Yes.", ["yes"] * 9 + ["no"], unanimous="verbatim") == 1.0
     assert score_answer("Yes.", ["yes"], unanimous="verbatim") == 1.0
 
@@ -83,7 +87,15 @@ def test_score_answer_refusals():
         score_answer("x", ["x"], unanimous="both")
 
 
-def test_score_answers():
+def score_answers(predictions, truth, kinds, types=None, images=None):
+    """Scores of one answer file."""
+    answers = {
+        key: GivenAnswer(text, "image_missing" if text is None else None, {}) for key, text in predictions.items()
+    }
+    return evaluate({"file": answers}, References(truth, kinds, types or {}, images or {})).files["file"].table
+
+
+def test_scores():
     table = score_answers(
         {1: "yes", 2: "3", 3: None, 4: "red"},
         {1: ["Yes"], 2: ["two"], 3: ["no"], 4: ["red"] * 2 + ["blue"] * 8},
@@ -114,15 +126,6 @@ def test_questions_about_one_image_make_the_interval_wider():
 def test_answer_types_that_annotations_name_win():
     table = score_answers({1: "2", 2: "red"}, {1: ["2"], 2: ["red"]}, {1: "k", 2: "k"}, types={1: "time"})
     assert list(table.by_answer_type) == ["other", "time"]
-
-
-def test_score_answers_refusals():
-    with pytest.raises(ValueError, match=r"^no questions to score$"):
-        score_answers({}, {}, {})
-    with pytest.raises(ValueError, match=r"^predictions and references have different question_ids: 1, 2$"):
-        score_answers({1: "x"}, {2: ["x"]}, {2: "k"})
-    with pytest.raises(ValueError, match=r"^kinds and references have different question_ids: 2$"):
-        score_answers({2: "x"}, {2: ["x"]}, {})
 
 
 def test_kinds_from_first_words():
@@ -162,6 +165,7 @@ def test_references_from_a_table(write):
         {1: "exist", 2: "count", 3: "exist"},
         {},
         {1: "1", 2: "1", 3: "1"},
+        {1: "Is it?", 2: "How many?", 3: "Is it?"},
     )
     typed = write("y.csv", TABLE.replace("kind", "kind,answer_type").replace("exist", "exist,yes/no").replace(
         "count", "count,"))  # fmt: skip
@@ -173,11 +177,18 @@ def test_references_from_a_table(write):
     assert read_references(plain).kinds == {1: "is it?", 2: "how many?", 3: "is it?"}
 
 
+def test_a_table_in_which_ids_repeat(write):
+    path = write("t.csv", TABLE.replace(",3,n/a", ",1,n/a"))
+    references = read_references(path)
+    assert references.answers == {1: ("yes",), 2: ("two",), (1, 2): ("n/a",)}
+    assert references.kinds == {1: "exist", 2: "count", (1, 2): "exist"}
+
+
 def test_references_from_lines(write):
     lines = [{"question_id": 1, "answer": "yes"}, {"question_id": "2", "answers": ["a"] * 10},
              {"question_id": "q3", "answers": ["b"]}]  # fmt: skip
-    answers, kinds, types, images = read_references(write("a.jsonl", lines))
-    assert types == images == {}
+    answers, kinds, types, images, questions = read_references(write("a.jsonl", lines))
+    assert types == images == questions == {}
     assert answers == {1: ("yes",), 2: ("a",) * 10, "q3": ("b",)}
     assert kinds == dict.fromkeys(answers, "all questions")
     lines = [{"question_id": 1, "answer": "yes", "image": "a.jpg"}, {"question_id": 2, "answer": "no", "image_id": 0}]
@@ -207,7 +218,7 @@ def test_references_from_vqa_annotations(write):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"question_id": 1, "answer": "x"}\n{"question_id": 1, "answer": "x"}\n[]\n{\n',
-         "a.jsonl: 3 bad rows\n  line 2: question_id 1 is there already\n  line 3: not a JSON object {…}\n"
+         "a.jsonl: 2 bad rows\n  line 3: not a JSON object {…}\n"
          "  line 4: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))\n"
          "Correct the annotations, then run again."),
         ("a.jsonl", [{"answer": "x"}], "line 1: no 'question_id' that is a number or a text"),
@@ -239,28 +250,31 @@ def test_missing_kind_column(write):
         read_references(write("t.csv", TABLE), kind_key="x")
 
 
-def test_predictions(write, tmp_path):
+def texts(answers):
+    return {key: answer.text for key, answer in answers.items()}
+
+
+def test_answers_by_question(write, tmp_path):
     lines = [answer(1, "yes"), answer("2", ""), answer(3, "", error="image not found")]
-    assert read_predictions(write("a.jsonl", lines)) == {1: "yes", 2: "", 3: None}
-    with pytest.raises(TableError, match=r"1 bad row\n  line 2: question_id 1 is there already\nCorrect these lines"):
-        read_predictions(write("b.jsonl", [answer(1, "yes"), answer(1, "no")]))
+    assert texts(read_answers(write("a.jsonl", lines))) == {1: "yes", 2: "", 3: None}
+    assert texts(read_answers(write("b.jsonl", [answer(1, "yes"), answer("1", "no")]))) == {1: "yes", (1, 2): "no"}
     with pytest.raises(TableError, match=r"line 1: no 'text' with the answer\n"):
-        read_predictions(write("c.jsonl", [{"question_id": 1}]))
+        read_answers(write("c.jsonl", [{"question_id": 1}]))
     with pytest.raises(TableError, match=r"the file is empty; write the answers first$"):
-        read_predictions(write("d.jsonl", ""))
+        read_answers(write("d.jsonl", ""))
     with pytest.raises(TableError, match=r"none.jsonl: cannot be read \(.*\); give the path of a readable file$"):
-        read_predictions(tmp_path / "none.jsonl")
+        read_answers(tmp_path / "none.jsonl")
     (tmp_path / "e.jsonl").write_bytes(b"{}\n\xe9")
     with pytest.raises(TableError, match=r"not UTF-8 at byte 3; save the file as UTF-8$"):
-        read_predictions(tmp_path / "e.jsonl")
+        read_answers(tmp_path / "e.jsonl")
 
 
 def test_answers_with_what_is_noted_about_them(write):
     noted = {"logprob": -0.5, "runner_up": "no", "runner_up_logprob": -1.0}
     lines = [answer("7", "yes", metadata=noted), answer(8, "", error="image_corrupt", metadata=None)]
     assert read_answers(write("a.jsonl", lines)) == {
-        7: GivenAnswer("yes", None, noted),
-        8: GivenAnswer(None, "image_corrupt", {}),
+        7: GivenAnswer("yes", None, noted, "q"),
+        8: GivenAnswer(None, "image_corrupt", {}, "q"),
     }
     message = (
         r"line 1: the log-probability 'logprob' is 'x', not a number up to 0\n  line 2: 'metadata' is \[1\], not an"
@@ -268,6 +282,63 @@ def test_answers_with_what_is_noted_about_them(write):
     with pytest.raises(TableError, match=message):
         read_answers(write("b.jsonl", [answer(1, "yes", metadata={"logprob": "x"}), answer(2, "no", metadata=[1])]))
     assert [canonical_id(value) for value in ("012", "q1", 3, "³")] == [12, "q1", 3, "³"]
+
+
+REPEATED = [  # id, question, true answer, given answer
+    ("a.jpg", "Is it red?", "yes", "yes"),
+    ("a.jpg", "Is it blue?", "no", "yes"),
+    ("b.jpg", "Is it red?", "no", "no"),
+    ("a.jpg", "Is it big?", "no", "no"),
+]
+
+
+def given_line(row):
+    return answer(row[0], row[3], prompt=f"{row[1]}\nAnswer the question using a single word or phrase.")
+
+
+def true_line(row, *, has_text=True):
+    return {"question_id": row[0], "answer": row[2], **({"text": row[1].lower()} if has_text else {})}
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
+def test_lines_with_one_id_are_joined_by_their_questions(write, tmp_path, order):
+    true = write("true.jsonl", [true_line(REPEATED[place]) for place in order])
+    given = write("given.jsonl", [given_line(row) for row in REPEATED])
+    out = tmp_path / "scores.json"
+    assert main(["--answers-file", given, "--annotations", true, "--json", str(out)]) == 0
+    [scores] = json.loads(out.read_text())["files"]
+    assert (scores["overall"]["questions"], scores["overall"]["accuracy"]) == (4, 0.75)
+
+
+def test_without_their_questions_lines_with_one_id_are_joined_in_order(write, capsys):
+    true = [true_line(row, has_text=False) for row in REPEATED]
+    given = write("given.jsonl", [given_line(row) for row in REPEATED])
+    assert main(["--answers-file", given, "--annotations", write("true.jsonl", true)]) == 0
+    assert " 75.00" in capsys.readouterr().out
+    assert main(["--answers-file", given, "--annotations", write("less.jsonl", true[1:]), "--allow-missing"]) == 1
+    message = "question_id a.jpg is on 3 lines here and on 2 of the other file, and not all of them have their question"
+    assert message in capsys.readouterr().err
+
+
+def test_some_answers_of_lines_with_one_id(write, capsys):
+    true = write("true.jsonl", [true_line(row) for row in REPEATED])
+    given = write("given.jsonl", [given_line(row) for row in REPEATED[2:]])
+    assert main(["--answers-file", given, "--annotations", true]) == 1
+    message = "questions without an answer: 2 of 4 (a.jpg, a.jpg (line 2 with this id))"
+    assert message in capsys.readouterr().err
+    assert main(["--answers-file", given, "--annotations", true, "--allow-missing"]) == 0
+    assert "100.00" in capsys.readouterr().out
+    twice = write("twice.jsonl", [given_line(row) for row in [*REPEATED, REPEATED[0]]])
+    assert main(["--answers-file", twice, "--annotations", true]) == 1
+    message = "answers without a question in the annotations: 1 (a.jpg (line 4 with this id))"
+    assert message in capsys.readouterr().err
+
+
+def test_answers_are_paired_with_equal_questions_first():
+    given = {"a": GivenAnswer("1", None, {}, "Is it?"), ("a", 2): GivenAnswer("2", None, {}, "Is it red or blue?")}
+    questions = {"a": "Is it red or blue?", ("a", 2): "Is it?"}
+    paired = pair_answers("f", given, questions)
+    assert {key: answer.text for key, answer in paired.items()} == {"a": "2", ("a", 2): "1"}
 
 
 def test_answer_files_may_each_have_their_own_flag(write, capsys):
@@ -385,7 +456,10 @@ def test_missing_and_unknown_answers(write, capsys):
 def test_nothing_in_common(write, capsys):
     arguments = ["--answers-file", write("b.jsonl", [answer(9, "x")]), "--annotations", write("t.csv", TABLE)]
     assert main([*arguments, "--allow-missing"]) == 1
-    assert "no annotated question is answered by every file; do the files belong together?" in capsys.readouterr().err
+    assert (
+        "no annotated question is answered by every file; check that the files belong together"
+        in capsys.readouterr().err
+    )
 
 
 def test_same_names_are_told_apart_and_a_file_named_twice_is_refused(write, tmp_path, capsys):
@@ -403,7 +477,9 @@ def test_column_flag_without_a_table_is_refused(write, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "--answer_column has no meaning for --annotations a.jsonl, which is no .csv" in capsys.readouterr().err
+    assert (
+        "--answer_column has no effect for --annotations a.jsonl, which is not a .csv file" in capsys.readouterr().err
+    )
 
 
 def test_long_lists_of_ids_are_cut(write, capsys):
@@ -457,3 +533,22 @@ def test_perfect_answers_of_the_real_table_score_one(shared_path):
     assert table.overall.questions == 66_668
     assert table.by_kind["how many"].questions > 7_000
     assert table.overall.accuracy > 0.999
+
+
+def test_texts_that_no_terminal_should_get(tmp_path, capsys):
+    """Half of a surrogate pair, control characters, and a text of a million characters."""
+    odd = ["half \ud83d", "red \x1b[31m \x9b2J", "long " * 200_000]
+    answers = [{"question_id": key, "text": text} for key, text in enumerate(odd)]
+    truth = [{"question_id": key, "answer": "no \udc00", "kind": f"kind \x1b {'x' * 999}"} for key in range(len(odd))]
+    for name, records in (("a.jsonl", answers), ("truth.jsonl", truth)):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = ["--answers-file", tmp_path / "a.jsonl", "--annotations", tmp_path / "truth.jsonl"]
+    assert main([*map(str, arguments), "--json", str(tmp_path / "scores.json")]) == 0
+    out = capsys.readouterr().out
+    assert "half \\ud83d" in out
+    assert "red \\x1b 31m \\x9b2j" in out
+    assert "characters left out" in out
+    assert all(character.isprintable() or character == "\n" for character in out)
+    assert max(map(len, out.splitlines())) < 500
+    found = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert ["no \udc00", "half \ud83d", 1] in found["files"][0]["confusion"]["mistakes"]

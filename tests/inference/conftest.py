@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.image_processing import open_image
+from llava.image_files.decode import open_image
+from llava.inference.batch.questions import Question
 from llava.inference.prompts import next_turn_ids
-from llava.inference.questions import Question
-from llava.inference.session import Request, Sampling, Session
+from llava.inference.session import Sampling, Session
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def session(goldens: Path) -> Session:
 
 @pytest.fixture(scope="session")
 def folder(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of pictures, of which torn.png is damaged and huge.png has more pixels than are read."""
+    """Return a folder of images, of which torn.png is damaged and huge.png has more pixels than are read."""
     folder = tmp_path_factory.mktemp("images")
     for name in ("landscape.jpg", "portrait.png", "square.png", "tiny.png"):
         (folder / name).write_bytes((goldens / "images" / name).read_bytes())
@@ -35,13 +35,13 @@ def folder(goldens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def answer_singly(session: Session, folder: Path) -> Callable[[Sequence[Question], Sampling], dict[int | str, str]]:
-    """Return the function (questions, sampling) -> answers by id, each question asked alone."""
+    """Return the function (questions, sampling) -> answers by id, each question answered alone."""
 
     def answer(questions: Sequence[Question], sampling: Sampling) -> dict[int | str, str]:
         texts = {}
         for question in questions:
-            pictures = [open_image(folder / name) for name in question.images]
-            [texts[question.question_id]] = session.answer_batch([Request(question.text, pictures)], sampling)
+            images = [open_image(folder / name) for name in question.images]
+            [texts[question.question_id]] = session.answer_prompts([session.prepare(question.text, images)], sampling)
         return texts
 
     return answer
@@ -62,7 +62,7 @@ def swap_words() -> Callable[[Session, int, int], Session]:
 
 @pytest.fixture(scope="session")
 def turn_ids() -> Callable[..., list[int]]:
-    """Return the function (session, question, number of pictures, is_first=) -> ids of a turn of a dialogue."""
+    """Return the function (session, question, number of images, is_first=) -> ids of a turn of a dialogue."""
 
     def ids(session: Session, question: str, n_images: int, *, is_first: bool) -> list[int]:
         if is_first:

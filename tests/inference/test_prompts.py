@@ -1,4 +1,4 @@
-"""What is asked is what training taught: the same ids, up to the answer."""
+"""Prompts are training examples up to the answer, token for token."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from llava.conversation import conv_templates, get_template
 from llava.data.supervision import encode_example, encode_segments, place_images
 from llava.inference.prompts import PromptError, ending_ids, first_turn_ids, next_turn_ids, place_question
-from llava.tokenization import load_tokenizer
+from llava.tokenization.llama_tokenizer import load_tokenizer
 
 QUESTIONS = [
     ("Is there railing?", 1),
@@ -36,8 +36,12 @@ def test_a_prompt_is_the_training_example_up_to_its_answer(tokenizer, name, ques
     turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "yes"}]
     input_ids, labels = encode_example(turns, name, tokenizer)
     assert input_ids[: len(prompt)] == prompt
-    assert labels[: len(prompt)] == [-100] * len(prompt) or get_template(name).messages  # v0 brings an answered example
     assert labels[len(prompt)] != -100
+    template = get_template(name)
+    supervised = [token for token, label in zip(prompt, labels, strict=False) if label != -100]
+    examples = [text for role, text in template.messages if role == template.roles[1]]  # v0 brings an answered example
+    words = tokenizer.decode(supervised).replace(template.stop_text, " ").split()
+    assert words == " ".join(examples).split()
 
 
 @pytest.mark.parametrize("question, n_images", QUESTIONS)
@@ -67,13 +71,13 @@ def placed(question, n_images, version):
     return place_images(place_question(question, n_images), version)
 
 
-def test_images_go_in_front_unless_the_question_places_them():
+def test_images_go_first_unless_the_question_marks_them():
     assert place_question("a", 0) == "a"
     assert place_question("a", 2) == "<image>\n<image>\na"
     assert place_question("<image> a <image>", 2) == "<image> a <image>"
 
 
-def test_the_images_of_a_captioning_template_are_its_whole_question(tokenizer):
+def test_the_prompt_of_a_captioning_template_is_its_images(tokenizer):
     ids = first_turn_ids("anything", 1, get_template("plain"), tokenizer)
     assert ids == [1, -200]
 
@@ -87,7 +91,22 @@ def test_the_images_of_a_captioning_template_are_its_whole_question(tokenizer):
         ("a <image> <image>", 3, "image_count_mismatch", "the question has 2 <image> but 3 images"),
     ],
 )
-def test_questions_that_cannot_be_asked(question, n_images, code, message):
+def test_questions_without_a_prompt(question, n_images, code, message):
     with pytest.raises(PromptError, match=re.escape(message)) as caught:
         place_question(question, n_images)
     assert caught.value.code == code
+
+
+def test_a_text_that_no_context_holds_is_refused_before_it_is_encoded(tokenizer):
+    text = "word " * 300_000
+    start = re.escape(repr(text[:40]))
+    message = (
+        rf"^the question has 1,500,000 characters, and at most 1,000,000 are read \(it begins {start}\); shorten it$"
+    )
+    for function in (first_turn_ids, next_turn_ids):
+        with pytest.raises(PromptError, match=message) as caught:
+            function(text, 0, get_template("vicuna_v1"), tokenizer)
+        assert caught.value.code == "prompt_too_long"
+    with pytest.raises(ValueError, match=message.replace("the question", "the text")):
+        tokenizer.encode_text(text)
+    assert tokenizer.encode_text(text[:1_000_000])

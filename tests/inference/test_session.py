@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from llava.conversation import get_template
 from llava.data.supervision import encode_example
-from llava.image_processing import open_image
+from llava.image_files.decode import open_image
+from llava.image_files.errors import ImageError
+from llava.inference.chat.chat import answer_one
 from llava.inference.prompts import PromptError
-from llava.inference.session import Request, Sampling, Session
+from llava.inference.session import Sampling, Session
 
 IMAGES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png"]
 GREEDY = Sampling(max_new_tokens=12)
@@ -40,16 +43,31 @@ def test_greedy_answers_are_the_originals(session, images, goldens, index, quest
 
 
 def test_a_batch_answers_as_each_question_alone(session, images):
-    requests = [
-        Request("Is there railing?", [images[0]]),
-        Request("hello"),
-        Request("Compare <image> with <image>, " + "please " * 20, [images[1], images[2]]),
-        Request("What are the  colors of the bikes?", [images[3]]),
-        Request("Three", images[:3]),
+    prompts = [
+        session.prepare("Is there railing?", [images[0]]),
+        session.prepare("hello"),
+        session.prepare("Compare <image> with <image>, " + "please " * 20, [images[1], images[2]]),
+        session.prepare("What are the  colors of the bikes?", [images[3]]),
+        session.prepare("Three", images[:3]),
     ]
-    answers = session.answer_batch(requests, GREEDY)
-    assert answers == [session.answer_batch([request], GREEDY)[0] for request in requests]
+    answers = session.answer_prompts(prompts, GREEDY)
+    assert answers == [session.answer_prompts([prompt], GREEDY)[0] for prompt in prompts]
     assert len(set(answers)) == len(answers)
+
+
+def test_images_of_any_mode_and_depth_have_the_pixels_of_their_rgb(session, images):
+    gray = np.asarray(images[0].convert("L"))
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    [expected] = session.pixel_values([Image.fromarray(gray).convert("RGB")])
+    for image in (
+        Image.fromarray(gray),
+        deep,
+        Image.fromarray(gray.astype(np.int32)),
+        Image.fromarray(gray).convert("LA"),
+    ):
+        assert torch.equal(session.pixel_values([image])[0], expected)
+    with pytest.raises(ImageError, match="holds 32-bit floating-point numbers"):
+        session.pixel_values([Image.fromarray(gray.astype(np.float32))])
 
 
 @given(
@@ -109,17 +127,42 @@ def test_beams_and_seeded_chance(session, images):
 
 
 def test_hot_sampling_is_not_cut_to_the_fifty_likeliest(session):
-    assert Sampling(temperature=1.0).generation_arguments()["top_k"] == 0
+    assert Sampling(temperature=1.0, num_beams=2).generation_arguments()["top_k"] == 0
     assert Sampling().generation_arguments() == {"max_new_tokens": 128, "num_beams": 1, "do_sample": False}
 
 
-def test_what_does_not_fit_the_context_is_refused(session, images):
-    room = 512 - session.spliced_length(session.prepare("why?", [images[0]]))
-    session.prepare("why?", [images[0]], max_new_tokens=room)
-    message = f"the prompt takes {512 - room} tokens and the answer up to {room + 1}, more than the context of 512"
+def test_only_a_prompt_that_leaves_nothing_of_the_context_is_refused(session, images):
+    length = session.spliced_length(session.prepare("why?", [images[0]]))
+    narrow = [dataclasses.replace(session, context_length=length + room) for room in (0, 1, 2)]
+    message = f"the prompt takes {length} tokens, which leaves nothing for an answer in the context of {length}"
+    narrow[0].prepare("why?", [images[0]])
     with pytest.raises(PromptError, match=message) as caught:
-        session.prepare("why?", [images[0]], max_new_tokens=room + 1)
+        narrow[0].prepare("why?", [images[0]], max_new_tokens=1)
     assert caught.value.code == "prompt_too_long"
+    assert [wide.answer_limit(length, 2000) for wide in narrow[1:]] == [1, 2]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_answers_of_different_limits_in_one_batch_are_single_ones(session, images, caplog, beams):
+    """Each is the beginning of what a wider context would say, but for beams, and is what it would be alone."""
+    questions = [("hello", []), ("why?", images[:1]), ("Compare them", images[:2])]
+    sampling = Sampling(max_new_tokens=2000, num_beams=beams)
+    lengths = [session.spliced_length(session.prepare(*question)) for question in questions]
+    narrow = dataclasses.replace(session, context_length=max(lengths) + 1, warned_limits=set())
+    prompts = [narrow.prepare(*question) for question in questions]
+    found = narrow.generate_ids(prompts, sampling)
+    limits = [narrow.context_length - length for length in lengths]
+    assert len(set(limits)) == 3
+    assert [len(ids) for ids in found] == limits  # none of these ends by itself
+    assert found == [narrow.generate_ids([prompt], sampling)[0] for prompt in prompts]
+    if beams == 1:
+        whole = session.generate_ids(prompts, Sampling(max_new_tokens=max(limits)))
+        assert found == [ids[:limit] for ids, limit in zip(whole, limits, strict=True)]
+    caplog.clear()
+    texts = [narrow.decode(ids) for ids in found]
+    assert [answer_one(narrow, *question, sampling) for question in questions] == texts
+    [note] = [record.getMessage() for record in caplog.records if "max_new_tokens" in record.getMessage()]
+    assert note.startswith(f"max_new_tokens is 2000, but a prompt of {lengths[0]} tokens leaves {limits[0]} in the")
 
 
 def test_spliced_length_is_what_the_model_reads(session, images):
@@ -136,9 +179,9 @@ def test_tiles_count_as_patches(session, images):
     assert session.spliced_length(tiled) == session.spliced_length(prompt) + 2 * patches
 
 
-def test_a_model_without_eyes_says_so(session, images):
+def test_images_for_a_model_without_a_vision_tower(session, images):
     blind = dataclasses.replace(session, image_processor=None)
-    with pytest.raises(ValueError, match="the model has no image encoder; ask without images"):
+    with pytest.raises(ValueError, match="the model has no vision tower; ask without images"):
         blind.prepare("what?", images[:1])
 
 
@@ -168,7 +211,7 @@ class TestTemplate:
         caplog.set_level(logging.INFO, "llava")
         session = Session.load(str(goldens / "llava-v1.5-golden"), device="cpu", conv_mode="llava_v0")
         assert session.template == get_template("llava_v0")
-        assert "prompt template: llava_v0, as asked for; the weights say vicuna_v1" in caplog.messages
+        assert "prompt template: llava_v0, as requested; the one saved with the weights is vicuna_v1" in caplog.messages
 
     def test_saved_is_used_whatever_the_directory_is_called(self, session):
         model = copy.copy(session.model)

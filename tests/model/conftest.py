@@ -1,4 +1,4 @@
-"""Directories for the tests of checkpoints: copies of the goldens to be changed, and a network that is not there."""
+"""Directories for the tests of checkpoints: copies of the goldens to be changed, and no network."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""The model computes what transformers' own LLaVA computes on the same weights, however rows are put together."""
+"""The model computes what transformers' own LLaVA computes on the same weights, however rows are batched."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.llava_llama import assign_images
+from llava.model.splice import assign_images
 
 IMAGE_ID = 63  # transformers' placeholder, an id that no prompt here uses
 PATCHES = 4
@@ -117,22 +119,63 @@ def test_greedy_generation_equals_transformers(model, theirs, pixels, row):
     with torch.no_grad():
         given = {"pixel_values": pixels[:count]} if count else {}
         expected = theirs.generate(input_ids=torch.tensor([expand(row)]), **given, **options)
-    if count == 0:
-        assert ours[:, : len(row)].tolist() == [row]
-        ours = ours[:, len(row) :]
     assert ours.tolist() == expected[:, len(expand(row)) :].tolist()
     assert ours.shape == (1, 8)
 
 
+GENERATED = {
+    "one": ({}, 1),
+    "beams": ({"num_beams": 3}, 1),
+    "sequences": ({"num_beams": 3, "num_return_sequences": 2}, 2),
+}
+
+
+@pytest.mark.parametrize(("options", "rows"), GENERATED.values(), ids=GENERATED)
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[2]], ids=["image", "text"])
+def test_generate_returns_new_ids_alone(model, pixels, row, options, rows):
+    options = {**options, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    images = pixels[:1] if IMAGE in row else None
+    ids = model.generate(torch.tensor([row]), images=images, **options)
+    assert ids.shape == (rows, 4)
+    output = model.generate(torch.tensor([row]), images=images, return_dict_in_generate=True, **options)
+    assert output.sequences.tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("skip_prompt", [True, False])
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[2]], ids=["image", "text"])
+def test_a_streamer_gets_new_ids_alone(model, pixels, row, skip_prompt):
+    class Streamer(transformers.TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            texts.append(text)
+
+    texts, tokenizer = [], SimpleNamespace(decode=lambda ids, **_: "".join(f"{token} " for token in ids))
+    ids = model.generate(
+        torch.tensor([row]),
+        images=pixels[:1] if IMAGE in row else None,
+        streamer=Streamer(tokenizer, skip_prompt=skip_prompt),
+        max_new_tokens=4,
+        do_sample=False,
+    )
+    assert "".join(texts).split() == [str(token) for token in ids[0].tolist()]
+
+
+def test_generate_takes_embeddings_too(model, pixels):
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    embeds = model.splice(torch.tensor([ROWS[0]]), pixels[:1]).inputs_embeds
+    expected = model.generate(torch.tensor([ROWS[0]]), images=pixels[:1], **options)
+    assert model.generate(inputs_embeds=embeds, **options).tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
-def test_a_batch_is_as_each_row_alone(model, pixels, side):
+def test_a_batch_is_as_each_row_alone_and_keeps_its_side_of_padding(model, pixels, side):
     ids, mask = pad(ROWS, side=side), pad([[1] * len(row) for row in ROWS], side=side)
     outputs = model(input_ids=ids, attention_mask=mask, images=pixels[:2])
     for index, row in enumerate(ROWS):
         images = pixels[index : index + 1] if IMAGE in row else None
         alone = model(input_ids=torch.tensor([row]), images=images).logits[0]
-        torch.testing.assert_close(outputs.logits[index, : len(alone)], alone, **CLOSE)
+        found = outputs.logits[index, : len(alone)] if side == "right" else outputs.logits[index, -len(alone) :]
+        torch.testing.assert_close(found, alone, **CLOSE)
 
 
 @torch.no_grad()
@@ -205,6 +248,7 @@ def test_images_as_a_list_and_as_tiles(model, pixels):
     assert torch.equal(model(input_ids=row, images=[pixels[0], pixels[1]], image_sizes=[(28, 28)] * 2).logits, stacked)
     tiles = model(input_ids=row, images=[pixels[:1], pixels[1:4]]).logits
     assert tiles.shape == (1, 3 + 4 * PATCHES, 64)
+    assert torch.equal(model(input_ids=row, images=[pixels[0], pixels[1:4]]).logits, tiles)
     one = model(input_ids=torch.tensor([[1, IMAGE, IMAGE, 6]]), images=pixels[:2]).logits
     assert torch.equal(model(input_ids=torch.tensor([[1, IMAGE, 6]]), images=pixels[None, :2]).logits, one)
 
@@ -249,7 +293,7 @@ def test_numbers_that_fit_no_reading(counts, images):
         assign_images(counts, list(range(images)))
 
 
-def test_model_without_eyes(tiny_model):
+def test_model_without_a_vision_tower(tiny_model):
     model = tiny_model(mm_vision_config=None)
     assert not [name for name, _ in model.named_parameters() if "mm_projector" in name or "vision" in name]
     assert model(input_ids=torch.tensor([[1, 5]])).logits.shape == (1, 2, 64)
@@ -262,3 +306,26 @@ def test_names_that_users_rely_on(model, pixels):
     from llava import LlavaLlamaForCausalLM
 
     assert type(model) is LlavaLlamaForCausalLM
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_inputs_of_other_shapes_are_named(model, pixels, call):
+    ids = torch.tensor([1, IMAGE, 5])
+    with pytest.raises(ValueError, match=r"^input_ids are \(3,\); pass \(B, T\), a single prompt as"):
+        getattr(model, call)(ids, images=pixels[:1])
+    with pytest.raises(ValueError, match=r"^images are \(3, 28, 28\); pass \(N, 3, height, width\), or a list of"):
+        getattr(model, call)(ids[None], images=pixels[0])
+    with pytest.raises(ValueError, match=r"^images are a list of \(28, 28\); pass \(N, 3, height, width\)"):
+        getattr(model, call)(ids[None], images=[pixels[0, 0]])
+    with pytest.raises(ValueError, match=r"^images are a list of \(3, 28, 28\), \(3, 28, 14\); pass \(N, 3, height"):
+        getattr(model, call)(ids[None], images=[pixels[0], pixels[0, :, :, :14]])
+    with pytest.raises(TypeError, match=r"^images hold a ndarray; pass the pixels that process_images makes of them$"):
+        getattr(model, call)(ids[None], images=[pixels[0].numpy()])
+
+
+def test_a_tower_that_is_frozen_later_leaves_the_training_mode(tiny_packed_model):
+    model = tiny_packed_model().train()
+    tower = model.get_vision_tower().requires_grad_(True)
+    assert model.train().get_vision_tower().training or tower.train().training
+    tower.requires_grad_(False)
+    assert [model.train().training, tower.training, tower.vision_tower.training] == [True, False, False]

@@ -1,4 +1,4 @@
-"""The planner's counts are what is really there: parameters, quantised weights, tensors that autograd keeps."""
+"""The plan's counts are the real ones: parameters, quantised weights, tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from llava.model.configuration import LlavaConfig
-from llava.model.fused_layers import FusedLayers, run_layer
 from llava.model.memory import (
     ModelSizes,
     cache_bytes,
@@ -22,6 +21,7 @@ from llava.model.memory import (
     training_peak,
     weight_bytes,
 )
+from llava.model.packed.fused_lora import FusedLora, run_layer
 from llava.model.vision_tower import VIT_L_14_336
 from llava.train.lora import add_lora, choose_trainable
 
@@ -34,7 +34,7 @@ WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "n
 
 
 def test_the_sizes_of_llava_7b():
-    """performance.md's figures: 6.476 G in the layers, 320 M at rank 128, 0.524 MB of cache a token."""
+    """performance.md's figures: 6.476 G in the layers, 320 M at rank 128, 0.524 MB of KV cache a token."""
     assert LLAVA_7B.block_weights == 6_476_005_376
     assert LLAVA_7B.lora_parameters(128) == 319_815_680
     assert cache_bytes(LLAVA_7B, 1) == 524_288
@@ -62,7 +62,7 @@ def test_parameters_are_those_of_the_model(tiny_model, changes):
 
 
 def kept_bytes(model, **inputs):
-    """What autograd keeps in a forward pass besides parameters: every storage once."""
+    """Bytes that autograd saves in a forward pass besides parameters, every storage once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -93,8 +93,8 @@ def step_bytes(tiny_model, layers, changes, rank, dropout):
     ("changes", "rank", "dropout"),
     [*itertools.product([{}, WIDE], [4, 8], [0.0, 0.1]), ({**WIDE, "intermediate_size": 80}, 4, 0.1), (WIDE, 0, 0.0)],
 )
-def test_a_block_keeps_what_is_counted(tiny_model, changes, rank, dropout):
-    """The difference of three blocks and two is one block; in fp32 on the CPU dropout's mask is fp32 too."""
+def test_a_layer_saves_the_counted_bytes(tiny_model, changes, rank, dropout):
+    """The difference of three layers and two is one layer; in fp32 on the CPU dropout's mask is fp32 too."""
     (three, sizes), (two, _) = (step_bytes(tiny_model, layers, changes, rank, dropout) for layers in (3, 2))
     counted = layer_activations(
         sizes, length=TOKENS, rank=rank, dropout=dropout, is_padded=False, element=4, mask_element=4
@@ -103,11 +103,11 @@ def test_a_block_keeps_what_is_counted(tiny_model, changes, rank, dropout):
 
 
 def compiled_step_bytes(tiny_model, layers, changes, dropout):
-    """What autograd keeps of packs through compiled layers, and the sizes; one more layer than is counted runs last."""
+    """Bytes that autograd saves of packs through compiled layers, and the sizes; the last layer is not counted."""
     model = tiny_model(num_hidden_layers=layers + 1, max_position_embeddings=64, **changes)
     wrapped = add_lora(model, rank=4, alpha=8, dropout=dropout, bias="none", base_name="x")
     choose_trainable(wrapped, lora=True, projector=True, backbone=False)
-    fused = FusedLayers(model.train(), compiled=False)
+    fused = FusedLora(model.train(), compiled=False)
     torch._dynamo.reset()
     fused.run = torch.compile(run_layer, dynamic=False, backend="aot_eager_decomp_partition")  # parts as inductor does
     embeds, wanted = torch.randn(ROWS, TOKENS, model.config.hidden_size, requires_grad=True), torch.tensor([2])
@@ -130,8 +130,8 @@ def compiled_step_bytes(tiny_model, layers, changes, dropout):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("changes", [{}, WIDE])
-def test_a_compiled_block_keeps_what_is_counted(tiny_model, changes, dropout):
-    """On the CPU with a dense mask, which is kept as numbers; adapters that are put together are copies."""
+def test_a_compiled_layer_saves_the_counted_bytes(tiny_model, changes, dropout):
+    """On the CPU with a dense mask, which is saved as numbers; concatenated adapters are copies."""
     (three, sizes), (two, _) = (compiled_step_bytes(tiny_model, layers, changes, dropout) for layers in (3, 2))
     counted = fused_activations(sizes, rank=4, dropout=dropout, element=4, mask_element=1) + 4 * TOKENS
     copies = 4 * sizes.lora_parameters(4) // sizes.layers
@@ -141,7 +141,7 @@ def test_a_compiled_block_keeps_what_is_counted(tiny_model, changes, dropout):
 def test_weights_in_fewer_bits_are_those_of_bitsandbytes():
     pytest.importorskip("bitsandbytes")
     from llava.model.builder import build_model
-    from llava.model.checkpoint import open_checkpoint
+    from llava.model.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(LLAVA_TINY)
     sizes = ModelSizes.of(checkpoint.config)
@@ -157,13 +157,13 @@ def test_weights_in_fewer_bits_are_those_of_bitsandbytes():
         assert weight_bytes(sizes, bits) == pytest.approx(stored, rel=1e-3)
 
 
-def test_a_padded_batch_keeps_a_row_of_the_mask_for_each_position():
+def test_a_padded_batch_saves_a_row_of_the_mask_for_each_position():
     options = {"length": 640, "rank": 8, "dropout": 0.05}
     padded, even = (layer_activations(LLAVA_7B, is_padded=is_padded, **options) for is_padded in (True, False))
     assert padded - even == 2 * 640
 
 
-def test_checkpointing_keeps_one_block_and_every_blocks_input():
+def test_checkpointing_saves_one_layer_and_every_layers_input():
     options = {"batch": 2, "length": 640, "rank": 128, "dropout": 0.05, "is_padded": False}
     whole = training_peak(LLAVA_7B, checkpointing=False, **options)
     saved = training_peak(LLAVA_7B, checkpointing=True, **options)
@@ -183,10 +183,10 @@ def test_checkpointing_keeps_one_block_and_every_blocks_input():
         ({"zero": 3, "gpus": 4, "offload": True}, 0.5),
     ],
 )
-def test_bytes_of_a_parameter_that_learns(options, expected):
+def test_bytes_of_a_trainable_parameter(options, expected):
     assert optimizer_bytes(1000, **options) == 1000 * expected
 
 
-def test_a_model_without_eyes_is_refused():
-    with pytest.raises(ValueError, match=r"^the model has no image encoder, so its memory can't be planned; pass"):
+def test_a_model_without_a_vision_tower_is_refused():
+    with pytest.raises(ValueError, match=r"^the model has no vision tower, so its memory can't be planned; pass"):
         ModelSizes.of(LlavaConfig())

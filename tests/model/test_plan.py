@@ -1,4 +1,4 @@
-"""The planner says what is needed, what is there, and the nearest setup that fits."""
+"""The plan prints needed and available memory, and the nearest setup that fits."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_the_task_script_on_80_gb():
         "  activations                               7.8 GB",
         "  CUDA itself                               0.8 GB",
         "  needed on each GPU                       28.1 GB",
-        "  there                                    80.0 GB",
+        "  available                                80.0 GB",
         "it fits",
     ]
 
 
-def test_without_a_gpu_the_need_alone_is_told():
+def test_without_a_gpu_only_the_needed_memory_is_printed():
     assert describe_plan(LLAVA_7B, Inference(), None).splitlines()[-1].split() == [
         "needed", "on", "each", "GPU", "15.3", "GB",
     ]  # fmt: skip
@@ -109,14 +109,14 @@ def test_the_program(capsys, tmp_path):
     assert "it does not fit, nor does anything smaller" in capsys.readouterr().out
 
 
-def test_what_is_free_is_asked_of_the_gpu(capsys, monkeypatch):
+def test_free_memory_is_read_from_the_gpu(capsys, monkeypatch):
     monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(plan, "free_memory", lambda device: 7 * GB)
     assert main(["--model-path", str(LLAVA_TINY), "--infer"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2].split() == ["there", "7.0", "GB"]
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["available", "7.0", "GB"]
 
 
-def test_weights_need_not_be_there(goldens, copy_golden, change_config, tmp_path, capsys):
+def test_the_weights_are_not_needed(goldens, copy_golden, change_config, tmp_path, capsys):
     directory = copy_golden("llava-v1.5-golden", tmp_path / "x")
     for path in directory.glob("pytorch_model*"):
         path.unlink()
@@ -136,6 +136,6 @@ def test_wrong_usage(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_no_such_model(capsys, tmp_path):
+def test_a_missing_model(capsys, tmp_path):
     assert main(["--model-path", str(tmp_path / "none")]) == 2
     assert "is neither a directory nor complete in the hub's cache" in capsys.readouterr().err

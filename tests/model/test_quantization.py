@@ -1,4 +1,4 @@
-"""4 and 8 bit: what is quantised, how exactly, how it answers, and what is refused."""
+"""4 and 8 bit: quantised layers, exactness, answers, and refused inputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from llava.model import devices
 from llava.model.builder import load_pretrained_model
 from llava.model.configuration import LlavaConfig
 from llava.model.quantization import (
@@ -128,7 +129,7 @@ def test_which_layers_are_of_4_bit(monkeypatch):
     assert not has_4bit_weights(layers)
 
 
-def test_eight_bit_says_nothing_about_casts(caplog):
+def test_eight_bit_logs_no_casts(caplog):
     pytest.importorskip("bitsandbytes")
     layers = nn.Sequential(nn.Linear(64, 32, bias=False))
     quantize_linears(layers, 8, torch.float32)
@@ -140,7 +141,7 @@ def test_eight_bit_says_nothing_about_casts(caplog):
 
 @pytest.fixture(scope="module")
 def embedded(repository):
-    """The small model that comes with the code, by bits."""
+    """The embedded model, by bits."""
     pytest.importorskip("bitsandbytes")
     options = {16: {}, 8: {"load_8bit": True}, 4: {"load_4bit": True}}
     path = str(repository / "playground/llava-tiny")
@@ -199,7 +200,7 @@ def test_settings_are_those_of_transformers(bits):
     assert understood.llm_int8_skip_modules == ["lm_head", "model.mm_projector", "model.vision_tower"]
 
 
-def test_the_config_tells_the_bits(quantised_config):
+def test_the_config_records_the_bits(quantised_config):
     plain = LlavaConfig()
     assert not is_quantized(plain)
     assert saved_bits(plain, "here") is None
@@ -208,16 +209,16 @@ def test_the_config_tells_the_bits(quantised_config):
         config = quantised_config(bits)
         assert is_quantized(config)
         assert saved_bits(config, "here") == bits
-        assert [choose_bits(asked, config, "here") for asked in (16, bits)] == [bits, bits]
+        assert [choose_bits(requested, config, "here") for requested in (16, bits)] == [bits, bits]
 
 
-@pytest.mark.parametrize(("saved", "asked"), [(4, 8), (8, 4)])
-def test_other_bits_than_stored_are_refused(quantised_config, saved, asked):
+@pytest.mark.parametrize(("saved", "requested"), [(4, 8), (8, 4)])
+def test_other_bits_than_stored_are_refused(quantised_config, saved, requested):
     message = (
-        rf"^here holds {saved}-bit weights, but {asked} bit are asked for; leave the option out, or load the 16-bit"
+        rf"^here holds {saved}-bit weights, but {requested} bit are requested; leave the option out, or load the 16-bit"
     )
     with pytest.raises(ValueError, match=message):
-        choose_bits(asked, quantised_config(saved), "here")
+        choose_bits(requested, quantised_config(saved), "here")
 
 
 @pytest.mark.parametrize(
@@ -237,14 +238,24 @@ def test_other_methods_are_refused(changes):
         saved_bits(config, "here")
 
 
+def test_a_method_that_cannot_be_read_is_named():
+    config = LlavaConfig(quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(ValueError, match=r"^here is quantised by awq; supported are"):
+        saved_bits(config, "here")
+    with pytest.raises(ValueError, match=r"^here holds weights quantised by awq, which can't be trained; give the dir"):
+        refuse_quantized(config, "here", "trained")
+
+
 def test_quantised_weights_are_refused_where_values_are_needed(quantised_config):
     refuse_quantized(LlavaConfig(), "here", "merged")
-    message = r"^here holds quantised weights, which can be asked but can't be merged; give the directory of the 16-bit"
+    message = (
+        r"^here holds quantised weights, which load for inference but can't be merged; give the directory of the 16-bit"
+    )
     with pytest.raises(ValueError, match=message):
         refuse_quantized(quantised_config(4), "here", "merged")
 
 
-def test_the_note_on_adapters_of_quantised_bases():
+def test_the_warning_for_adapters_of_quantised_bases():
     assert quantization_note(16) is None
     assert quantization_note(4).startswith("the adapter was trained on its base held in 4 bit and is added to the 16")
 
@@ -284,7 +295,8 @@ def test_widths_that_the_cpu_computes_wrongly_are_refused(into, out):
         ),
     ],
 )
-def test_device_maps_are_checked_before_anything_is_read(repository, device_map, message):
+def test_device_maps_are_checked_before_tensors_are_read(repository, monkeypatch, device_map, message):
+    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu", "mps:0", "cuda:0"])
     path = str(repository / "playground/llava-tiny")
     with pytest.raises(ValueError, match=message):
         load_pretrained_model(path, None, "llava-tiny", load_4bit=True, device_map=device_map)

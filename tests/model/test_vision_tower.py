@@ -1,4 +1,4 @@
-"""The tower gives transformers' hidden states, without running the layers behind them."""
+"""The tower gives transformers' hidden states, without running the layers after them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_class_token_is_kept_on_request(whole, pixels):
 
 
 @pytest.mark.parametrize(("layer", "depth"), [(-2, 3), (-1, 4), (2, 2), (0, 0)])
-def test_layers_behind_the_selected_one_are_not_built(layer, depth):
+def test_layers_after_the_selected_one_are_not_built(layer, depth):
     tower = CLIPVisionTower(SIZES, layer)
     assert tower.config.num_hidden_layers == depth
     built = {name.split("layers.")[1].split(".")[0] for name, _ in tower.named_parameters() if "layers." in name}
@@ -117,20 +117,9 @@ def test_names_in_files_are_the_released_ones(parameter, stored):
     assert released_name(parameter) == stored
 
 
-def test_no_attention_is_planned_for_the_number_of_pictures(whole, pixels):
-    tower, seen = build(whole), []
-    for layer in tower.vision_tower.modules():
-        if isinstance(layer, CLIPEncoderLayer):
-            layer.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    tower(pixels)
-    assert seen == [False] * 3
-    assert torch.backends.cuda.cudnn_sdp_enabled() == before
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_layers_give_the_same_for_each_number_of_pictures(whole, pixels, dynamic):
+def test_compiled_layers_give_the_same_for_each_number_of_images(whole, pixels, dynamic):
     tower = build(whole)
     expected = [tower(pixels[:count]) for count in (1, 2)]
     torch._dynamo.reset()
@@ -139,3 +128,78 @@ def test_compiled_layers_give_the_same_for_each_number_of_pictures(whole, pixels
             layer.compile(dynamic=dynamic, fullgraph=True, backend="aot_eager")
     for count, features in zip((1, 2), expected, strict=True):
         torch.testing.assert_close(tower(pixels[:count]), features)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Return the list that fills, at each call, with whether cuDNN, flash and efficient kernels may run."""
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(*arguments, **options):
+        cuda = torch.backends.cuda
+        seen.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()))
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    return seen
+
+
+def test_attention_is_not_cudnns(whole, pixels, kernels):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    build(whole)(pixels)
+    assert kernels == [(False, True, True)] * 3
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_layer_chooses_among_the_same_kernels(pixels, kernels, reentrant):
+    tower = CLIPVisionTower(SIZES).train()
+    newer = getattr(tower.vision_tower, "activation_checkpointing_enable", None)
+    (newer or tower.vision_tower.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+    features = tower(pixels)
+    assert len(kernels) == 3
+    features.sum().backward()
+    assert kernels == [(False, True, True)] * 6  # three layers, each twice
+
+
+def watch_activations(module):
+    """Return the list that fills with (name, whether it requires a gradient) of what each submodule returns."""
+    seen = []
+    for name, part in module.named_modules():
+
+        def note(part, inputs, output, name=name):
+            tensors = (
+                [output]
+                if isinstance(output, torch.Tensor)
+                else list(output.values() if hasattr(output, "values") else output)
+            )
+            seen.extend((name, tensor.requires_grad) for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+        part.register_forward_hook(note)
+    return seen
+
+
+def test_a_frozen_tower_has_no_gradients_in_training(pixels):
+    tower = CLIPVisionTower(SIZES).requires_grad_(False)
+    seen = watch_activations(tower)
+    tower.train()(pixels)
+    assert len(seen) > 20
+    assert {needs for _, needs in seen} == {False}
+    assert not any(module.training for module in tower.modules())
+
+
+def test_a_trained_tower_has_gradients_in_every_parameter_it_uses(pixels):
+    tower = CLIPVisionTower(SIZES).train()
+    tower(pixels).sum().backward()
+    assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == [
+        "vision_tower.post_layernorm.weight",
+        "vision_tower.post_layernorm.bias",
+    ]
+    assert tower.training
+
+
+def test_gradients_reach_the_pixels_of_a_frozen_tower(pixels):
+    tower = CLIPVisionTower(SIZES).requires_grad_(False)
+    wanted = pixels.clone().requires_grad_()
+    tower(wanted).sum().backward()
+    assert wanted.grad.abs().sum() > 0

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from llava.inference.chat import Chat
-from llava.inference.images import load_image
+from llava.inference.chat.chat import Chat
+from llava.inference.load_image import load_image
 from llava.inference.session import Sampling, Session
 from llava.model import builder
 from llava.serve import cli
@@ -65,7 +65,7 @@ def test_another_image_starts_anew(talk, session, images, goldens):
     assert code == 0
     assert output.split("USER: ")[1:] == [
         f"ASSISTANT: {first}\n",
-        f"The dialogue starts anew, about {portrait}.\n",
+        f"New conversation about {portrait}.\n",
         f"ASSISTANT: {second}\n",
         "",
     ]
@@ -75,7 +75,7 @@ def test_reset_keeps_the_image(talk, session, images):
     [first] = answers(session, "what?", images=images["landscape.jpg"])
     _, output, _ = talk(["what?", "/reset", "what?"])
     assert output.count(f"ASSISTANT: {first}\n") == 2
-    assert "The dialogue starts anew.\n" in output
+    assert "New conversation.\n" in output
 
 
 def test_mistakes_are_named_and_change_nothing(talk, session, images):
@@ -85,15 +85,35 @@ def test_mistakes_are_named_and_change_nothing(talk, session, images):
     assert f"ASSISTANT: {first}\n" in output
     assert f"ASSISTANT: {second}\n" in output
     lines = errors.splitlines()
-    assert lines[0] == "error: image none.jpg not found; check the image folder and the file's name"
-    assert lines[1:3] == [f"error: {command!r} is no command; type /help" for command in ("/image", "/foo")]
+    assert (
+        lines[0]
+        == "error: image none.jpg not found, its folder has no images; check the image folder and the file's name"
+    )
+    assert lines[1:3] == [f"error: {command!r} is not a command; type /help" for command in ("/image", "/foo")]
     assert lines[3].startswith("error: the question has 1 <image> but 0 images;")
-    assert lines[4].endswith("shorten the question or lower max_new_tokens; /reset starts anew")
+    assert lines[4].endswith("in the context of 512; shorten it; /reset starts a new conversation")
+
+
+def test_the_limit_of_answers_may_change(talk, session, images):
+    chat = Chat(session, GREEDY)
+    expected = ["".join(chat.reply("what?", images["landscape.jpg"]))]
+    chat.sampling = Sampling(max_new_tokens=2)
+    expected.append("".join(chat.reply("why?")))
+    code, output, errors = talk(["what?", "/tokens 0", "/tokens many", "/tokens", "/tokens 2", "why?"])
+    assert code == 0
+    answered = [line.partition("ASSISTANT: ")[2] for line in output.splitlines() if "ASSISTANT: " in line]
+    assert answered == expected
+    assert "Answers have at most 2 tokens." in output
+    assert errors.splitlines() == [
+        "error: /tokens 0: give a whole number of tokens, 1 or more",
+        "error: /tokens many: give a whole number of tokens, 1 or more",
+        "error: '/tokens' is not a command; type /help",
+    ]
 
 
 def test_help_lists_the_commands(talk):
     _, output, _ = talk(["/help"])
-    for command in ("/image PATH", "/reset", "/help", "/exit"):
+    for command in ("/image PATH", "/reset", "/tokens N", "/help", "/exit"):
         assert command in output
 
 
@@ -105,7 +125,7 @@ def test_without_an_image(talk, session):
 def test_debug_shows_what_the_model_read(talk, session):
     _, _, errors = talk(["hello"], "--debug", image=None)
     ids = session.prompt_ids("hello")
-    assert f"{len(ids) + 4} positions computed; ids so far: {str(ids)[:-1]}" in errors
+    assert f"{len(ids) + 4} positions computed; token ids: {str(ids)[:-1]}" in errors
 
 
 def test_ctrl_c_breaks_an_answer_off_and_ends_at_the_prompt(session, monkeypatch, capsys):
@@ -122,8 +142,8 @@ def test_ctrl_c_breaks_an_answer_off_and_ends_at_the_prompt(session, monkeypatch
     write = builtins.print
 
     def interrupted(*texts, **options):
-        if texts and texts[0] == " (broken off)":
-            shown.append("broken off")
+        if texts and texts[0] == " (stopped)":
+            shown.append("stopped")
         elif len(shown) == 0 and options.get("end") == "" and not texts[0].startswith("ASSISTANT"):
             shown.append("piece")
             raise KeyboardInterrupt
@@ -133,7 +153,7 @@ def test_ctrl_c_breaks_an_answer_off_and_ends_at_the_prompt(session, monkeypatch
     monkeypatch.setattr(builtins, "print", interrupted)
     Terminal(chat, []).run()
     monkeypatch.undo()
-    assert shown == ["piece", "broken off"]
+    assert shown == ["piece", "stopped"]
     assert [question for question, _ in chat.turns] == ["hello", "and now?"]
     assert capsys.readouterr().out.count("ASSISTANT: ") == 2
 
@@ -173,4 +193,4 @@ class TestErrorsAtTheStart:
     def test_a_device_that_is_not_there(self, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["--model-path", "any", "--device", "cuda"])
-        assert "--device: cuda is not available here; choose another or leave the flag out" in capsys.readouterr().err
+        assert "--device: device 'cuda' is not available" in capsys.readouterr().err

@@ -15,8 +15,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from llava.model.checkpoint import open_checkpoint
-from llava.model.conversion import write_original
+from llava.model.checkpoint.checkpoint import open_checkpoint
+from llava.model.checkpoint.convert import write_original
 from llava.train.train import main
 
 TINY = Path(__file__).parents[2] / "playground/llava-tiny"
@@ -60,12 +60,13 @@ def read_log() -> Callable[[Path, str], list[float]]:
 
 @pytest.fixture
 def train_forked(goldens, tmp_path) -> Callable[..., Path]:
-    """Return the function (name, rows, *flags, processes=, before=) -> output directory of a run in forked processes.
+    """Return the function (name, rows, *flags, processes=, before=, code=) -> output directory of a forked run.
 
-    They start from the golden model and meet on the loopback, as under torchrun; the libraries are not loaded again.
+    Its processes start from the golden model and meet on the loopback, as under torchrun; the libraries are not loaded
+    again. All end with `code`; what each printed is in `name.RANK.log` beside the directory.
     """
 
-    def run(name, rows, *flags, processes=2, before=None):
+    def run(name, rows, *flags, processes=2, before=None, code=0):
         data, output = tmp_path / "data.json", tmp_path / name
         data.write_text(json.dumps(rows))
         words = ["--model_name_or_path", goldens / "llava-v1.5-golden", "--data_path", data, "--output_dir", output]
@@ -86,7 +87,7 @@ def train_forked(goldens, tmp_path) -> Callable[..., Path]:
             child.join(240)
             child.kill()
         logs = "".join(path.read_text() for path in sorted(tmp_path.glob(f"{name}.*.log")))
-        assert [child.exitcode for child in children] == [0] * processes, logs[-6000:]
+        assert [child.exitcode for child in children] == [code] * processes, logs[-6000:]
         return output
 
     return run

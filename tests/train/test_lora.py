@@ -1,4 +1,4 @@
-"""Exactly the parameters that should learn do."""
+"""LoRA adapters, trainable parameters and the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def with_lora(model, **changes):
     return add_lora(model, **options)
 
 
-def test_names_of_the_llms_linears(model):
+def test_names_of_the_llms_linear_layers(model):
     assert linear_names(model) == LINEARS
 
 
-def test_adapters_sit_on_the_llms_linears_alone(model):
+def test_only_the_llms_linear_layers_get_adapters(model):
     wrapped = with_lora(model)
     names = sorted(name for name, _ in wrapped.named_parameters() if "lora_" in name)
     assert names == sorted(lora_names())
@@ -50,7 +50,7 @@ def test_adapters_sit_on_the_llms_linears_alone(model):
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 @pytest.mark.parametrize("projector", [True, False])
-def test_lora_and_projector_learn(model, projector, bias):
+def test_lora_and_projector_are_trainable(model, projector, bias):
     wrapped = with_lora(model, bias=bias)
     names = choose_trainable(wrapped, lora=True, projector=projector, backbone=False)
     expected = lora_names() + [f"base_model.model.{name}" for name in PROJECTOR if projector]
@@ -58,7 +58,7 @@ def test_lora_and_projector_learn(model, projector, bias):
     assert sorted(names) == sorted(name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
 
 
-def test_the_backbones_own_weights_never_learn_under_lora(model):
+def test_the_llms_own_weights_are_frozen_under_lora(model):
     names = choose_trainable(with_lora(model), lora=True, projector=False, backbone=True)
     assert sorted(names) == sorted(lora_names())
 
@@ -79,7 +79,7 @@ def test_everything_but_the_tower(model, projector):
     assert "model.embed_tokens.weight" in names
 
 
-def test_learning_parameters_take_their_dtype(model):
+def test_trainable_parameters_take_their_dtype(model):
     model.to(torch.bfloat16)
     names = choose_trainable(model, lora=False, projector=True, backbone=False, dtype=torch.float32)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -87,8 +87,8 @@ def test_learning_parameters_take_their_dtype(model):
     assert {dtype for name, dtype in dtypes.items() if name not in names} == {torch.bfloat16}
 
 
-def test_nothing_would_learn(model):
-    message = r"^nothing would learn; pass --lora_enable True, or fewer --freeze_... flags$"
+def test_no_trainable_parameter(model):
+    message = r"^no parameter is trainable; pass --lora_enable True, or fewer --freeze_... flags$"
     with pytest.raises(ValueError, match=message):
         choose_trainable(model, lora=False, projector=False, backbone=False)
 
@@ -117,7 +117,7 @@ def test_groups_with_the_projectors_own_rate(model):
     )
 
 
-def test_groups_without_a_rate_of_its_own(model):
+def test_one_group_without_a_rate_for_the_projector(model):
     choose_trainable(model, lora=False, projector=True, backbone=False)
     groups = group_names(model, parameter_groups(model, [], weight_decay=0.1, projector_lr=None))
     assert groups == [(PROJECTOR, 0.0, None)]
@@ -154,14 +154,14 @@ def test_tower_stays_out_whatever_its_layers_are_called(model):
     assert not [name for name, _ in wrapped.named_parameters() if "vision_tower" in name and "lora_" in name]
 
 
-def test_the_tower_learns_but_for_what_is_not_read(model):
+def test_the_tower_is_trainable_except_its_unused_norm(model):
     names = choose_trainable(model, lora=False, projector=False, backbone=False, tower=True)
     tower = [name for name, _ in model.named_parameters() if "vision_tower" in name]
     assert sorted(names) == sorted(name for name in tower if "post_layernorm" not in name)
     assert len(tower) - len(names) == 2
 
 
-def test_a_learning_tower_has_one_dtype(model):
+def test_a_trainable_tower_has_one_dtype(model):
     """Its last norm runs too, so it must fit the rest, though it doesn't learn."""
     model.to(torch.bfloat16)
     choose_trainable(model, lora=False, projector=True, backbone=False, tower=True, dtype=torch.float32)
@@ -169,8 +169,8 @@ def test_a_learning_tower_has_one_dtype(model):
     assert model.lm_head.weight.dtype is torch.bfloat16
 
 
-def test_only_parameters_with_a_gradient_learn(model):
-    """Of the whole model with its tower: every parameter that learns has a gradient, so that no process waits."""
+def test_every_trainable_parameter_gets_a_gradient(model):
+    """The whole model with its tower; under DDP a trainable parameter without gradient would block the other ranks."""
     names = choose_trainable(model, lora=False, projector=True, backbone=True, tower=True)
     ids = torch.tensor([[1, -200, 5, 6]])
     images = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -200,7 +200,14 @@ def test_chosen_layers_alone(model):
     assert found == {"q_proj", "down_proj"}
 
 
-def test_layers_that_there_are_none_of(model):
+def test_unknown_target_modules(model):
     message = r"^--lora_target_modules Wq: choose among down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj$"
     with pytest.raises(ValueError, match=message):
         with_lora(model, targets=["q_proj", "Wq"])
+
+
+def test_pefts_own_save_takes_a_released_base_as_it_is(model, tmp_path):
+    """It reads the base's config; `transformers_log` would tell of a warning."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "vocab_size": model.config.vocab_size}))
+    with_lora(model, base_name=str(tmp_path)).save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, and a directory is never left half written."""
+"""Saved parameters are restored bit for bit, and a directory is never left half written."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from llava.model.builder import load_pretrained_model
-from llava.model.weight_writer import write_weights
-from llava.model.weights import open_weights
+from llava.model.checkpoint.read_tensors import open_weights
+from llava.model.checkpoint.write_tensors import write_weights
+from llava.model.configuration import LlavaConfig
 from llava.train.lora import add_lora, choose_trainable
-from llava.train.saving import Saver, Surroundings, filled_at_the_end, gather_parameters
+from llava.train.saving import CheckpointMetadata, Saver, atomic_fill, gather_parameters
 
 SETTINGS = [
     "config.json",
@@ -35,7 +36,7 @@ def saver(request, goldens):
     kind = request.param
     path = str(goldens / "llava-v1.5-golden")
     tokenizer, model, processor, _ = load_pretrained_model(path, None, "x", device="cpu", dtype="float32")
-    beside = Surroundings(copy.deepcopy(model.config), tokenizer, processor, '{"flags": 1}\n')
+    metadata = CheckpointMetadata(copy.deepcopy(model.config), tokenizer, processor, '{"flags": 1}\n')
     if kind == "lora":
         model = add_lora(model, rank=2, alpha=4, dropout=0.0, bias="none", base_name=path)
     choose_trainable(model, lora=kind == "lora", projector=True, backbone=kind == "full")
@@ -43,7 +44,7 @@ def saver(request, goldens):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter))
-    return Saver(model, beside, kind, torch.float32)
+    return Saver(model, metadata, kind, torch.float32)
 
 
 def snapshot(model):
@@ -63,7 +64,12 @@ def test_saved_and_restored_bit_for_bit(saver, tmp_path):
     assert all(torch.equal(parameter, before[name]) for name, parameter in saver.model.named_parameters())
 
 
-def test_what_is_missing_is_named(saver, tmp_path):
+def test_the_base_is_not_read_for_a_save(saver, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlavaConfig, "from_pretrained", lambda *_: pytest.fail("the base was read"))
+    saver.save(saver.gather(), tmp_path)
+
+
+def test_a_missing_parameter_is_named(saver, tmp_path):
     saver.save(saver.gather(), tmp_path)
     if saver.kind == "full":
         gone = "model.mm_projector.2.bias"
@@ -74,7 +80,7 @@ def test_what_is_missing_is_named(saver, tmp_path):
         torch.save(
             {key: value for key, value in tensors.items() if not key.endswith("mm_projector.2.bias")}, tmp_path / name
         )
-    message = r"lacks .*model.mm_projector.2.bias, which this run trains; start anew in another --output_dir$"
+    message = r"lacks .*model.mm_projector.2.bias, which this run trains; start over in another --output_dir$"
     with pytest.raises(ValueError, match=message):
         saver.restore(tmp_path)
 
@@ -103,10 +109,10 @@ def test_adapter_files_are_pefts_and_the_originals(saver, tmp_path):
     ]
 
 
-def test_files_move_at_the_end(tmp_path):
+def test_files_move_once_all_are_written(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     (tmp_path / "other.txt").write_text("stays")
-    with filled_at_the_end(tmp_path) as hidden:
+    with atomic_fill(tmp_path) as hidden:
         (hidden / "a.txt").write_text("new")
         (hidden / "b.txt").write_text("b")
         assert (tmp_path / "a.txt").read_text() == "old"
@@ -118,10 +124,26 @@ def test_files_move_at_the_end(tmp_path):
     }
 
 
+def test_weights_of_an_earlier_run_are_never_read_instead(tmp_path):
+    """A single file goes before an index, so one that stayed would hide the shards just written."""
+    for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("old")
+    with atomic_fill(tmp_path) as hidden:
+        (hidden / "model.safetensors.index.json").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_model.safetensors",
+        "model.safetensors.index.json",
+    ]
+    (tmp_path / "model.safetensors").write_text("base")
+    with atomic_fill(tmp_path) as hidden:
+        (hidden / "adapter_model.safetensors").write_text("an adapter")
+    assert (tmp_path / "model.safetensors").read_text() == "base"
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_leaves_the_directory_as_it_was(tmp_path, error):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(type(error)), filled_at_the_end(tmp_path) as hidden:
+    with pytest.raises(type(error)), atomic_fill(tmp_path) as hidden:
         (hidden / "a.txt").write_text("half")
         raise error
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
@@ -130,6 +152,6 @@ def test_a_failure_leaves_the_directory_as_it_was(tmp_path, error):
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
     (tmp_path / "out" / ".writing").mkdir(parents=True)
     (tmp_path / "out" / ".writing" / "half.bin").write_text("x")
-    with filled_at_the_end(tmp_path / "out") as hidden:
+    with atomic_fill(tmp_path / "out") as hidden:
         (hidden / "a.txt").write_text("a")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.txt"]

@@ -1,4 +1,4 @@
-"""What the scripts hand to the launcher, with a stand-in for it."""
+"""The scripts start the launcher with the right flags (a stub replaces it)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.command_line import parse_arguments
+from llava.train.flags.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 

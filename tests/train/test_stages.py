@@ -1,4 +1,4 @@
-"""Each stage learns a few rows by heart, changes exactly the parameters it says, and is read back by us and by peft."""
+"""Each stage overfits a few rows, changes exactly the parameters it says, and is read back by us and by peft."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llava.inference import parity
-from llava.model.adapter import read_adapter
+from llava.model.adapter.lora import read_adapter
 from llava.model.builder import attach_adapter, build_model, load_pretrained_model
-from llava.model.checkpoint import open_checkpoint
-from llava.model.weights import open_tensor_file, open_weights
+from llava.model.checkpoint.checkpoint import open_checkpoint
+from llava.model.checkpoint.read_tensors import open_tensor_file, open_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -61,7 +61,8 @@ def stage(train_tiny, tmp_path_factory):
         output = tmp_path_factory.mktemp("stage") / "out"
         flags, rate, _ = STAGES[name]
         words = ["--per_device_train_batch_size", "2", "--num_train_epochs", "30", "--learning_rate", str(rate)]
-        assert train_tiny(output, ROWS, *words, *flags) == 0
+        with torch.enable_grad():  # whichever test comes first
+            assert train_tiny(output, ROWS, *words, *flags) == 0
         return output
 
     return run
@@ -73,12 +74,12 @@ def base(tiny_base):
 
 
 def trained_names(base, said):
-    """Names in full weights of what a stage says it trains, spelt out from the base's own names."""
+    """Names of the weights that a stage says it trains, among the base's own names."""
     is_trained = {
         "projector": lambda name: "mm_projector" in name,
         "llm": lambda name: "mm_projector" not in name and "vision_tower" not in name,
         "linears": lambda name: name.startswith("model.layers.") and name.split(".")[-2] in LINEARS,
-        # of six layers the last is behind the one that is read, and the last norm makes what LLaVA does not read
+        # of six layers LLaVA reads the fifth: the last one and the last norm are never used
         "tower": lambda name: "vision_tower" in name and "layers.5." not in name and "post_layernorm" not in name,
     }
     words = said.split()
@@ -91,7 +92,7 @@ def trained_names(base, said):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_learns_by_heart_and_changes_exactly_what_it_says(stage, base, tiny_base, read_log, name):
+def test_a_stage_overfits_and_changes_exactly_its_parameters(stage, base, tiny_base, read_log, name):
     output = stage(name)
     losses = read_log(output, "loss")
     assert losses[0] > 1
@@ -107,14 +108,14 @@ def test_a_stage_learns_by_heart_and_changes_exactly_what_it_says(stage, base, t
 def test_names_in_the_files(stage, base, name):
     output = stage(name)
     said = STAGES[name][2]
-    stems = {
+    layers = {
         key.removesuffix(".weight")
         for key in trained_names(base, said)
         if "vision_tower" not in key and "mm_projector" not in key
     }
     parts = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if name == "dora" else [])]
     assert set(open_tensor_file(output / "adapter_model.safetensors")) == {
-        f"base_model.model.{stem}.{part}" for stem in stems for part in parts
+        f"base_model.model.{layer}.{part}" for layer in layers for part in parts
     }
     assert set(open_tensor_file(output / "non_lora_trainables.bin")) == {
         f"base_model.model.{key}" for key in trained_names(base, said) if "mm_projector" in key or "vision_tower" in key
@@ -132,17 +133,17 @@ def logits(model):
     return model(input_ids=ids, images=images).logits
 
 
-def beside_its_base(output, tiny_base):
-    """The base with the adapter's projector (and tower), and the adapter beside it through peft."""
+def attached(output, tiny_base):
+    """The base with the adapter's projector (and tower), and the adapter attached through peft."""
     checkpoint = open_checkpoint(output, tiny_base, with_adapter=False)
     return attach_adapter(build_model(checkpoint, dtype="float32", device="cpu"), output)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_merged_equals_the_adapter_beside_its_base(stage, tiny_base, name):
+def test_merged_equals_the_adapter_attached(stage, tiny_base, name):
     output = stage(name)
     merged = load_pretrained_model(str(output), str(tiny_base), "x", device="cpu", dtype="float32")[1]
-    torch.testing.assert_close(logits(merged), logits(beside_its_base(output, tiny_base)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merged), logits(attached(output, tiny_base)), atol=1e-4, rtol=1e-4)
     plain = load_pretrained_model(str(tiny_base), None, "x", device="cpu", dtype="float32")[1]
     assert (logits(merged) - logits(plain)).abs().max() > 0.1
 
@@ -177,17 +178,18 @@ def test_the_merge_program(stage, merge, tiny_base, tmp_path, name):
     words = ["--model-path", output, "--model-base", tiny_base, "--save-model-path", tmp_path / "m"]
     assert merge([str(word) for word in [*words, "--no-parity"]]) == 0
     merged = load_pretrained_model(str(tmp_path / "m"), None, "x", device="cpu", dtype="float32")[1]
-    torch.testing.assert_close(logits(merged), logits(beside_its_base(output, tiny_base)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merged), logits(attached(output, tiny_base)), atol=1e-4, rtol=1e-4)
 
 
-def test_dora_is_not_compared_where_memory_is_short(stage, merge, tiny_base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["rslora", "dora", "lora with tower"])
+def test_a_merge_is_compared_where_memory_is_short(stage, merge, tiny_base, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(parity, "free_memory", lambda device: 1000)
-    words = ["--model-path", stage("dora"), "--model-base", tiny_base, "--save-model-path", tmp_path / "m"]
-    assert merge([str(word) for word in [*words, "--device", "cpu"]]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("not compared: memory is short, and a DoRA adapter")
+    words = ["--model-path", stage(name), "--model-base", tiny_base, "--save-model-path", tmp_path / "m"]
+    assert merge([str(word) for word in [*words, "--device", "cpu", "--dtype", "bfloat16"]]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("parity: too little memory for the model; each tensor")
 
 
-def test_the_learnt_lengths_are_those_of_the_merged_rows(stage, tiny_base):
+def test_dora_magnitudes_are_the_lengths_of_the_merged_rows(stage, tiny_base):
     """DoRA's definition: each row of the merged weight is as long as its entry of the magnitude."""
     adapter = read_adapter(stage("dora"))
     merged = open_checkpoint(stage("dora"), tiny_base).tensors
@@ -201,7 +203,7 @@ def test_adapters_are_trained_further(stage, train_tiny, read_log, tmp_path, nam
     tower = TOWER if name == "lora with tower" else []
     flags = ["--lora_enable", "True", "--lora_weight_path", stage(name), "--lora_dropout", "0", "--max_steps", "2"]
     assert train_tiny(tmp_path / "out", ROWS, "--per_device_train_batch_size", "2", *flags, *tower) == 0
-    assert max(read_log(tmp_path / "out", "loss")) < 0.05  # it goes on from where the other ended
+    assert max(read_log(tmp_path / "out", "loss")) < 0.05  # it starts where the other ended
     before, after = (json.loads((path / "adapter_config.json").read_text()) for path in (stage(name), tmp_path / "out"))
     for key in ("r", "lora_alpha", "use_dora", "use_rslora", "target_modules"):
         assert after[key] == before[key]
@@ -216,18 +218,18 @@ def test_a_finetuned_model_is_finetuned_again(stage, train_tiny, read_log, tmp_p
 
 
 @pytest.mark.parametrize("name", ["dora", "full with tower", "lora with tower", "lora, bias all"])
-def test_a_run_that_is_resumed_equals_one_that_was_not_stopped(train_tiny, read_log, tmp_path, name):
+def test_a_resumed_run_equals_an_uninterrupted_one(train_tiny, read_log, tmp_path, name):
     flags, rate, _ = STAGES[name]
     words = ["--per_device_train_batch_size", "1", "--learning_rate", str(rate), "--max_steps", "3", *flags]
     words += ["--save_strategy", "steps", "--save_steps", "2"]
     assert train_tiny(tmp_path / "out", ROWS, *words) == 0
-    whole, last = read_log(tmp_path / "out", "loss"), tmp_path / "out" / "checkpoint-3"
+    uninterrupted, last = read_log(tmp_path / "out", "loss"), tmp_path / "out" / "checkpoint-3"
     (last / "trainer_state.json").unlink()
     first = {
         path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix in (".bin", ".safetensors")
     }
     assert train_tiny(tmp_path / "out", ROWS, *words) == 0
-    assert read_log(tmp_path / "out", "loss") == whole  # the last step again, in its old line
+    assert read_log(tmp_path / "out", "loss") == uninterrupted  # the last step again, in its old line
     assert all((tmp_path / "out" / file).read_bytes() == content for file, content in first.items())
 
 

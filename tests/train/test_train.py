@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what learns, what is written, what a resumed run continues, what stops a run."""
+"""Whole runs on a tiny model: trainable parameters, output files, resuming, and errors that stop a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from llava.model.builder import attach_adapter, build_model, load_pretrained_model
-from llava.model.checkpoint import open_checkpoint
-from llava.model.lazy_tensors import fingerprint
-from llava.model.weight_writer import save_tensors, write_weights
-from llava.model.weights import open_tensor_file, open_weights
+from llava.model.checkpoint.checkpoint import open_checkpoint
+from llava.model.checkpoint.lazy_tensors import fingerprint
+from llava.model.checkpoint.read_tensors import open_tensor_file, open_weights
+from llava.model.checkpoint.write_tensors import save_tensors, write_weights
 from llava.train.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,7 +29,7 @@ SETTINGS = [
 LORA = ["adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"]
 PROGRESS = ["manifest.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
 LOGS = ["loss.png", "train_log.jsonl", "trainer_state.json"]
-PICTURES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]
+IMAGES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]
 
 
 def names(directory):
@@ -42,7 +42,7 @@ def row(index, image=None):
     return {"id": index, "conversations": turns, **({"image": image} if image else {})}
 
 
-ROWS = [*(row(index, name) for index, name in enumerate(PICTURES)), row(6), row(7)]
+ROWS = [*(row(index, name) for index, name in enumerate(IMAGES)), row(6), row(7)]
 LORA_FLAGS = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--mm_projector_lr", "1e-3"]
 
 
@@ -317,7 +317,7 @@ def test_adapters_are_trained_further(train, lora_run, tmp_path):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_recipe_is_printed(train, tmp_path, capsys):
+def test_the_run_summary_is_printed(train, tmp_path, capsys):
     assert train(tmp_path / "out", *LORA_FLAGS, "--max_steps", "1") == 0
     printed = capsys.readouterr().out
     assert "template              vicuna_v1" in printed
@@ -338,7 +338,7 @@ def test_bad_rows_are_listed_and_nothing_is_written(train, tmp_path, capsys):
     assert "data.json: 3 of 4 rows can't be used\n  row 0: image 'gone.jpg' not found under" in message
     assert "\n  row 2: not a record: " in message
     assert "\n  row 3: image '../x.jpg' leads out of the image folder" in message
-    assert message.endswith("mend them, or pass --on_bad_row skip to leave them out\n")
+    assert message.endswith("fix these rows, or pass --on_bad_row skip\n")
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -358,8 +358,8 @@ def test_no_good_row_is_left(train, tmp_path, capsys):
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_corrupt_image_met_in_training_is_named(train, goldens, tmp_path, capsys, workers):
     (tmp_path / "images").mkdir()
-    picture = (goldens / "images" / "landscape.jpg").read_bytes()
-    (tmp_path / "images" / "half.jpg").write_bytes(picture[: len(picture) // 2])
+    content = (goldens / "images" / "landscape.jpg").read_bytes()
+    (tmp_path / "images" / "half.jpg").write_bytes(content[: len(content) // 2])
     flags = [*LORA_FLAGS, "--dataloader_num_workers", workers, "--skip_data_check", "True"]
     code = train(tmp_path / "out", *flags, rows=[row(0, "half.jpg")], images=tmp_path / "images")
     message = failure(capsys, code)
@@ -387,7 +387,7 @@ def test_another_template_than_the_checkpoints(train, lora_run, full_run, tmp_pa
     assert "error: --version llava_llama_2: the checkpoint was trained with vicuna_v1; leave the flag out" in message
 
 
-def test_an_adapter_is_no_start(train, lora_run, tmp_path, capsys):
+def test_a_lora_directory_is_not_a_base(train, lora_run, tmp_path, capsys):
     message = failure(capsys, train(tmp_path / "out", *LORA_FLAGS, base=lora_run))
     assert f"error: --model_name_or_path {lora_run} holds a LoRA adapter; merge it first with" in message
 
@@ -399,14 +399,36 @@ def test_adapters_of_another_base_are_not_trained_further(train, lora_run, full_
     assert f"but {full_run} has fingerprint" in message
 
 
-def test_adapters_outside_the_llm_are_not_trained_further(train, goldens, lora_run, tmp_path, capsys):
+def test_adapters_outside_the_llm_are_merged_into_their_weights(train, goldens, lora_run, tmp_path, caplog):
+    """A step of rate 0 changes nothing: what the encoder's adapter does is in the result too, though frozen."""
     shutil.copytree(lora_run, tmp_path / "odd", ignore=shutil.ignore_patterns("checkpoint-*"))
     tensors = dict(open_tensor_file(tmp_path / "odd" / "adapter_model.safetensors"))
-    stem = "base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
-    tensors |= {f"{stem}.lora_A.weight": torch.ones(4, 32), f"{stem}.lora_B.weight": torch.ones(32, 4)}
+    layer = "base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    tensors |= {f"{layer}.lora_A.weight": torch.ones(4, 32), f"{layer}.lora_B.weight": torch.ones(32, 4)}
     save_tensors(tensors, tmp_path / "odd" / "adapter_model.safetensors")
-    message = failure(capsys, train(tmp_path / "out", *LORA_FLAGS, "--lora_weight_path", str(tmp_path / "odd")))
-    assert "odd has adapters outside the LLM; merge it with scripts/merge_lora_weights.py and start from" in message
+    flags = [*LORA_FLAGS, "--lora_weight_path", str(tmp_path / "odd"), "--max_steps", "1"]
+    assert train(tmp_path / "out", *flags, "--learning_rate", "0", "--mm_projector_lr", "0") == 0
+    assert "1 adapters of" in caplog.text
+    assert f"are outside the LLM's blocks ({layer.removeprefix('base_model.model.')}.weight first)" in caplog.text
+    expected = logits(load(tmp_path / "odd", goldens / "llava-v1.5-golden")[1])
+    torch.testing.assert_close(logits(load(tmp_path / "out")[1]), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - logits(load(lora_run)[1])).abs().max() > 1e-3
+
+
+def test_a_frozen_projector_is_in_the_result(train, goldens, lora_run, tmp_path):
+    """The base's, or that of the adapter the run went on from; an empty file would be no result."""
+    frozen = [*LORA_FLAGS, "--freeze_mm_mlp_adapter", "True", "--max_steps", "1"]
+    assert train(tmp_path / "new", *frozen) == 0
+    found = open_tensor_file(tmp_path / "new" / "non_lora_trainables.bin")
+    golden = open_weights(goldens / "llava-v1.5-golden")
+    name = "model.mm_projector.0.weight"
+    assert torch.equal(found[f"base_model.model.{name}"], golden[name])
+    assert train(tmp_path / "further", *frozen, "--lora_weight_path", str(lora_run)) == 0
+    found = open_tensor_file(tmp_path / "further" / "non_lora_trainables.bin")
+    trained = open_tensor_file(lora_run / "non_lora_trainables.bin")
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[key], trained[key]) for key in trained)
+    assert not torch.equal(trained[f"base_model.model.{name}"], golden[name])
 
 
 def test_an_llm_needs_a_tower(train, language_model, tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""Examination of training data; `python -m llava.data.doctor` runs it."""

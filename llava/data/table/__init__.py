@@ -1,0 +1,1 @@
+"""Tables of questions about images, converted to LLaVA records and question files."""

@@ -1,0 +1,1 @@
+"""HTML report of answer files; `python -m llava.eval.report` writes it."""

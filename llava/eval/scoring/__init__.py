@@ -1,0 +1,1 @@
+"""VQA accuracy of answer files: annotations, question types, confidence intervals, calibration."""

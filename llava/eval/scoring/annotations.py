@@ -1,0 +1,257 @@
+"""Readers of answer files and annotations: given answers, true answers, kinds of question."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.data.table.read import BadRows, Columns, TableError, read_table, read_table_header
+from llava.eval.scoring.calibration import find_confidence_problem
+from llava.eval.scoring.question_keys import Keys, QuestionKey, pair_lines
+from llava.files.home_directory import expand_home
+from llava.files.json_files import parse_json
+from llava.files.regular_files import read_text
+from llava.files.terminal_text import show
+
+ANSWER_COUNTS = (1, 10)
+"""True answers per question: one, or VQAv2's ten."""
+
+ALL_QUESTIONS = "all questions"
+OTHER_KIND = "other"
+_KIND_KEYS = ("kind", "question_type")
+_TYPE_KEY = "answer_type"
+_IMAGE_KEYS = ("image_id", "image")
+_RARE_SHARE = 0.01
+
+
+class References(NamedTuple):
+    """The true answers of every question, and its kind.
+
+    `types` has the answer types that the annotations name, `images` what they say about the image and `questions` the
+    texts; questions of which they say nothing are absent.
+    """
+
+    answers: dict[QuestionKey, tuple[str, ...]]
+    kinds: dict[QuestionKey, str]
+    types: dict[QuestionKey, str]
+    images: dict[QuestionKey, str]
+    questions: dict[QuestionKey, str] = {}  # noqa: RUF012 - a default that nobody changes
+
+
+class GivenAnswer(NamedTuple):
+    """A line of an answer file: the text (None after an error), the error's code, what is noted, what was asked."""
+
+    text: str | None
+    error: str | None
+    metadata: dict[str, Any]
+    prompt: str = ""
+
+
+def read_answers(path: str | os.PathLike[str]) -> dict[QuestionKey, GivenAnswer]:
+    """Read an answer file, one JSON object `{question_id, text, metadata, …}` per line.
+
+    Args:
+        path: the file that batch inference wrote.
+
+    Returns:
+        Key of the question -> answer; the key is the question_id, and `(id, 2)` for the second line with the same.
+
+    Raises:
+        TableError: if the file is missing or has bad lines (all are counted, the first 20 listed).
+    """
+    bad, keys = BadRows(os.fspath(path)), Keys()
+    answers: dict[QuestionKey, GivenAnswer] = {}
+    for line, record in _read_json_lines(path, bad):
+        key = _checked_key(record, line, keys, bad)
+        if key is None:
+            continue
+        text, error, metadata = record.get("text"), record.get("error"), record.get("metadata") or {}
+        if not isinstance(text, str) and not error:
+            bad.add(line, "no 'text' with the answer")
+        if not isinstance(metadata, dict):
+            bad.add(line, f"'metadata' is {show(metadata)}, not an object {{…}}")
+        elif problem := find_confidence_problem(metadata):
+            bad.add(line, problem)
+        prompt = record.get("prompt")
+        asked = prompt if isinstance(prompt, str) else ""
+        answers[key] = GivenAnswer(None if error else text, str(error) if error else None, metadata, asked)
+    bad.raise_if_any("Fix these lines, or run the inference again.")
+    if not answers:
+        raise TableError(f"{path}: the file is empty; write the answers first")
+    return answers
+
+
+def pair_answers(
+    name: str, answers: Mapping[QuestionKey, GivenAnswer], questions: Mapping[QuestionKey, str]
+) -> dict[QuestionKey, GivenAnswer]:
+    """Return the answers of a file under the keys of the questions; `name` and errors are those of `pair_lines`.
+
+    Args:
+        name: of the file, for messages.
+        answers: from `read_answers`.
+        questions: key -> text, "" where it is not known.
+    """
+    prompts = {key: answer.prompt for key, answer in answers.items() if answer.prompt}
+    return pair_lines(name, answers, prompts, questions)
+
+
+def read_references(
+    path: str | os.PathLike[str], columns: Columns | None = None, kind_key: str | None = None
+) -> References:
+    """Read the true answers from a table (.csv), from lines (.jsonl) or from VQAv2's annotations (.json).
+
+    Args:
+        path: a table of questions with answers; lines `{question_id, answer}` or `{question_id, answers: […]}`; or
+            `{"annotations": [{question_id, answers: [{"answer": …} x 10], …}]}`.
+        columns: names of the table's columns, for .csv only.
+        kind_key: column or key with the kind of a question; None for `kind`, else `question_type`, else the question's
+            first two words, rare ones (below 1 %) together as "other".
+
+    Returns:
+        Answers, kinds, answer types (column or key `answer_type`), images (`image_id`, else `image`) and questions
+        (`question`, else `text`) by the question's key, as in `read_answers`.
+
+    Raises:
+        TableError: if the file cannot be used (all bad rows are counted, the first 20 listed).
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        return _read_reference_table(path, columns or Columns(), kind_key)
+    bad = BadRows(os.fspath(path), unit="line" if suffix == ".jsonl" else "annotation")
+    if suffix == ".jsonl":
+        records = list(_read_json_lines(path, bad))
+    elif suffix == ".json":
+        records = _read_annotations(path)
+    else:
+        raise TableError(f"{path}: the name ends in {show(suffix)}; annotations are .csv, .jsonl or .json files")
+    return _collect_references(records, bad, kind_key)
+
+
+def pair_references(references: References, questions: Mapping[QuestionKey, str]) -> References:
+    """Return true answers under the keys of the questions of a question file, as `pair_answers` does answers."""
+    keys = pair_lines("the annotations", {key: key for key in references.answers}, references.questions, questions)
+    return References(*({new: part[old] for new, old in keys.items() if old in part} for part in references))
+
+
+def derive_kinds(questions: Mapping[QuestionKey, str]) -> dict[QuestionKey, str]:
+    """Return question_id -> the question's first two words in lower case, rare ones (below 1 %) together as "other"."""
+    starts = {question_id: " ".join(text.lower().split()[:2]) for question_id, text in questions.items()}
+    counts = Counter(starts.values())
+    least = _RARE_SHARE * len(starts)
+    return {question_id: start if counts[start] >= least else OTHER_KIND for question_id, start in starts.items()}
+
+
+def _read_reference_table(path: str | os.PathLike[str], columns: Columns, kind_key: str | None) -> References:
+    header = read_table_header(path)
+    if kind_key is None:
+        kind_key = next((key for key in _KIND_KEYS if key in header), None)
+    elif kind_key not in header:
+        found = ", ".join(map(show, header))
+        raise TableError(f"{path}: no column {kind_key!r}; the header has {found}; name another with --kind-key")
+    type_key = _TYPE_KEY if _TYPE_KEY in header else None
+    keep = [key for key in (type_key, kind_key) if key is not None]
+    ids = Keys()
+    rows = {ids.add(row.question_id): row for row in read_table(path, columns, keep, may_repeat_ids=True)}
+    questions = {key: row.question for key, row in rows.items()}
+    kinds = derive_kinds(questions) if kind_key is None else {key: row.extras[-1] for key, row in rows.items()}
+    types = {key: row.extras[0] for key, row in rows.items() if type_key is not None and row.extras[0]}
+    images = {key: str(row.image_id) for key, row in rows.items()}
+    return References({key: (row.answer,) for key, row in rows.items()}, kinds, types, images, questions)
+
+
+def _collect_references(
+    records: Sequence[tuple[int, dict[str, Any]]], bad: BadRows, kind_key: str | None
+) -> References:
+    if kind_key is None and records:
+        kind_key = next((key for key in _KIND_KEYS if key in records[0][1]), None)
+    answers: dict[QuestionKey, tuple[str, ...]] = {}
+    kinds: dict[QuestionKey, str] = {}
+    questions: dict[QuestionKey, str] = {}
+    types: dict[QuestionKey, str] = {}
+    images: dict[QuestionKey, str] = {}
+    keys = Keys()
+    for number, record in records:
+        key = _checked_key(record, number, keys, bad)
+        if key is None:
+            continue
+        answers[key] = _true_answers(record, number, bad)
+        if kind_key is not None and not isinstance(record.get(kind_key), str):
+            bad.add(number, f"no {kind_key!r} with the question's kind; name another key with --kind-key")
+        kinds[key] = str(record.get(kind_key, ALL_QUESTIONS))
+        if isinstance(question := record.get("question", record.get("text")), str):
+            questions[key] = question
+        if isinstance(answer_type := record.get(_TYPE_KEY), str) and answer_type:
+            types[key] = answer_type
+        if found := [str(record[name]) for name in _IMAGE_KEYS if record.get(name) is not None]:
+            images[key] = found[0]
+    bad.raise_if_any("Correct the annotations, then run again.")
+    if not answers:
+        raise TableError(f"{bad.source}: the file holds no annotations; choose another one")
+    if kind_key is None and len(questions) == len(answers):
+        kinds = derive_kinds(questions)
+    return References(answers, kinds, types, images, questions)
+
+
+def _true_answers(record: Mapping[str, Any], number: int, bad: BadRows) -> tuple[str, ...]:
+    """The answers of one annotation; a problem is noted in `bad`."""
+    found = record.get("answers", [record.get("answer")])
+    if not isinstance(found, list):
+        found = [None]
+    texts = [answer.get("answer") if isinstance(answer, dict) else answer for answer in found]
+    if not all(isinstance(text, str) for text in texts):
+        bad.add(number, "no text in 'answer', and no list of texts in 'answers'")
+    elif len(texts) not in ANSWER_COUNTS:
+        bad.add(number, f"{len(texts)} answers; a question has one answer or ten")
+    elif not any(text.strip() for text in texts):
+        bad.add(number, "answer is empty")
+    return tuple(texts)
+
+
+def _checked_key(record: Mapping[str, Any], number: int, keys: Keys, bad: BadRows) -> QuestionKey | None:
+    """Return the key of a record's question, or None after noting in `bad` that it has no question_id."""
+    question_id = record.get("question_id")
+    if not isinstance(question_id, int | str) or isinstance(question_id, bool) or question_id == "":
+        bad.add(number, "no 'question_id' that is a number or a text")
+        return None
+    return keys.add(question_id)
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return read_text(expand_home(path), encoding="utf-8-sig")
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read ({error.strerror}); give the path of a readable file") from error
+    except UnicodeDecodeError as error:
+        raise TableError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+
+
+def _read_json_lines(path: str | os.PathLike[str], bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) for every line that is not blank; other lines are noted in `bad`."""
+    for line, text in enumerate(_read_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            record = parse_json(text)
+        except ValueError as error:
+            bad.add(line, f"not JSON ({error})")
+            continue
+        if isinstance(record, dict):
+            yield line, record
+        else:
+            bad.add(line, "not a JSON object {…}")
+
+
+def _read_annotations(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        content = parse_json(_read_text(path))
+    except ValueError as error:
+        if isinstance(error, TableError):
+            raise
+        raise TableError(f"{path}: not JSON ({error}); lines of JSON objects belong in a .jsonl file") from error
+    records = content.get("annotations") if isinstance(content, dict) else content
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise TableError(f'{path}: no list of objects under "annotations"; give VQAv2\'s annotations file')
+    return list(enumerate(records, start=1))

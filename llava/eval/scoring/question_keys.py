@@ -1,0 +1,110 @@
+"""Keys of questions whose `question_id` may repeat, and matching of the lines of two files.
+
+The first line with an id has the id itself as its key, the second `(id, 2)`, and so on. Lines of two files with the
+same id belong together if their texts do (the prompt that was asked holds the question of the annotations); without
+texts the first belongs to the first, if both files have equally many.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import TypeVar
+
+from llava.data.table.read import TableError
+from llava.files.terminal_text import shorten
+
+QuestionId = int | str
+QuestionKey = int | str | tuple[int | str, int]
+_Value = TypeVar("_Value")
+
+
+class Keys:
+    """Assign keys to the lines of a file, in order."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[QuestionId] = Counter()
+
+    def add(self, question_id: QuestionId) -> QuestionKey:
+        """Return the key of the next line."""
+        question_id = canonical_id(question_id)
+        self._counts[question_id] += 1
+        count = self._counts[question_id]
+        return question_id if count == 1 else (question_id, count)
+
+
+def canonical_id(question_id: QuestionId) -> QuestionId:
+    """Return the form in which ids are compared: a text of digits is a number."""
+    if isinstance(question_id, str) and question_id.isascii() and question_id.isdigit():
+        return int(question_id)
+    return question_id
+
+
+def id_of(key: QuestionKey) -> QuestionId:
+    """Return the question_id of a key."""
+    return key[0] if isinstance(key, tuple) else key
+
+
+def describe_key(key: QuestionKey) -> str:
+    """Return a key for messages: the id, and which line with it if it is not the first."""
+    return f"{shorten(str(key[0]))} (line {key[1]} with this id)" if isinstance(key, tuple) else shorten(str(key))
+
+
+def pair_lines(
+    name: str, lines: Mapping[QuestionKey, _Value], texts: Mapping[QuestionKey, str], wanted: Mapping[QuestionKey, str]
+) -> dict[QuestionKey, _Value]:
+    """Return the lines of a file under the keys that their questions have in another.
+
+    Args:
+        name: of the file, for messages.
+        lines: key -> line.
+        texts: key -> question of a line; lines of which it is not known are absent.
+        wanted: key -> question, "" where it is not known, of the other file.
+
+    Returns:
+        The lines in their order. One without a question in the other file keeps an id of its own.
+
+    Raises:
+        TableError: if lines with the same id are ambiguous.
+    """
+    if not any(isinstance(key, tuple) for key in (*lines, *wanted)):
+        return dict(lines)
+    asked: dict[QuestionId, list[QuestionKey]] = defaultdict(list)
+    for key in wanted:
+        asked[id_of(key)].append(key)
+    found = Counter(map(id_of, lines))
+    paired: dict[QuestionKey, _Value] = {}
+    extra = Counter({question_id: len(keys) for question_id, keys in asked.items()})
+    for key, line in lines.items():
+        question_id = id_of(key)
+        free = [other for other in asked[question_id] if other not in paired]
+        match = _find_match(texts.get(key, ""), {other: wanted[other] for other in free})
+        is_told = bool(texts.get(key)) and all(wanted[other] for other in asked[question_id])
+        if match is None and free and not is_told:
+            if found[question_id] != len(asked[question_id]):
+                raise TableError(
+                    f"{name}: question_id {describe_key(question_id)} is on {found[question_id]} lines here and on "
+                    f"{len(asked[question_id])} of the other file, and not all of them have their question; complete "
+                    "the file, or add the questions' text"
+                )
+            match = free[0]
+        if match is None:
+            extra[question_id] += 1
+            match = question_id if extra[question_id] == 1 else (question_id, extra[question_id])
+        paired[match] = line
+    return paired
+
+
+def _find_match(text: str, candidates: Mapping[QuestionKey, str]) -> QuestionKey | None:
+    """Return the candidate with the same text, else the one with the longest text that holds it or is held by it."""
+    text = _plain(text)
+    plain = {key: _plain(other) for key, other in candidates.items()}
+    same = next((key for key, other in plain.items() if text and other == text), None)
+    if same is not None:
+        return same
+    holding = [key for key, other in plain.items() if text and other and (other in text or text in other)]
+    return max(holding, key=lambda key: len(plain[key]), default=None)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("<image>", " ").casefold().split())

@@ -1,0 +1,1 @@
+"""Reading and writing of files: size limits, atomic writes, JSON, text for a terminal."""

@@ -1,0 +1,1 @@
+"""Continuous-batching engine with shared image prefixes."""

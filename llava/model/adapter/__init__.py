@@ -1,0 +1,1 @@
+"""LoRA adapter directories: names, settings, reading, merging and attaching them."""

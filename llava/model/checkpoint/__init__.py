@@ -1,0 +1,1 @@
+"""Checkpoint directories: layouts, reading, strict loading, conversion and writing."""

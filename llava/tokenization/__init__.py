@@ -1,0 +1,1 @@
+"""Llama's sentencepiece tokenizer and its files."""

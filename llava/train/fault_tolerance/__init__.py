@@ -1,0 +1,1 @@
+"""Atomic checkpoints, exact resume, signals and the non-finite guard of training."""

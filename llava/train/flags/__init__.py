@@ -1,0 +1,1 @@
+"""Command line of training: the flags, and what is checked before data and weights are read."""

@@ -1,0 +1,289 @@
+"""Training flags: the original's, every field of `transformers.TrainingArguments`, and a few more."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from llava.files.home_directory import expand_homes
+from llava.model.devices import best_device, default_dtype
+from llava.train.flags.json_flags import JSON_FILE_FLAGS, JSON_FLAGS, read_json_flag
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+
+_DEEPSPEED_SECTIONS = ("fp16", "bf16", "optimizer", "scheduler")
+_OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")
+MODEL_PATHS = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter")
+DATA_FILES = ("data_path", "eval_data_path")
+IMAGE_FOLDERS = ("image_folder", "eval_image_folder")
+_TRAINING_PATHS = ("output_dir", "cache_dir", "lora_weight_path", "resume_from_checkpoint", *JSON_FILE_FLAGS)
+
+RENAMED_FLAGS = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    "gradient_checkpointing": _CHECKPOINTING,
+    "gradient_checkpointing_kwargs": f"{_CHECKPOINTING}_kwargs",
+    "activation_checkpointing": _CHECKPOINTING,
+    "activation_checkpointing_kwargs": f"{_CHECKPOINTING}_kwargs",
+}
+"""Flags of other versions of transformers, and their name in the installed one."""
+
+
+def _flag(default: object, help_text: str) -> object:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which parts are trainable; a flag that contradicts the checkpoint's config is refused."""
+
+    model_name_or_path: str = _flag("liuhaotian/llava-v1.5-7b", "Checkpoint to start from: directory or hub id.")
+    version: str | None = _flag(None, "Prompt template; default: the checkpoint's, else v1.")
+    freeze_backbone: bool = _flag(False, "Keep the LLM frozen.")
+    tune_mm_mlp_adapter: bool = _flag(False, "Train the projector alone (pretraining).")
+    vision_tower: str | None = _flag(None, "Vision tower for checkpoints without one: directory or hub id.")
+    mm_vision_select_layer: int | None = _flag(None, "Layer of the vision tower whose output is used; default -2.")
+    mm_vision_select_feature: str | None = _flag(None, "patch (default), or cls_patch to keep the class token.")
+    pretrain_mm_mlp_adapter: str | None = _flag(None, "Pretrained projector to start from: mm_projector.bin.")
+    mm_projector_type: str | None = _flag(None, "linear or mlp2x_gelu (default for checkpoints without a projector).")
+    mm_patch_merge_type: str | None = _flag(None, "flat, the only type.")
+    unfreeze_mm_vision_tower: bool = _flag(False, "Train the vision tower too.")
+    mm_use_im_start_end: bool | None = _flag(None, "<im_start> and <im_end> around images; default: as the checkpoint.")
+    mm_use_im_patch_token: bool | None = _flag(None, "<im_patch> in the vocabulary; default: as the checkpoint.")
+
+    def __post_init__(self) -> None:
+        expand_homes(self, *MODEL_PATHS)
+
+
+@dataclass
+class DataArguments:
+    """Which data, and what to do about unusable rows."""
+
+    data_path: str | None = _flag(None, "JSON list or jsonl file of LLaVA records; several files separated by commas.")
+    image_folder: str | None = _flag(None, "Folder of the images.")
+    image_aspect_ratio: str | None = _flag(None, "pad, square or anyres; default: the checkpoint's, else pad.")
+    lazy_preprocess: bool = _flag(True, "Always True: images are read when needed.")
+    is_multimodal: bool = _flag(True, "Always True: text-only rows need no flag.")
+    on_bad_row: str = _flag("error", "error: list unusable rows and stop; skip: list them and leave them out.")
+    skip_data_check: bool = _flag(False, "Don't decode the images before training and don't look for duplicates.")
+    eval_data_path: str | None = _flag(None, "Validation records, in the format of --data_path.")
+    eval_image_folder: str | None = _flag(None, "Folder of the validation images; default: --image_folder.")
+    val_share: float | None = _flag(None, "Share of the images (0 to 1) held out of --data_path for validation.")
+    val_seed: int = _flag(0, "Seed that chooses the images of --val_share.")
+    eval_max_questions: int = _flag(1000, "Questions answered in each validation; 0: loss only.")
+    eval_max_new_tokens: int = _flag(64, "Tokens of an answer; a longer true answer counts for the loss only.")
+
+    def __post_init__(self) -> None:
+        expand_homes(self, *IMAGE_FOLDERS)  # DATA_FILES: by `split_paths`
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained: transformers' flags, LoRA, quantization, packs, fault tolerance."""
+
+    output_dir: str | None = _flag(None, "Directory of checkpoints and of the result.")
+    bf16: bool | None = _flag(None, "Compute in bf16; default: on GPUs that support it (else fp16; fp32 on CPU).")
+    fp16: bool | None = _flag(None, "Compute in fp16.")
+    warmup_ratio: float | None = _flag(None, "Share of the steps over which the learning rate rises.")
+    remove_unused_columns: bool = _flag(False, "Always False: the batches hold images.")
+    cache_dir: str | None = _flag(None, "Hub cache, as HF_HUB_CACHE.")
+    model_max_length: int = _flag(2048, "Longest row in tokens, image patches included.")
+    freeze_mm_mlp_adapter: bool = _flag(False, "Keep the projector frozen.")
+    mm_projector_lr: float | None = _flag(None, "Learning rate of the projector; default: --learning_rate.")
+    group_by_modality_length: bool = _flag(
+        False, "Batches of one modality and similar length, unless image prefixes are shared."
+    )
+    share_image_prefix: bool = _flag(True, "Compute the image prefix once per batch for all rows of an image (packs).")
+    compile_layers: str = _flag("auto", "torch.compile for the LLM's layers: on, auto (on CUDA, if it works), or off.")
+    fuse_lora: str = _flag("auto", "One matrix product for adapters of one input: on, auto (if compiled), or off.")
+    checkpoint_layers: str = _flag(
+        "auto", "Layers with --gradient_checkpointing: auto (on CUDA what memory needs), all, or N."
+    )
+    bits: int = _flag(16, "16, or 8 or 4 for a quantized LLM (bitsandbytes) under LoRA.")
+    double_quant: bool = _flag(True, "With --bits 4: always True, the scales are quantized too.")
+    quant_type: str = _flag("nf4", "With --bits 4: nf4, the only type.")
+    lora_enable: bool = _flag(False, "Train LoRA adapters on the LLM's linear layers instead of the layers.")
+    lora_r: int = _flag(64, "Rank of the adapters.")
+    lora_alpha: int = _flag(16, "The adapters' products are scaled by alpha / r.")
+    lora_dropout: float = _flag(0.05, "Dropout on the adapters' inputs.")
+    lora_weight_path: str = _flag("", "LoRA directory whose adapters are trained further.")
+    lora_target_modules: str | None = _flag(
+        None, "Layers with adapters, such as q_proj,v_proj; default: all linear layers."
+    )
+    use_dora: bool = _flag(False, "With --lora_enable: DoRA, which also learns the length of each weight row.")
+    use_rslora: bool = _flag(False, "With --lora_enable: scale by alpha / sqrt(r) instead.")
+    mm_vision_tower_lr: float | None = _flag(None, "Learning rate of the vision tower; default: --learning_rate.")
+    early_stopping_patience: int | None = _flag(
+        None, "Validations without a better --metric_for_best_model before the end."
+    )
+    lora_bias: str = _flag("none", "none, lora_only or all; Llama has no biases, so they give the same.")
+    resume_from_checkpoint: str | None = _flag(
+        None, "auto (default): newest complete checkpoint; none: start over; or a path."
+    )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Log to these besides train_log.jsonl: none, all (whatever is installed), or names."},
+    )
+    logging_dir: str | None = _flag(None, "Directory of TensorBoard's files; default: runs, in --output_dir.")
+    sanity_check: int = _flag(0, "Overfit check: steps on the first batch alone, whose loss must fall; 0: none.")
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing; say where checkpoints and the result go")
+        expand_homes(self, *_TRAINING_PATHS)
+        self._check_json()
+        if best_device().type == "cpu":
+            self.use_cpu = True  # else DeepSpeed's processes don't find each other without a GPU
+        if self.bf16 is None and self.fp16 is None:
+            dtype = default_dtype("cpu" if self.use_cpu else best_device())
+            self.bf16, self.fp16 = dtype is torch.bfloat16, dtype is torch.float16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        if self.warmup_ratio is not None:
+            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
+        if getattr(self, _CHECKPOINTING) and not getattr(self, f"{_CHECKPOINTING}_kwargs"):
+            setattr(self, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False})
+        self.logging_nan_inf_filter = False  # it waits for the device at each batch; the run stops at a NaN loss anyway
+        has_accelerator_config = self.accelerator_config is not None
+        reports_to_all = self.report_to in ("all", ["all"])
+        logging_dir, self.logging_dir = (
+            self.logging_dir,
+            None,
+        )  # deprecated field of some versions
+        super().__post_init__()
+        self.logging_dir = logging_dir
+        if reports_to_all:
+            logger.info("--report_to all: %s", ", ".join(self.report_to) or "nothing is installed")
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
+        if not has_accelerator_config:  # blocking copies would make a batch wait for the previous update
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def _check_json(self) -> None:
+        """Read the JSON flags, so that errors name the flag before transformers reads them.
+
+        Raises:
+            ValueError: if one can't be read, or DeepSpeed is asked for and not installed.
+        """
+        for flag in JSON_FLAGS:
+            read_json_flag(flag, getattr(self, flag, None))
+        known = [entry.name for entry in dataclasses.fields(AcceleratorConfig)]
+        if other := [key for key in read_json_flag("accelerator_config", self.accelerator_config) if key not in known]:
+            raise ValueError(f"--accelerator_config has no {other[0]}; choose among {', '.join(known)}")
+        if self.deepspeed:
+            if "zero_optimization" not in read_json_flag("deepspeed", self.deepspeed):
+                raise ValueError(f"--deepspeed {self.deepspeed} has no zero_optimization; use scripts/zero2.json")
+            zero_stage(self.deepspeed)
+            _check_sections(self.deepspeed)
+            if importlib.util.find_spec("deepspeed") is None:
+                raise ValueError(
+                    f'--deepspeed {self.deepspeed} needs DeepSpeed; run: pip install -e ".[train]", or leave it out'
+                )
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device; "cpu" without an index: torch can't load tensors to "cpu:0"."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process, at most 1: packs don't work under `nn.DataParallel`."""
+        return min(1, super().n_gpu)
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether activation checkpointing is on, whatever this version of transformers calls the flag."""
+        return bool(getattr(self, _CHECKPOINTING))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of frozen weights."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def zero_stage(config: str | dict | None) -> int:
+    """Return the ZeRO stage of a DeepSpeed config (its path or content), 0 without one.
+
+    Raises:
+        ValueError: if the file is missing or not JSON, or the stage is not a number from 0 to 3.
+    """
+    stage = _zero_settings(config).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"--deepspeed {config} has the stage {stage!r}; choose 0, 1, 2 or 3, as scripts/zero2.json")
+    return stage
+
+
+def is_offloaded(config: str | dict | None) -> bool:
+    """Whether a DeepSpeed config offloads the optimizer's state to the CPU.
+
+    Raises:
+        ValueError: if the file is missing or not JSON.
+    """
+    return (_zero_settings(config).get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def _check_sections(config: str | dict) -> None:
+    """Refuse a section of a DeepSpeed config that is not an object, for which accelerate raises an AttributeError.
+
+    Raises:
+        ValueError: naming the section and its value.
+    """
+    content = read_json_flag("deepspeed", config)
+    for place, names in (("", _DEEPSPEED_SECTIONS), ("zero_optimization", _OFFLOAD_SECTIONS)):
+        values = content[place] if place else content
+        for name in names:
+            if not isinstance(values.get(name, {}), dict):
+                key = f"{place}.{name}".lstrip(".")
+                example = '{"device": "cpu"}' if place else '{"enabled": "auto"}'
+                raise ValueError(
+                    f"--deepspeed {config} has {json.dumps(values[name])} under {key}; write an object there, such as "
+                    f"{example}, or use scripts/zero3_offload.json"
+                )
+
+
+def _zero_settings(config: str | dict | None) -> dict[str, Any]:
+    settings = read_json_flag("deepspeed", config).get("zero_optimization", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"--deepspeed {config} has no object under zero_optimization; use scripts/zero2.json")
+    return settings
+
+
+def output_kind(model: ModelArguments, training: TrainingArguments) -> str:
+    """Return what a run writes: "lora" (adapters), "projector" or "full" (all weights)."""
+    return "lora" if training.lora_enable else "projector" if model.tune_mm_mlp_adapter else "full"
+
+
+def is_first_process() -> bool:
+    """Whether this process reports and writes: rank 0, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def enable_activation_checkpointing(model: nn.Module, training: TrainingArguments) -> None:
+    """Turn on activation checkpointing, whatever this version of transformers calls it."""
+    settings = {f"{_CHECKPOINTING}_kwargs": getattr(training, f"{_CHECKPOINTING}_kwargs")}
+    getattr(model, f"{_CHECKPOINTING}_enable")(**settings)
+
+
+def as_json(*arguments: object) -> str:
+    """Return the flags as JSON text, for `training.json`."""
+    groups = {}
+    for group in arguments:
+        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+        groups[type(group).__name__] = values
+    return json.dumps(groups, indent=2, sort_keys=True, default=str) + "\n"

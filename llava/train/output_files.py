@@ -1,0 +1,28 @@
+"""Names of the files and folders that a run writes into `--output_dir`."""
+
+from __future__ import annotations
+
+from llava.files.overwrite_check import MODEL_FILES
+
+LOG_FILE = "train_log.jsonl"
+PLOT_FILE = "loss.png"
+SKIPPED_FILE = "skipped_rows.jsonl"
+SKIPPED_VALIDATION_FILE = "skipped_validation_rows.jsonl"
+STATE_FILE = "trainer_state.json"
+NONFINITE_FILE = "nonfinite_step_{}.json"
+CHECKPOINT_PREFIX = "checkpoint-"
+STAGING_FOLDER = ".writing"
+
+WRITTEN = (
+    *MODEL_FILES,
+    LOG_FILE,
+    PLOT_FILE,
+    SKIPPED_FILE,
+    SKIPPED_VALIDATION_FILE,
+    STATE_FILE,
+    NONFINITE_FILE.format("*"),
+    STAGING_FOLDER,
+    f"{CHECKPOINT_PREFIX}*",  # removed by --save_total_limit, set aside when a run starts over
+    f".{CHECKPOINT_PREFIX}*",
+)
+"""Patterns of everything that a run writes, replaces or removes in its output directory."""

@@ -1,0 +1,1 @@
+"""Validation during training: loss and accuracy on held-out records."""
