@@ -45,6 +45,23 @@ class Reply:
         return self.text
 
 
+def latest_reply(chat: Chat) -> Reply:
+    """Return the latest answer of a chat with scores.
+
+    Raises:
+        ValueError: if it has no answer yet.
+    """
+    if not chat.turns:
+        raise ValueError("this chat has no answer yet; call ask or stream first")
+    first = chat.scores[0]
+    return Reply(
+        chat.turns[-1][1],
+        math.exp(sum(score.logprob for score in chat.scores)),
+        chat.session.tokenizer.decode([first.runner_up]),
+        math.exp(first.runner_up_logprob),
+    )
+
+
 class ImageChat:
     """Conversation about images, whose KV cache is kept from turn to turn.
 
@@ -91,15 +108,7 @@ class ImageChat:
         Raises:
             ValueError: if nothing was asked yet.
         """
-        if not self._chat.turns:
-            raise ValueError("this chat has no answer yet; call ask or stream first")
-        scores = self._chat.scores
-        return Reply(
-            self._chat.turns[-1][1],
-            math.exp(sum(score.logprob for score in scores)),
-            self._chat.session.tokenizer.decode([scores[0].runner_up]),
-            math.exp(scores[0].runner_up_logprob),
-        )
+        return latest_reply(self._chat)
 
     def reset(self) -> None:
         """Start a new conversation about the same images."""

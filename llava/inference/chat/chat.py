@@ -68,6 +68,18 @@ class Chat:
         self.computed_positions = 0
         self._cached = 0  # positions of the KV cache that belong to the conversation
         self._pending = Prompt([], [])  # the end of `ids`, which is not in the KV cache yet
+        self._before: list[tuple[list[int], int, Prompt]] = []  # ids, cached and pending before each turn
+
+    def undo(self) -> None:
+        """Forget the latest turn; its positions stay in the KV cache until others take their place.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not self.turns:
+            raise ValueError("the conversation has no turn to undo")
+        self.turns, self.scores = self.turns[:-1], []
+        self.ids, self._cached, self._pending = self._before.pop()
 
     def reply(self, question: str, images: Sequence[Image.Image] = (), *, request_id: Any = None) -> Iterator[str]:
         """Ask a question, and return an iterator over the pieces of its answer.
@@ -154,8 +166,9 @@ class Chat:
         end = [] if is_ended else ending_ids(self.session.template, self.session.tokenizer)
         turns, ids = [*self.turns, (question, answer.text)], [*self.ids, *turn.input_ids, *answer.ids, *end]
         pending, cached = Prompt(answer.ids[-1:] + end, []), self._cached + computed
+        before = [*self._before, (self.ids, self._cached, self._pending)]
         # One statement, so that an interruption hardly ever leaves the turn half recorded.
-        self.turns, self.ids, self._pending, self._cached = turns, ids, pending, cached
+        self.turns, self.ids, self._pending, self._cached, self._before = turns, ids, pending, cached, before
         self.computed_positions = computed
 
 
