@@ -263,6 +263,7 @@ def test_two_runs_record_the_same_errors(program, goldens):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a forked process keeps the patch")
+@pytest.mark.usefixtures("quick_look_for_dead_workers")
 @pytest.mark.parametrize("kills", [1, 2])
 def test_killed_image_workers_start_again_once(program, monkeypatch, capsys, tmp_path, kills):
     assert program() == 0
