@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -25,6 +26,20 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 GOLDENS = Path(__file__).resolve().parent / "data" / "goldens"
+
+
+def pytest_collection_finish() -> None:
+    """Spare Python's garbage collector the million objects of libraries and test items, which never become garbage.
+
+    Every training run ends with a full collection, and a forked process would copy the memory that one looks through.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give the collector everything back: some libraries report what is left at the interpreter's exit."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
