@@ -252,14 +252,14 @@ def kill_while_writing(fork) -> Callable[..., None]:
         from llava.model.checkpoint import write_tensors
 
         def until_killed() -> int:
-            write, writes = write_tensors._write_all, itertools.count(1)
+            write, writes = write_tensors.write_all, itertools.count(1)
 
             def write_and_die(stream: Any, content: Any) -> None:
                 write(stream, content)
                 if next(writes) == 20:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            write_tensors._write_all = write_and_die
+            write_tensors.write_all = write_and_die
             return main(words)
 
         process = fork(until_killed)

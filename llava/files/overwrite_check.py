@@ -190,10 +190,11 @@ def _is_same_file(one: Path, other: Path) -> bool:
         return True
     one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))
     is_near = one.name.casefold() == other.name.casefold() and _identity(one.parent) == _identity(other.parent)
-    return is_near and _ignores_case(one.parent)
+    return is_near and ignores_case(one.parent)
 
 
-def _ignores_case(folder: Path) -> bool:
+def ignores_case(folder: Path) -> bool:
+    """Return whether the file system of a folder, which need not exist yet, ignores letter case in names."""
     for place in (folder, *folder.parents):
         swapped = place.with_name(place.name.swapcase()) if place.name else place
         if swapped.name != place.name and place.exists():
