@@ -127,7 +127,7 @@ class Session:
 
     @property
     def stops_on_text(self) -> bool:
-        """Whether the stop text is no token of its own, and must be searched for in the decoded answer."""
+        """Whether the stop text is not a token of its own, and must be searched for in the decoded answer."""
         marks = (*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab())
         return self.template.stop_text not in marks
 
