@@ -36,7 +36,7 @@ from llava.data.dataset import ImageSettings
 from llava.model.attention import sdpa_backends as attention_kernels
 from llava.model.configuration import features_per_image
 from llava.model.memory import ModelSizes
-from llava.train.flags.arguments import RENAMED_FLAGS, TrainingArguments
+from llava.train.flags.arguments import RENAMED_FLAGS, TrainingArguments, is_first_process
 from llava.train.lora import add_lora, choose_trainable
 from llava.train.packing_setup import BatchPlan, Loader, build_loader, plan_batches, prepare_model
 from llava.train.trainer import LlavaTrainer
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
         return subprocess.run([*launch, __file__, *words], check=False).returncode
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_first_process()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     names = options.only or ORDER

@@ -80,10 +80,10 @@ class CLIPPixels:
         """Return `pixel_values` of one or several images, as key and attribute.
 
         Args:
-            images: Pillow images; arrays or tensors of bytes (H, W), (H, W, C) or (C, H, W), or of floats 0..1 with
-                `do_rescale=False`; a batch of these with one more dimension.
-            return_tensors: "pt" or "np" for (N, 3, H, W) float32, None for a list of (3, H, W) arrays.
-            data_format: "channels_first", or "channels_last" for (H, W, 3).
+            images: Pillow images; arrays or tensors of bytes, (height, width), (height, width, channels) or (channels,
+                height, width), or of floats 0..1 with `do_rescale=False`; a batch of these with one more dimension.
+            return_tensors: "pt" or "np" for (N, 3, height, width) float32, None for a list of arrays.
+            data_format: "channels_first", or "channels_last" for (height, width, 3).
             input_data_format: of arrays and tensors; None = as their shape says. Where it fits both, arrays have their
                 channels last and tensors first.
             steps: of `STEPS`, instead of the attributes; None = the attribute.
@@ -120,7 +120,7 @@ class CLIPPixels:
 
 
 def _pixels(image: ImageInput, layout: str | None, steps: SimpleNamespace) -> np.ndarray:
-    """Return the pixels of an image, (3, H, W); `steps` has the attributes `CLIPPixels.STEPS`."""
+    """Return the pixels of an image, (3, height, width); `steps` has the attributes `CLIPPixels.STEPS`."""
     image, is_scaled = _as_pillow(image, layout, steps.do_rescale)
     image = to_rgb(image)
     if steps.do_resize:
@@ -129,7 +129,7 @@ def _pixels(image: ImageInput, layout: str | None, steps: SimpleNamespace) -> np
         image = _crop(image, steps.crop_size)
     factor = RESCALE_FACTOR if is_scaled else steps.rescale_factor if steps.do_rescale else None
     table = _table(factor, (tuple(steps.image_mean), tuple(steps.image_std)) if steps.do_normalize else None)
-    values = np.asarray(image)  # (H, W, 3) uint8
+    values = np.asarray(image)  # (height, width, 3) uint8
     return np.stack([table[values[:, :, channel], channel] for channel in range(3)])
 
 
@@ -177,12 +177,15 @@ def _from_array(values: np.ndarray) -> Image.Image:
 
 
 def _channels_last(values: np.ndarray, guess: str, *, is_fixed: bool) -> np.ndarray:
-    """Return an array as (H, W, C)."""
+    """Return an array as (height, width, channels)."""
     if values.ndim == 2:
         return values[:, :, None]
     first, last = values.shape[0] in _CHANNELS, values.shape[-1] in _CHANNELS
     if values.ndim != 3 or not (first or last):
-        raise ValueError(f"an image has the shape {values.shape}; pass (H, W), (H, W, C) or (C, H, W)")
+        raise ValueError(
+            f"an image has the shape {values.shape}; pass (height, width), (height, width, channels) or (channels, "
+            "height, width)"
+        )
     is_first = guess == "channels_first" if is_fixed or (first and last) else first
     return values.transpose(1, 2, 0) if is_first else values
 

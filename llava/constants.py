@@ -1,4 +1,4 @@
-"""Special tokens and special values in token ids, labels and packs, shared by the whole package."""
+"""Special tokens, special values in token ids, labels and packs, and file names, shared by the whole package."""
 
 IGNORE_INDEX = -100
 """Label of a position that carries no supervision."""
@@ -15,6 +15,11 @@ IMAGE_PLACEHOLDER = "<image-placeholder>"
 
 DEFAULT_TEMPLATE = "vicuna_v1"
 """Conversation template of weights that carry none."""
+
+CHECKPOINT_PREFIX = "checkpoint-"
+"""Start of the names of the checkpoints that a training run leaves inside its output directory."""
+STATE_FILE = "trainer_state.json"
+"""State of transformers' trainer in an output directory and its checkpoints."""
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
 WORKER_HEART_BEAT_INTERVAL = 15

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
 from llava.clip_image_processor import CLIPPixels
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import CHECKPOINT_PREFIX, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.image_files.decode import decode_image, to_rgb
 from llava.image_files.resize import expand_to_square
 from llava.image_processing import pixels_of, split_anyres
@@ -46,11 +46,11 @@ def process_images(
             colour, "anyres" = tiles of `image_grid_pinpoints`, None = crop the middle.
 
     Returns:
-        (N, 3, H, W) float32; for "anyres" (N, tiles, 3, H, W); a list where the shapes differ.
+        (N, 3, height, width) float32; for "anyres" (N, tiles, 3, height, width); a list where the shapes differ.
 
     Raises:
         ImageError: if an image holds floating-point or negative numbers.
-        TypeError: if `images` is a single image, or one of them is no Pillow image where it must be.
+        TypeError: if `images` is a single image, or one of them is not a Pillow image where it must be.
         ValueError: if the aspect ratio has another name, or "anyres" has no pinpoints.
     """
     ratio = getattr(model_cfg, "image_aspect_ratio", None)  # any object will do here, as in the original
@@ -105,7 +105,7 @@ def tokenizer_image_token(
 def get_model_name_from_path(model_path: str) -> str:
     """Return a directory's name for logs and answer files; of `run/checkpoint-500`, `run_checkpoint-500`."""
     *parents, name = PurePath(model_path.strip("/")).parts or (Path.cwd().name,)
-    return f"{parents[-1]}_{name}" if name.startswith("checkpoint-") and parents else name
+    return f"{parents[-1]}_{name}" if name.startswith(CHECKPOINT_PREFIX) and parents else name
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):

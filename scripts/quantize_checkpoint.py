@@ -22,7 +22,7 @@ from llava.model.checkpoint.command_line import open_source, open_target, parse_
 from llava.model.checkpoint.lazy_tensors import LazyTensors
 from llava.model.checkpoint.quantized import quantize_tensors
 from llava.model.checkpoint.write_tensors import stored_size
-from llava.model.configuration import LlavaConfig
+from llava.model.configuration import LlavaConfig, dtype_name
 from llava.model.devices import DTYPES, best_device
 from llava.model.quantization import DEVICES, import_bitsandbytes, quantization_note, quantization_settings
 
@@ -54,7 +54,7 @@ def quantize(options: argparse.Namespace) -> None:
     dtype = DTYPES[options.dtype] if options.dtype else narrow_dtype(checkpoint.tensors)
     tensors = quantize_tensors(checkpoint.tensors, options.bits, dtype, device)
     settings = {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "quantization_config": quantization_settings(options.bits, dtype),
     }
     config = LlavaConfig.from_dict({**checkpoint.config.to_dict(), **settings})

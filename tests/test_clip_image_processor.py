@@ -167,7 +167,7 @@ def test_forms_of_the_result(processor):
             ValueError,
             r"^data_format is 'hwc'; choose one of 'channels_first', 'ch",
         ),
-        (np.zeros((2, 5, 7)), {}, ValueError, r"^an image has the shape \(2, 5, 7\); pass \(H, W\), \(H, W, C\) or"),
+        (np.zeros((2, 5, 7)), {}, ValueError, r"^an image has the shape \(2, 5, 7\); pass \(height, width\), "),
         (np.full((4, 4, 3), 300), {}, ValueError, r"^an image holds 300 to 300; pass bytes, 0 to 255, or floats from"),
         (np.full((4, 4, 3), np.nan), {}, ValueError, r"^an image holds nan to nan"),
         (np.full((4, 4, 3), 7.0), {"do_rescale": False}, ValueError, r"^an image holds 7 to 7; with do_rescale=False"),

@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up_leaves_nothing(goldens, convert, tmp_path, capsys,
     def refuse(stream, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write_tensors, "_write_all", refuse)
+    monkeypatch.setattr(write_tensors, "write_all", refuse)
     assert convert(["--from", str(goldens / FULL), "--to", str(tmp_path / "hf"), "--layout", "hf"]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert names(tmp_path) == []

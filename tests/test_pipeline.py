@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -98,47 +96,34 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def lora_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The output directory of the task script with a ZeRO stage and two processes; each is run once."""
-
-    @functools.cache
-    def run(stage: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"zero{stage}")
-        done = run_script(
-            "scripts/v1_5/finetune_task_lora.sh", folder, *SHORT,
-            BASE_MODEL=BASE, DATA=data, OUT=folder / "out", ZERO=f"scripts/zero{stage}.json", GPUS="2",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "terminate called" not in done.stderr
-        assert "[[it is 0</s>]]" in done.stdout
-        assert "trainable parameters" in done.stdout
-        return folder / "out"
-
-    return run
+def lora_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output directory of the task script with two processes."""
+    folder = tmp_path_factory.mktemp("lora")
+    done = run_script(
+        "scripts/v1_5/finetune_task_lora.sh", folder, *SHORT, BASE_MODEL=BASE, DATA=data, OUT=folder / "out", GPUS="2"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[[it is 0</s>]]" in done.stdout
+    assert "trainable parameters" in done.stdout
+    return folder / "out"
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_task_lora_with_zero(stage: str, lora_run: Callable[[str], Path]) -> None:
-    out = lora_run(stage)
-    assert len(losses(out)) == 4
-    assert files(out) == sorted([*LORA_FILES, *RUN_FILES])
-    checkpoints = sorted(path.name for path in out.iterdir() if path.is_dir())
+def test_task_lora(lora_run: Path) -> None:
+    found = losses(lora_run)
+    assert len(found) == 4
+    assert found[-1] < found[0]
+    assert files(lora_run) == sorted([*LORA_FILES, *RUN_FILES])
+    checkpoints = sorted(path.name for path in lora_run.iterdir() if path.is_dir())
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
-    assert set(LORA_FILES) <= set(files(out / checkpoints[0]))
-    for directory in (out, out / checkpoints[0]):
+    assert set(LORA_FILES) <= set(files(lora_run / checkpoints[0]))
+    for directory in (lora_run, lora_run / checkpoints[0]):
         _, model, _, _ = load_pretrained_model(str(directory), str(BASE), "any name", device="cpu")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_stages_of_zero_learn_the_same(lora_run: Callable[[str], Path]) -> None:
-    first, second = losses(lora_run("2")), losses(lora_run("3"))
-    assert first == pytest.approx(second, rel=1e-4)
-    assert first[-1] < first[0]
-
-
-def test_an_unfinished_run_of_the_original_opens(lora_run: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_unfinished_run_of_the_original_opens(lora_run: Path, tmp_path: Path) -> None:
     """There the projector is in DeepSpeed's states alone, and `config.json` comes with the finished run."""
-    run, left = lora_run("2"), tmp_path / "checkpoint-2"
+    run, left = lora_run, tmp_path / "checkpoint-2"
     ours = ("config.json", "non_lora_trainables.bin", "training.json", "tokenizer.model", "preprocessor_config.json")
     shutil.copytree(run / "checkpoint-2", left, ignore=shutil.ignore_patterns(*ours))
     assert list(left.glob("global_step2/mp_rank_00_model_states.pt"))
@@ -152,8 +137,8 @@ def test_an_unfinished_run_of_the_original_opens(lora_run: Callable[[str], Path]
         open_checkpoint(left, BASE)
 
 
-def test_from_training_to_answers(lora_run: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
-    out, merged = lora_run("2"), tmp_path / "merged"
+def test_from_training_to_answers(lora_run: Path, data: Path, tmp_path: Path) -> None:
+    out, merged = lora_run, tmp_path / "merged"
     command = ["python", str(ROOT / "scripts/merge_lora_weights.py"), "--model-path", str(out)]
     merge = subprocess.run(
         [*command, "--save-model-path", str(merged)], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -185,6 +170,7 @@ def test_full_finetuning_writes_a_released_layout(data: Path, tmp_path: Path) ->
         BASE_MODEL=BASE, DATA=data, OUT=tmp_path / "out", ZERO="scripts/zero3.json", GPUS="2",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "terminate called" not in done.stderr  # ZeRO-3 aborts where the process group is left open
     assert files(tmp_path / "out") == sorted(["model.safetensors", *SETTINGS, *RUN_FILES])
     _, before, _, _ = load_pretrained_model(str(BASE), None, "base", device="cpu")
     _, after, _, _ = load_pretrained_model(str(tmp_path / "out"), None, "out", device="cpu")

@@ -55,7 +55,7 @@ class SupervisedDataset(Dataset):
         return {"input_ids": torch.tensor(record.input_ids), "labels": torch.tensor(record.labels), "images": pixels}
 
     def read_image(self, path: Path) -> Tensor:
-        """Return the pixels of an image as the model takes them, (3, H, W) or (tiles, 3, H, W)."""
+        """Return the pixels of an image as the model takes them, (3, height, width) or (tiles, 3, height, width)."""
         return process_images([open_image(path)], self.image_processor, self.image_settings)[0]
 
     @property
@@ -82,7 +82,7 @@ class SupervisedCollator:
         self.image_size = image_size
 
     def __call__(self, rows: Sequence[dict[str, Tensor | list[Tensor]]]) -> dict[str, Tensor | list[Tensor]]:
-        """Return input_ids, labels (B, T) int64, attention_mask (B, T) bool, images (N, 3, H, W) or a list of tiles."""
+        """Return input_ids, labels (B, T) int64, attention_mask (B, T) bool, images as `batch_images`."""
         pad = torch.nn.utils.rnn.pad_sequence
         images = [image for row in rows for image in row["images"]]
         return {
@@ -96,13 +96,13 @@ class SupervisedCollator:
 
 
 def batch_images(images: Sequence[Tensor], image_size: int) -> Tensor | list[Tensor]:
-    """Stack images to (N, 3, H, W), or list them if their numbers of tiles differ; a blank one if there is none.
+    """Stack images to (N, 3, height, width), or list them if their numbers of tiles differ; a blank one if none.
 
     The model encodes the blank image of a batch without images and uses none of its features, so that a process whose
     batch is text alone stays in step with the others.
 
     Args:
-        images: (3, H, W) or (tiles, 3, H, W) each.
+        images: (3, height, width) or (tiles, 3, height, width) each.
         image_size: side of the blank image, in pixels.
     """
     if not images:

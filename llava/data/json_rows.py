@@ -80,7 +80,7 @@ def read_rows_file(
 
     Raises:
         OSError: if the file can't be read.
-        RowsFileError: if it is a folder, a table or otherwise not JSON, or JSON that is no rows.
+        RowsFileError: if it is a folder, a table or otherwise not JSON, or JSON without rows.
     """
     path = Path(path)
     if path.is_dir():

@@ -14,7 +14,7 @@ from llava.data.records import EncodedRecord
 
 
 class PackedRow(NamedTuple):
-    """A record and the pixels of its images, (3, H, W) or (tiles, 3, H, W) each."""
+    """A record and the pixels of its images, (3, height, width) or (tiles, 3, height, width) each."""
 
     record: EncodedRecord
     images: list[Tensor]

@@ -30,9 +30,9 @@ def parse_json(text: str | bytes, *, is_finite: bool = False) -> Any:
         is_finite: refuse NaN, Infinity and numbers beyond 1.8e308, which JSON does not have but Python reads.
 
     Raises:
-        json.JSONDecodeError: if it is no JSON, nested deeper than `MAX_DEPTH`, or holds an integer of more digits than
+        json.JSONDecodeError: if it is not JSON, nested deeper than `MAX_DEPTH`, or holds an integer of more digits than
             Python reads.
-        UnicodeDecodeError: if bytes are in no such encoding.
+        UnicodeDecodeError: if bytes are in none of these encodings.
     """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
@@ -49,7 +49,7 @@ def parse_json(text: str | bytes, *, is_finite: bool = False) -> Any:
 
 
 def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at a position, which is no space, and where it ends.
+    """Return the JSON value that begins at a position, which is not a space, and where it ends.
 
     Its depth is what Python's own limit on recursion allows: of long lists of rows it is not measured.
 

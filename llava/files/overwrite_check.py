@@ -1,4 +1,4 @@
-"""Check that what a program writes overwrites none of its inputs, before any work.
+"""Check that what a program writes overwrites none of its inputs, and goes to files, before any work.
 
 Files and directories are compared by what they are on disk (device and inode), so that symbolic links, hard links, `..`
 and, where the file system ignores it, letter case make no difference.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.files.json_files import read_settings
+from llava.files.regular_files import describe_non_file
 
 MODEL_FILES = (
     "*.safetensors",
@@ -77,6 +78,8 @@ def shared_directory(path: _Path, names: Iterable[str]) -> Output:
 def find_overwrite(outputs: Mapping[str, Output], inputs: Mapping[str, _Path | Iterable[_Path] | None]) -> str | None:
     """Return what is wrong where an output would write over an input, an image or another output; None if nothing is.
 
+    So is a pipe or a device in the place of a file of a directory, which would be waited for without end.
+
     Args:
         outputs: by flag.
         inputs: path or paths by flag; None = the flag was not given. A model directory stands for its files too, and
@@ -87,6 +90,9 @@ def find_overwrite(outputs: Mapping[str, Output], inputs: Mapping[str, _Path | I
     for flag, output in outputs.items():
         if output.is_file and os.path.isdir(output.path):  # noqa: PTH112 - Path.is_dir raises for impossible names
             return f"{flag} {output.path} is a folder; name a file"
+        for place in output.places:
+            if not output.is_file and (kind := _describe_pipe(place)):
+                return f"{place} of {flag} is {kind}, not a file; remove it, or choose another {flag}"
         if not output.replaces_images and _is_image(output.path):
             return f"{flag} {output.path} is an image, which would be written over; choose another {flag}"
         for source in sources:
@@ -184,15 +190,25 @@ def _is_same_file(one: Path, other: Path) -> bool:
         return True
     one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))
     is_near = one.name.casefold() == other.name.casefold() and _identity(one.parent) == _identity(other.parent)
-    return is_near and _ignores_case(one.parent)
+    return is_near and ignores_case(one.parent)
 
 
-def _ignores_case(folder: Path) -> bool:
+def ignores_case(folder: Path) -> bool:
+    """Return whether the file system of a folder, which need not exist yet, ignores letter case in names."""
     for place in (folder, *folder.parents):
         swapped = place.with_name(place.name.swapcase()) if place.name else place
         if swapped.name != place.name and place.exists():
             return swapped.exists() and swapped.samefile(place)
     return False
+
+
+def _describe_pipe(path: Path) -> str | None:
+    """Return what a path leads to if it is a pipe, a device or a socket; None for files, folders and nothing."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return None if stat.S_ISDIR(mode) else describe_non_file(mode)
 
 
 def _is_image(path: Path) -> bool:

@@ -90,7 +90,7 @@ def find_tiff_depth(data: bytes, name: str) -> ImageError | None:
 
 
 def _values_and_white(image: Image.Image) -> tuple[np.ndarray, int]:
-    """Return the values (H, W) of an integer image, and the one that stands for white."""
+    """Return the values (height, width) of an integer image, and the one that stands for white."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", None)
     if tags is not None:

@@ -127,7 +127,7 @@ class Session:
 
     @property
     def stops_on_text(self) -> bool:
-        """Whether the stop text is no token of its own, and must be searched for in the decoded answer."""
+        """Whether the stop text is not a token of its own, and must be searched for in the decoded answer."""
         marks = (*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab())
         return self.template.stop_text not in marks
 
@@ -162,9 +162,13 @@ class Session:
         """
         if not images:
             return []
+        self.require_vision_tower()
+        return [process_images([image], self.image_processor, self.model.config)[0] for image in images]
+
+    def require_vision_tower(self) -> None:
+        """Raise ValueError if the model has no vision tower, and so no images can be asked about."""
         if self.image_processor is None:
             raise ValueError("the model has no vision tower; ask without images, or pass --vision-tower")
-        return [process_images([image], self.image_processor, self.model.config)[0] for image in images]
 
     def prepare(self, question: str, images: Sequence[Image.Image] = (), *, max_new_tokens: int = 0) -> Prompt:
         """Build the model input of a question; thread-safe.

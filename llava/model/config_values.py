@@ -10,9 +10,9 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llava.files.terminal_text import show
 from llava.model.vision_tower import VIT_L_14_336
 
-_SHOWN = 60  # characters of a value in a message
 _MAX_PATCHES = 10_000  # of an image; LLaVA-1.5 has 576
 
 
@@ -210,12 +210,6 @@ def check_rope(rope: Mapping[str, Any], place: str) -> None:
 def is_activation(name: Any) -> bool:
     """Tell whether transformers has an activation of this name."""
     return isinstance(name, str) and name in ACT2FN
-
-
-def show(value: Any) -> str:
-    """Return a value for a message, shortened if it is long."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _check_numbers(settings: Mapping[str, Any], ranges: Mapping[str, _Range], place: str) -> None:

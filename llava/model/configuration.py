@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from llava.files.json_files import parse_json, read_settings
+from llava.files.terminal_text import show
 from llava.model.attention.eager import AttentionOfCall
 from llava.model.config_values import (
     check_rope,
     check_token_ids,
     check_values,
     is_activation,
-    show,
     vision_sizes,
 )
 
@@ -187,6 +188,11 @@ def parse_config(settings: Mapping[str, Any], place: str) -> LlavaConfig:
 def _is_of_library(key: str) -> bool:
     """Tell whether a key is transformers' own: what its calls return, or a name of its code."""
     return key in _OF_CALLS or key.startswith("_") or (hasattr(LlavaConfig, key) and key not in _KNOWN)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in a config, such as `float16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_hf_config(settings: Mapping[str, Any]) -> bool:

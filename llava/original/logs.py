@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
-import os
 from pathlib import Path
 from typing import Any
 
 from llava.constants import LOGDIR
+from llava.inference.distributed import read_rank
 
 server_error_msg = "**The server is busy. Try again, or reload this page.**"
 moderation_msg = "This input can't be answered here. Try another one."
@@ -59,7 +59,7 @@ def auto_upgrade(config: str) -> None:
 
 def rank0_print(*args: Any) -> None:
     """Print in the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if read_rank().rank == 0:
         print(*args)
 
 

@@ -130,7 +130,7 @@ class LlavaTokenizer(PreTrainedTokenizer):
             token ids.
 
         Raises:
-            UnicodeEncodeError: if the text holds half of a surrogate pair, which is no character.
+            UnicodeEncodeError: if the text holds half of a surrogate pair, which is not a character.
             ValueError: if the text is longer than `MAX_TEXT`.
         """
         if len(text) > MAX_TEXT:

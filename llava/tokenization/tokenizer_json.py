@@ -25,6 +25,15 @@ SPACE = "▁"
 _BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
 _UNKNOWN, _BEGIN, _END = "<unk>", "<s>", "</s>"
 _PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
+_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
 _WAY_OUT = "put the base model's tokenizer.model beside it"
 
 
@@ -102,7 +111,7 @@ def token_id(value: Any, path: Path) -> int:
     """Return the id of an added token, which is the key of some files as text.
 
     Raises:
-        ValueError: if it is no number that an id can be.
+        ValueError: if it is not a number that an id can be.
     """
     text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
@@ -114,7 +123,7 @@ def read_token(token: Any, path: Path, **flags: bool) -> AddedToken:
     """Return an added token as files of tokenizers write it; `flags` instead of its own.
 
     Raises:
-        ValueError: if it is no object of a text and flags.
+        ValueError: if it is not an object of a text and flags.
     """
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
     values = {name: token[name] for name in names if name in token} if isinstance(token, dict) else {}
@@ -191,27 +200,24 @@ def tokenizer_json(
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(inside)},
         "pre_tokenizer": None,
         "post_processor": _post_processor(begin, end),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": next(piece.piece for piece in proto.pieces if piece.type == _PIECE.UNKNOWN),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
-            "merges": _merges({piece.piece: piece.score for piece in proto.pieces if piece.type == _PIECE.NORMAL}),
-        },
+        "decoder": _DECODER,
+        "model": _bpe_model(proto.pieces),
+    }
+
+
+def _bpe_model(pieces: Sequence[Any]) -> dict[str, Any]:
+    """Return the engine's model of a sentencepiece model's pieces."""
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": next(piece.piece for piece in pieces if piece.type == _PIECE.UNKNOWN),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": {piece.piece: index for index, piece in enumerate(pieces)},
+        "merges": _merges({piece.piece: piece.score for piece in pieces if piece.type == _PIECE.NORMAL}),
     }
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from llava.constants import CHECKPOINT_PREFIX, STATE_FILE
 from llava.files.overwrite_check import MODEL_FILES
 
 LOG_FILE = "train_log.jsonl"
 PLOT_FILE = "loss.png"
 SKIPPED_FILE = "skipped_rows.jsonl"
 SKIPPED_VALIDATION_FILE = "skipped_validation_rows.jsonl"
-STATE_FILE = "trainer_state.json"
 NONFINITE_FILE = "nonfinite_step_{}.json"
-CHECKPOINT_PREFIX = "checkpoint-"
 STAGING_FOLDER = ".writing"
 
 WRITTEN = (

@@ -14,7 +14,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from llava.data.worker_processes import RestartingLoader, WorkerKilled, map_in_processes, usable_cores
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a forked process keeps what a test defines")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="a forked process keeps what a test defines"),
+    pytest.mark.usefixtures("quick_look_for_dead_workers"),
+]
 
 SAID = "a worker process was killed, perhaps for want of memory; the workers are started again, once"
 TWICE = r"^worker processes were killed twice, perhaps for want of memory; use fewer$"

@@ -208,7 +208,7 @@ def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slo
             time.sleep(0.5)  # as one that loads the weights longer
         begin(self)
         if self.run_path.exists() and json.loads(self.run_path.read_text())["temperature"] == 0:
-            runs.append([place for place in self._places() if place.stat().st_size])
+            runs.append([place for place in self.answer_files() if place.stat().st_size])
 
     def watching_write(self, answer, model_id):
         assert json.loads(self.run_path.read_text())["temperature"] == 0

@@ -88,16 +88,16 @@ def test_two_outputs_are_two_files(tmp_path, monkeypatch):
         f"--b {tmp_path}/out.json and --a {tmp_path}/x/../out.json are the same file; change one"
     )
     outputs["--b"] = output_file(tmp_path / "Out.json")
-    monkeypatch.setattr(output_check, "_ignores_case", lambda folder: False)
+    monkeypatch.setattr(output_check, "ignores_case", lambda folder: False)
     assert find_overwrite(outputs, {}) is None
-    monkeypatch.setattr(output_check, "_ignores_case", lambda folder: True)
+    monkeypatch.setattr(output_check, "ignores_case", lambda folder: True)
     assert "are the same file" in find_overwrite(outputs, {})
 
 
 def test_case_is_looked_up_where_the_file_system_decides(tmp_path):
     folder = tmp_path / "abc"
     folder.mkdir()
-    assert output_check._ignores_case(folder) is (tmp_path / "ABC").exists()
+    assert output_check.ignores_case(folder) is (tmp_path / "ABC").exists()
 
 
 def test_a_replaced_directory_is_and_holds_no_input(model, tmp_path):

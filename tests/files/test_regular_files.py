@@ -23,6 +23,7 @@ from llava.inference.batch.questions import read_questions
 from llava.model.checkpoint.read_tensors import read_index
 from llava.tokenization.sentencepiece_model import read_vocabulary
 from llava.train.flags.json_flags import read_json_flag
+from llava.train.train import main as train
 from task_data_preprocessing import main as preprocess
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -130,6 +131,17 @@ def test_a_checked_file_of_another_kind_is_left_alone(odd):
 def test_a_config_of_another_kind_in_a_directory_that_is_compared(odd, tmp_path):
     odd("config.json")
     assert find_overwrite({"--out": output_directory(tmp_path / "out")}, {"--model-path": str(tmp_path)}) is None
+
+
+def test_the_log_of_training_is_a_file(odd, capsys):
+    """Opened for appending, a pipe would wait for a reader, after the model was loaded."""
+    path, reason = odd("train_log.jsonl")
+    words = ["--model_name_or_path", "base", "--data_path", "data.json", "--output_dir", ".", "--use_cpu", "True"]
+    assert train([*words, "--lora_enable", "True"]) == 2
+    kind = reason.removeprefix("it is ")
+    assert f"error: {path.name} of --output_dir is {kind}; remove it, or choose another --output_dir" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["answers.jsonl.journal", "answers.jsonl.journal.1"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava.eval.model_vqa_loader import main
 from llava.inference.distributed import DistributedRank, process_group, read_rank
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,28 +47,29 @@ def test_a_device_for_each(monkeypatch, requested, has_gpus, expected):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_file_of_one(goldens, tmp_path):
+def test_two_processes_write_the_file_of_one(goldens, tmp_path, capsys):
     rows = [
         {"question_id": key, "image": ["landscape.jpg", "tiny.png", "none.png"][key % 3], "text": f"What is {key}?"}
         for key in range(30)
     ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [
-        *("-m", "llava.eval.model_vqa_loader", "--model-path", str(goldens / "llava-v1.5-golden")),
+        *("--model-path", str(goldens / "llava-v1.5-golden"), "--device", "cpu", "--max_new_tokens", "4"),
         *("--image-folder", str(goldens / "images"), "--question-file", str(tmp_path / "questions.jsonl")),
-        *("--device", "cpu", "--max_new_tokens", "4"),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(launcher, path):
-        command = [sys.executable, *launcher, *flags, "--answers-file", str(path)]
-        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    shared = run(launcher, tmp_path / "shared.jsonl")
-    alone = run((), tmp_path / "alone.jsonl")
-    assert alone.returncode == 1, alone.stderr  # a third of the images is missing
-    assert "error: 10 questions have no answer (image_missing 10)" in shared.stderr
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llava.eval.model_vqa_loader"]
+    shared = subprocess.run(
+        [sys.executable, "-m", *launcher, *flags, "--answers-file", str(tmp_path / "shared.jsonl")],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert main([*flags, "--answers-file", str(tmp_path / "alone.jsonl")]) == 1  # a third of the images is missing
+    message = "error: 10 questions have no answer (image_missing 10)"
+    assert message in capsys.readouterr().err
+    assert message in shared.stderr
     assert shared.stdout.count("20 of 30 questions answered") == 1, shared.stderr
     assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.journal*"))

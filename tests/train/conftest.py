@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,18 @@ from accelerate.state import AcceleratorState, GradientState
 
 from llava.model.checkpoint.checkpoint import open_checkpoint
 from llava.model.checkpoint.convert import write_original
+from llava.train import callbacks
 from llava.train.train import main
 
 TINY = Path(__file__).parents[2] / "playground/llava-tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_plot() -> Iterator[None]:
+    """Let runs write a `loss.png` without a plot: drawing takes longer than their steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "draw_curves", lambda history, path, **options: Path(path).touch())
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +66,14 @@ def read_log() -> Callable[[Path, str], list[float]]:
         return [line[key] for line in lines if key in line]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def deepspeed() -> None:
+    """Import what DeepSpeed needs, also when it starts, so that no forked process has to."""
+    pytest.importorskip("deepspeed")
+    importlib.import_module("torch.utils.cpp_extension")
+    torch.compile(len)  # imports the compiler, as do decorators in DeepSpeed's optimizers
 
 
 @pytest.fixture

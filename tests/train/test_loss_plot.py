@@ -16,6 +16,11 @@ TRAINING = [{"step": step, "loss": 3 / step, "learning_rate": 1e-3 / step} for s
 VALIDATION = [{"step": step, "eval_loss": 2 / step, "eval_accuracy": step / 40} for step in range(5, 40, 5)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_plot():
+    """Plots are what is tested here."""
+
+
 def colors(path):
     with Image.open(path) as image:
         assert image.format == "PNG"

@@ -30,7 +30,7 @@ from llava.tokenization.llama_tokenizer import LlavaTokenizer
 CLEAN, HAS_ERRORS, NOTHING_USABLE = 0, 1, 2
 
 
-class ModelFacts(NamedTuple):
+class EncodingSettings(NamedTuple):
     """Tokenizer, template and image sizes of a model: what the length of an encoded record depends on."""
 
     tokenizer: LlavaTokenizer
@@ -82,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json and (message := find_overwrite({"--json": output_file(options.json)}, inputs)):
         parser.error(message)
     try:
-        facts = None
+        settings = None
         if options.model_name_or_path:
-            facts = _read_model(options.model_name_or_path, options.version, options.vision_tower)
+            settings = _read_model(options.model_name_or_path, options.version, options.vision_tower)
         files = read_files(paths)
-        examination = _examine(files, options, facts)
+        examination = _examine(files, options, settings)
         print_text(describe_examination(examination, shown=options.shown))
         if options.json:
             with atomic_write(options.json) as stream:
@@ -105,34 +105,41 @@ def exit_code(examination: Examination) -> int:
     return HAS_ERRORS if examination.errors else CLEAN
 
 
-def _examine(files: Sequence[DataFile], options: argparse.Namespace, facts: ModelFacts | None) -> Examination:
+def _examine(files: Sequence[DataFile], options: argparse.Namespace, settings: EncodingSettings | None) -> Examination:
     records = join_rows(files)
-    template = facts.template if facts else options.version or DEFAULT_TEMPLATE
-    if facts is None:
+    template = settings.template if settings else options.version or DEFAULT_TEMPLATE
+    if settings is None:
         rows, errors = check_unencoded(files, template, options.image_folder)
     else:
-        lengths = {"patches_per_image": facts.patches_per_image, "max_length": options.model_max_length}
+        lengths = {"patches_per_image": settings.patches_per_image, "max_length": options.model_max_length}
         encoded, errors = encode_records(
             records,
             template,
-            facts.tokenizer,
+            settings.tokenizer,
             image_folder=options.image_folder,
-            use_im_start_end=facts.use_im_start_end,
+            use_im_start_end=settings.use_im_start_end,
             **lengths,
         )
-        rows = rows_of_encoded(encoded, errors, len(records), facts.patches_per_image)
+        rows = rows_of_encoded(encoded, errors, len(records), settings.patches_per_image)
     images = [path for row in rows for path in row.images]
     checked = None if options.skip_decoding else check_images(images, workers=options.workers, show_progress=True)
     examination = examine(files, rows, errors, template=template, images=checked)
-    if facts is not None and checked is not None and checked.is_complete:  # training need not look again
+    if settings is not None and checked is not None and checked.is_complete:  # training need not look again
         paths = [file.path for file in files]
-        settings = {"tokenizer": facts.tokenizer, "use_im_start_end": facts.use_im_start_end, **lengths}
-        inputs = describe_inputs(paths, images, errors, template=template, **settings)
+        inputs = describe_inputs(
+            paths,
+            images,
+            errors,
+            template=template,
+            tokenizer=settings.tokenizer,
+            use_im_start_end=settings.use_im_start_end,
+            **lengths,
+        )
         store_result(cache_places(paths[0], "")[:1], inputs, examination)
     return examination
 
 
-def _read_model(name: str, version: str | None, vision_tower: str | None) -> ModelFacts:
+def _read_model(name: str, version: str | None, vision_tower: str | None) -> EncodingSettings:
     # Here, for without a model there is no need to wait until all of this is imported.
     from llava.model.checkpoint.checkpoint import open_checkpoint, open_tokenizer
     from llava.model.checkpoint.hub import resolve_directory
@@ -147,7 +154,7 @@ def _read_model(name: str, version: str | None, vision_tower: str | None) -> Mod
     vision = config.mm_vision_config or VIT_L_14_336
     patches = features_per_image(config, vision)
     tokenizer = open_tokenizer(resolve_directory(name), config)
-    return ModelFacts(tokenizer, template or version or DEFAULT_TEMPLATE, patches, config.mm_use_im_start_end)
+    return EncodingSettings(tokenizer, template or version or DEFAULT_TEMPLATE, patches, config.mm_use_im_start_end)
 
 
 def _positive(text: str) -> int:

@@ -79,8 +79,8 @@ def pair_lines(
         question_id = id_of(key)
         free = [other for other in asked[question_id] if other not in paired]
         match = _find_match(texts.get(key, ""), {other: wanted[other] for other in free})
-        is_told = bool(texts.get(key)) and all(wanted[other] for other in asked[question_id])
-        if match is None and free and not is_told:
+        has_questions = bool(texts.get(key)) and all(wanted[other] for other in asked[question_id])
+        if match is None and free and not has_questions:
             if found[question_id] != len(asked[question_id]):
                 raise TableError(
                     f"{name}: question_id {describe_key(question_id)} is on {found[question_id]} lines here and on "

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-from torch import Tensor
 
 from llava.inference.batch.answers_file import Answer
 from llava.inference.batch.generate_fallback import generate_answers
@@ -26,11 +23,10 @@ from llava.inference.batch.windows import (
     request_builder,
 )
 from llava.inference.engine.engine import Engine
-from llava.inference.engine.image_loader import THREADS, ImageLoader, default_workers, prefetch_images
+from llava.inference.engine.image_loader import prefetch_session_images
 from llava.inference.engine.limits import Limits
 from llava.inference.engine.prefix_groups import common_system_prefix, split_work
 from llava.inference.engine.ragged_llama import has_plain_weights, supports_ragged
-from llava.inference.engine.sequence import RequestError
 from llava.inference.engine.sequence import Sequence as AnswerSequence
 from llava.inference.session import Sampling, Session
 
@@ -84,13 +80,21 @@ def answer_batch(
     """
     sampling = (sampling or Sampling()).seeded()
     _check_options(session, sampling, with_scores, choices, compile_mode, batch_size)
+    limits = limits or Limits.suiting(session.model.device, sampling.max_new_tokens)
     if sampling.num_beams > 1 or not supports_ragged(session.model):
         rest = [question for question in questions[rank::world_size] if question not in done]
-        yield from generate_answers(session, rest, image_folder, sampling, batch_size=batch_size)
+        yield from generate_answers(
+            session,
+            rest,
+            image_folder,
+            sampling,
+            batch_size=batch_size,
+            workers=workers,
+            threaded_groups=limits.threaded_groups,
+        )
         return
     patches = session.model.get_vision_tower().num_patches if session.image_processor else 0
     requests_of = request_builder(session, choices)
-    limits = limits or Limits.suiting(session.model.device, sampling.max_new_tokens)
     largest = limits.group_size
     limits = replace(limits, max_sequences=batch_size, group_size=min(largest, batch_size or largest))
     run = _Run(
@@ -125,14 +129,20 @@ class _Run:
     ) -> Generator[Answer, None, list[Question]]:
         """Yield the answers; return the questions whose prompts don't start with the prefix, which are not answered."""
         session, n_choices = self.session, max(1, len(self.choices))
-        if any(image_group[0].images for image_group in image_groups) and session.image_processor is None:
-            raise ValueError("the model has no vision tower; ask without images, or pass --vision-tower")
+        if any(image_group[0].images for image_group in image_groups):
+            session.require_vision_tower()
         limits = self.limits
         group_size = min(limits.group_size, n_choices * max(map(len, image_groups), default=1))
         limits, window = replace(limits, group_size=group_size), max(1, limits.window // n_choices)
         windows = Windows(self.requests_of, system_prefix, self.patches, group_size=group_size, size=window)
         groups, ahead = itertools.tee(windows.groups(image_groups))
-        images = self._prefetch(group.images for group in ahead)
+        images = prefetch_session_images(
+            session,
+            self.image_folder,
+            (group.images for group in ahead),
+            workers=self.workers,
+            threaded_groups=limits.threaded_groups,
+        )
         positions = n_choices * sum(estimate_positions(image_group, self.patches) for image_group in image_groups)
         engine = self._engine(system_prefix, positions, limits)
         with contextlib.closing(images), contextlib.closing(engine.run(groups, images)) as sequences:
@@ -141,19 +151,6 @@ class _Run:
                 yield answer
             yield from windows.take_errors()
         return windows.outside
-
-    def _prefetch(self, groups: Iterable[Sequence[str]]) -> Iterator[list[Tensor] | RequestError]:
-        session, config, device = self.session, self.session.model.config, self.session.model.device
-        settings = SimpleNamespace(
-            image_aspect_ratio=config.image_aspect_ratio, image_grid_pinpoints=config.image_grid_pinpoints
-        )
-        dtype = session.model.get_vision_tower().dtype if session.image_processor else session.model.dtype
-        loader = ImageLoader(self.image_folder, session.image_processor, settings, dtype)
-        workers, threads = default_workers(device), max(THREADS, default_workers(device))
-        if self.workers is not None:
-            workers = self.workers
-        limit = self.limits.threaded_groups
-        return prefetch_images(loader, groups, workers=workers, threads=threads, threaded_groups=limit)
 
     def _engine(self, system_prefix: Sequence[int], positions: int, limits: Limits) -> Engine:
         model, mode = self.session.model, self.compile_mode

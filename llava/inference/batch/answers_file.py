@@ -130,7 +130,7 @@ class AnswersFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.journal_path)
         try:
-            if not overwrite and any(place.stat().st_size for place in self._places()):
+            if not overwrite and any(place.stat().st_size for place in self.answer_files()):
                 self._check_run()
                 for question, _, _, record in self._read():
                     self._count(question, record)
@@ -163,7 +163,7 @@ class AnswersFile:
             return
         if self._overwrite:
             kept = {self._journal_path(rank) for rank in range(self._world_size)}  # each is emptied by its rank
-            for place in set(self._places()) - kept:
+            for place in set(self.answer_files()) - kept:
                 place.unlink(missing_ok=True)
         if not self.done:
             with atomic_write(self.run_path) as stream:
@@ -204,13 +204,13 @@ class AnswersFile:
             with atomic_write(self.path, "wb") as stream:
                 stream.writelines(_lines_at(in_order))
         self._journal.begin(truncate=True)  # closing it removes it when it is empty
-        for place in set(self._places()) - {self.path, self.journal_path}:
+        for place in set(self.answer_files()) - {self.path, self.journal_path}:
             place.unlink(missing_ok=True)
 
     def _journal_path(self, rank: int) -> Path:
         return self.path.with_name(self.path.name + JOURNAL_SUFFIX + (f".{rank}" if rank else ""))
 
-    def _places(self) -> list[Path]:
+    def answer_files(self) -> list[Path]:
         """Return the existing files that hold answers: the answers file and the journals."""
         journals = sorted(self.path.parent.glob(f"{glob.escape(self.path.name + JOURNAL_SUFFIX)}*"))
         return [self.path, *journals] if self.path.exists() else journals
@@ -236,7 +236,7 @@ class AnswersFile:
     def _read(self) -> Iterator[tuple[Question, Path, int, dict[str, Any]]]:
         """Yield each answer's question, file, offset and record; only the last line of a file may be incomplete."""
         index = _QuestionIndex(self._questions)
-        for place in self._places():
+        for place in self.answer_files():
             for number, (offset, line) in enumerate(read_lines(place), start=1):
                 try:
                     record = parse_record(line)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from llava.image_files.decode import open_image
-from llava.image_files.errors import ImageError
-from llava.image_files.paths import resolve_image
 from llava.inference.batch.answers_file import Answer
 from llava.inference.batch.questions import Question
+from llava.inference.engine.image_loader import prefetch_session_images
+from llava.inference.engine.limits import Limits
+from llava.inference.engine.sequence import RequestError
 from llava.inference.prompts import PromptError
 from llava.inference.session import Prompt, Sampling, Session
 
-BATCHES_AHEAD = 2  # whose images are decoded
 CPU_BATCH_SIZE = 8
 MAX_BATCH_SIZE = 32
-THREADS = 4  # that decode images
 # LLaVA-1.5-7B in 16 bit, computed from its sizes, not measured.
 _WEIGHTS_GIB = 14.0
 _SEQUENCE_GIB = 0.5  # KV cache and activations
@@ -45,6 +43,8 @@ def generate_answers(
     sampling: Sampling,
     *,
     batch_size: int | None = None,
+    workers: int | None = None,
+    threaded_groups: int = Limits.threaded_groups,
 ) -> Iterator[Answer]:
     """Yield the answers in the order of the questions.
 
@@ -56,38 +56,42 @@ def generate_answers(
         image_folder: holds their images; no image is read from outside, unless it is "".
         sampling: how answers are chosen.
         batch_size: questions at a time; None = what fits the device.
+        workers: processes that decode images; 0 = threads, None = what suits the device.
+        threaded_groups: first questions, whose images are read by threads while processes start.
 
     Raises:
         ValueError: if a question has images and the model no vision tower.
+        WorkerKilled: if processes are killed twice.
     """
+    if any(question.images for question in questions):
+        session.require_vision_tower()
     size = batch_size or default_batch_size(session.model.device)
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="images")
-    ahead: deque[tuple[Sequence[Question], list[Future[Prompt | Answer]]]] = deque()
-    try:
+    names = (question.images for question in questions)
+    images = prefetch_session_images(session, image_folder, names, workers=workers, threaded_groups=threaded_groups)
+    with contextlib.closing(images):
         for first in range(0, len(questions), size):
             batch = questions[first : first + size]
-            ahead.append((batch, [pool.submit(_prepare, session, each, image_folder, sampling) for each in batch]))
-            if len(ahead) > BATCHES_AHEAD:
-                yield from _generate_batch(session, *ahead.popleft(), sampling)
-        while ahead:
-            yield from _generate_batch(session, *ahead.popleft(), sampling)
-    finally:
-        pool.shutdown(cancel_futures=True)
+            prepared = [_prepare(session, question, next(images), sampling) for question in batch]
+            yield from _generate_batch(session, prepared, batch, sampling)
 
 
-def _prepare(session: Session, question: Question, image_folder: str | Path, sampling: Sampling) -> Prompt | Answer:
+def _prepare(
+    session: Session, question: Question, pixel_values: list[Tensor] | RequestError, sampling: Sampling
+) -> Prompt | Answer:
     """Return the prompt of a question, or why it can't be answered."""
+    if isinstance(pixel_values, RequestError):
+        return Answer(question, "", *pixel_values)
     try:
-        images = [open_image(resolve_image(image_folder, name)) for name in question.images]
-        return session.prepare(question.text, images, max_new_tokens=sampling.max_new_tokens)
-    except (ImageError, PromptError) as error:
+        prompt = Prompt(session.prompt_ids(question.text, len(pixel_values)), pixel_values)
+        session.answer_limit(session.spliced_length(prompt), sampling.max_new_tokens)
+    except PromptError as error:
         return Answer(question, "", error.code, str(error))
+    return prompt
 
 
 def _generate_batch(
-    session: Session, questions: Sequence[Question], tasks: Sequence[Future[Prompt | Answer]], sampling: Sampling
+    session: Session, prepared: Sequence[Prompt | Answer], questions: Sequence[Question], sampling: Sampling
 ) -> Iterator[Answer]:
-    prepared = [task.result() for task in tasks]
     asked = [(prompt, each) for prompt, each in zip(prepared, questions, strict=True) if isinstance(prompt, Prompt)]
     prompts, request_ids = [prompt for prompt, _ in asked], [question.request_id for _, question in asked]
     texts = iter(session.answer_prompts(prompts, sampling, request_ids))

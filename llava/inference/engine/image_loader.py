@@ -20,6 +20,7 @@ from llava.image_files.decode import open_image
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import resolve_image
 from llava.inference.engine.sequence import RequestError
+from llava.inference.session import Session
 from llava.mm_utils import process_images
 
 AHEAD = 4  # groups of images that each worker may be ahead
@@ -42,6 +43,16 @@ class ImageLoader(NamedTuple):
     processor: CLIPPixels
     settings: SimpleNamespace
     dtype: torch.dtype
+
+    @classmethod
+    def of_session(cls, session: Session, folder: str | Path) -> ImageLoader:
+        """Return the loader of a model's images, without the model, so that it can be sent to processes."""
+        model, config = session.model, session.model.config
+        settings = SimpleNamespace(
+            image_aspect_ratio=config.image_aspect_ratio, image_grid_pinpoints=config.image_grid_pinpoints
+        )
+        dtype = model.get_vision_tower().dtype if session.image_processor else model.dtype
+        return cls(folder, session.image_processor, settings, dtype)
 
     def load(self, names: Sequence[str]) -> list[Tensor] | RequestError:
         """Return (3, height, width) or (tiles, 3, height, width) per image, or the error of the first bad one."""
@@ -67,6 +78,25 @@ def default_workers(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return min(MAX_WORKERS, max(1, usable_cores() - 2))
+
+
+def prefetch_session_images(
+    session: Session,
+    folder: str | Path,
+    groups: Iterable[Sequence[str]],
+    *,
+    workers: int | None,
+    threaded_groups: int,
+) -> Iterator[list[Tensor] | RequestError]:
+    """Return `prefetch_images` of a model's images; as many workers as suit its device where they are None."""
+    suiting = default_workers(session.model.device)
+    return prefetch_images(
+        ImageLoader.of_session(session, folder),
+        groups,
+        workers=suiting if workers is None else workers,
+        threads=max(THREADS, suiting),
+        threaded_groups=threaded_groups,
+    )
 
 
 def prefetch_images(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llava.constants import STATE_FILE
 from llava.model.adapter.adapter_config import (
     ADAPTER_CONFIG_FILE,
     is_saved,
@@ -30,7 +31,7 @@ from llava.model.configuration import CONFIG_FILE
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_LLAVA_RUN_FILES = (CONFIG_FILE, "trainer_state.json")
+_LLAVA_RUN_FILES = (CONFIG_FILE, STATE_FILE)
 """Beside an adapter on the released layout these mean LLaVA's own training, which trains the projector too."""
 _ORIGINAL_MODULE = ".original_module."
 """In names of the base's weights that peft keeps beside a module in `modules_to_save`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llava.clip_image_processor import CLIPPixels
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.constants import CHECKPOINT_PREFIX, DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.files.json_files import read_settings, write_settings
 from llava.image_processing import load_image_processor
 from llava.model.adapter.adapter_config import ADAPTER_CONFIG_FILE
@@ -33,7 +33,7 @@ from llava.model.checkpoint.lazy_tensors import LazyTensors, is_same_fingerprint
 from llava.model.checkpoint.read_tensors import find_weight_file, open_weights
 from llava.model.checkpoint.strict_load import check_sizes
 from llava.model.checkpoint.write_tensors import write_weights
-from llava.model.configuration import CONFIG_FILE, LlavaConfig, is_hf_config, load_config, save_config
+from llava.model.configuration import CONFIG_FILE, LlavaConfig, dtype_name, is_hf_config, load_config, save_config
 from llava.model.quantization import forget_quantization, refuse_quantized
 from llava.model.vision_tower import released_name
 from llava.tokenization.llama_tokenizer import VOCABULARY_FILE, LlavaTokenizer, load_tokenizer, save_tokenizer
@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-INTERMEDIATE_DIRECTORY = "checkpoint-"
-"""Prefix of the checkpoints that a training run leaves inside its output directory."""
 
 
 class Layout(Enum):
@@ -217,7 +215,7 @@ def _open_full(directory: Path, layout: Layout) -> tuple[LlavaConfig, LazyTensor
 
 def find_config(directory: Path) -> LlavaConfig | None:
     """Return the config of an adapter or projector; the original's `checkpoint-N` has it one level up, or nowhere."""
-    places = [directory, directory.parent] if directory.name.startswith(INTERMEDIATE_DIRECTORY) else [directory]
+    places = [directory, directory.parent] if directory.name.startswith(CHECKPOINT_PREFIX) else [directory]
     place = next((place for place in places if (place / CONFIG_FILE).is_file()), None)
     return None if place is None else read_config(place)
 
@@ -304,7 +302,7 @@ def save_checkpoint(
     """
     write_weights(tensors, directory, dtype=dtype, **write_options)
     if dtype is not None:
-        config = LlavaConfig.from_dict({**config.to_dict(), "dtype": str(dtype).removeprefix("torch.")})
+        config = LlavaConfig.from_dict({**config.to_dict(), "dtype": dtype_name(dtype)})
     save_settings(config, tokenizer, image_processor, directory)
 
 

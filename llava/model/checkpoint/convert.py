@@ -27,7 +27,7 @@ from llava.model.checkpoint.lazy_tensors import LazyTensors
 from llava.model.checkpoint.quantized import StoredPart
 from llava.model.checkpoint.strict_load import check_fit
 from llava.model.checkpoint.write_tensors import write_weights
-from llava.model.configuration import CONFIG_FILE
+from llava.model.configuration import CONFIG_FILE, dtype_name
 from llava.tokenization.llama_tokenizer import LlavaTokenizer, write_hf_tokenizer
 
 
@@ -71,7 +71,7 @@ def write_hf(
     rows = rows_with_room(config.vocab_size, image_token_id, pad_token_id)
     settings = config_to_hf(config, image_token_id=image_token_id, pad_token_id=pad_token_id, vocab_size=rows)
     if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         settings = {**settings, "dtype": name, "torch_dtype": name}
         settings["text_config"] = {**settings["text_config"], "dtype": name}
     tensors = pad_vocabulary(checkpoint.tensors.renamed(original_name), rows)

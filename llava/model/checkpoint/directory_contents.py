@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from llava.constants import CHECKPOINT_PREFIX
 from llava.model.checkpoint.read_tensors import INDEX_ENDING, PICKLE_FILE, SAFETENSORS_FILE
 
 _SHARD = re.compile(r"(.+)-\d+-of-\d+(\.safetensors|\.bin)")
@@ -15,7 +16,7 @@ def describe_lack(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir())
     found = f"{directory} holds no model: no weights, no adapter, no projector (found {', '.join(names) or 'nothing'})"
     shard = next((match for name in names if (match := _SHARD.fullmatch(name))), None)
-    inside = [name for name in names if name.startswith("checkpoint-")]
+    inside = [name for name in names if name.startswith(CHECKPOINT_PREFIX)]
     if any(name.startswith("adapter_model.") for name in names):
         way_out = "adapter_config.json is missing; fetch it from where the adapter is from"
     elif shard:

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llava.files.json_files import read_settings
+from llava.files.terminal_text import show
 from llava.image_processing import pads_images
 from llava.model.checkpoint.lazy_tensors import DERIVED, LazyTensor, LazyTensors
 from llava.model.checkpoint.read_tensors import open_weights
-from llava.model.config_values import show, vision_sizes
+from llava.model.config_values import vision_sizes
 from llava.model.configuration import CONFIG_FILE, LlavaConfig, config_settings, parse_config
 from llava.model.vision_tower import TOWER_PREFIX, released_name
 

@@ -72,9 +72,9 @@ def write_weights(
             path.unlink(missing_ok=True)  # a file of this name may be mapped: what is read from it stays as it was
             try:
                 with path.open("wb", buffering=0) as stream:
-                    _write_all(stream, memoryview(_header({name: entries[name] for name in shard})))
+                    write_all(stream, memoryview(_header({name: entries[name] for name in shard})))
                     for name in shard:
-                        _write_all(stream, next(contents))
+                        write_all(stream, next(contents))
                         if progress:
                             progress(entries[name].nbytes)
             except OSError as error:
@@ -169,8 +169,9 @@ def _read_bytes(name: str, entry: LazyTensor, dtype: torch.dtype) -> memoryview:
     return memoryview(written.reshape(-1).view(torch.uint8).numpy())
 
 
-def _write_all(stream: IO[bytes], content: memoryview) -> None:
-    while content:  # an unbuffered stream may take less than it is given
+def write_all(stream: IO[bytes], content: memoryview) -> None:
+    """Write the whole content to an unbuffered stream, which may take less than it is given."""
+    while content:
         content = content[stream.write(content) :]
 
 

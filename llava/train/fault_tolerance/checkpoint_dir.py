@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llava.constants import CHECKPOINT_PREFIX, STATE_FILE
 from llava.files.atomic_files import atomic_write, move_directory, sync_directory, sync_tree
 from llava.files.json_files import read_settings
-from llava.train.output_files import CHECKPOINT_PREFIX, LOG_FILE, STAGING_FOLDER, STATE_FILE
+from llava.train.output_files import LOG_FILE, STAGING_FOLDER
 
 logger = logging.getLogger(__name__)
 

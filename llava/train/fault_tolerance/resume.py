@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from llava.constants import STATE_FILE
 from llava.files.atomic_files import atomic_write
 from llava.files.json_files import parse_json, read_settings
 from llava.train.distributed import gather_objects
@@ -19,7 +20,7 @@ from llava.train.fault_tolerance.checkpoint_dir import (
 from llava.train.fault_tolerance.checkpoint_pickles import refuse_code
 from llava.train.fault_tolerance.run_manifest import compare_runs
 from llava.train.flags.arguments import TrainingArguments
-from llava.train.output_files import LOG_FILE, STATE_FILE
+from llava.train.output_files import LOG_FILE
 from llava.train.saving import TRAINING_FILE
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llava.files.home_directory import expand_homes
+from llava.inference.distributed import read_rank
 from llava.model.devices import best_device, default_dtype
 from llava.train.flags.json_flags import JSON_FILE_FLAGS, JSON_FLAGS, read_json_flag
 
@@ -271,7 +271,7 @@ def output_kind(model: ModelArguments, training: TrainingArguments) -> str:
 
 def is_first_process() -> bool:
     """Whether this process reports and writes: rank 0, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return read_rank().rank == 0
 
 
 def enable_activation_checkpointing(model: nn.Module, training: TrainingArguments) -> None:

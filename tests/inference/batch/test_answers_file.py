@@ -250,14 +250,14 @@ def test_a_process_without_answers_may_leave_while_the_first_joins(tmp_path, mon
             answers.begin()
         for question in QUESTIONS:
             first.write(Answer(question, f"ä {question.question_id}"), "model")
-        find_places = first._places
+        find_files = first.answer_files
 
-        def places_before_it_left():
-            found = find_places()
+        def files_before_it_left():
+            found = find_files()
             others.close()
             return found
 
-        monkeypatch.setattr(first, "_places", places_before_it_left)
+        monkeypatch.setattr(first, "answer_files", files_before_it_left)
         first.finish()
     assert path.read_bytes() == whole
 

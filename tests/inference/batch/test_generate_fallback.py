@@ -1,12 +1,14 @@
 """Batches answer as single questions do, and bad rows disturb no other."""
 
+import os
+import sys
+
 import pytest
 import torch
 
-from llava.image_files.decode import open_image
-from llava.inference.batch import generate_fallback
 from llava.inference.batch.generate_fallback import default_batch_size, generate_answers
 from llava.inference.batch.questions import Question
+from llava.inference.engine.image_loader import AHEAD, THREADS, ImageLoader
 from llava.inference.session import Sampling
 
 GREEDY = Sampling(max_new_tokens=6)
@@ -59,13 +61,28 @@ def test_chance_is_the_same_whatever_the_batch(session, folder):
 
 
 def test_images_are_decoded_only_a_little_ahead(session, folder, monkeypatch):
-    opened = []
-    monkeypatch.setattr(generate_fallback, "open_image", lambda path: opened.append(path) or open_image(path))
-    questions = [Question(index, "what?", ("tiny.png",)) for index in range(20)]
+    load, loaded = ImageLoader.load, []
+    monkeypatch.setattr(ImageLoader, "load", lambda self, names: loaded.append(names) or load(self, names))
+    questions = [Question(index, "what?", ("tiny.png",)) for index in range(60)]
     answers = generate_answers(session, questions, folder, GREEDY, batch_size=2)
     next(answers)
-    assert len(opened) <= 2 * (1 + generate_fallback.BATCHES_AHEAD)
+    assert len(loaded) <= 2 + AHEAD * THREADS
     answers.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a forked process keeps the patch")
+def test_images_are_decoded_by_as_many_processes_as_are_asked_for(session, folder, singly, monkeypatch, tmp_path):
+    load = ImageLoader.load
+
+    def recorded(self, names):
+        (tmp_path / str(os.getpid())).touch()
+        return load(self, names)
+
+    monkeypatch.setattr(ImageLoader, "load", recorded)
+    answers = generate_answers(session, QUESTIONS, folder, GREEDY, batch_size=5, workers=2, threaded_groups=2)
+    assert {answer.question.question_id: answer.text for answer in answers if not answer.error} == singly
+    assert len([*tmp_path.iterdir()]) == 3  # this process reads the first two
+    assert (tmp_path / str(os.getpid())).exists()
 
 
 @pytest.mark.parametrize("gib, expected", [(80, 32), (24, 18), (16, 2), (8, 1)])

@@ -17,7 +17,7 @@ from llava.inference.chat.kv_cache import GrowingKVCache, KVCacheFactory, Transf
 from llava.inference.engine.cuda_graphs import StepShape
 from llava.inference.engine.ragged_llama import RaggedLlama
 from llava.inference.sampler import draw_key, exponential_noise
-from llava.inference.session import Prompt, Sampling
+from llava.inference.session import Prompt, Sampling, Session
 
 CONTEXT = 700
 KINDS = {"row": lambda model: GrowingKVCache(RaggedLlama(model)), "library": TransformersKVCache}
@@ -186,7 +186,7 @@ def test_a_second_interruption_during_the_first_ones_clean_up(session, sampling,
 
     pieces = chat.reply("and now?")
     next(pieces)
-    monkeypatch.setattr(chat, "_record_turn", interrupt)
+    monkeypatch.setattr(Session, "spliced_length", interrupt)  # the first thing that recording the turn asks for
     with pytest.raises(KeyboardInterrupt):
         pieces.close()
     monkeypatch.undo()
@@ -264,18 +264,19 @@ def test_an_interruption_inside_a_layer(open_kind, model, tokens, expected, plac
             check(cache.decode(tokens[step : step + 1]), expected[step])
 
 
-@pytest.mark.parametrize("n_layers", [0, 1])
-def test_an_interruption_while_the_storage_grows(model, tokens, expected, n_layers, monkeypatch):
+@pytest.mark.parametrize("n_tensors", range(4))
+def test_an_interruption_while_the_storage_grows(model, tokens, expected, n_tensors, monkeypatch):
+    """Before the keys of the first layer, its values, the keys of the second, its values."""
     cache = GrowingKVCache(RaggedLlama(model))
     read(cache, model, tokens[:128])
-    real, calls = cache._allocate, iter(range(n_layers))
+    real, calls = torch.zeros, iter(range(n_tensors))
 
-    def interrupted(capacity):
+    def interrupted(*arguments, **options):
         if next(calls, None) is None:
             raise KeyboardInterrupt
-        return real(capacity)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(cache, "_allocate", interrupted)
+    monkeypatch.setattr(torch, "zeros", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.decode(tokens[:1])
     monkeypatch.undo()

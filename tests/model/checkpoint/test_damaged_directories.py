@@ -301,7 +301,7 @@ def test_a_disk_that_fills_up(models, merged, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", refuse)
     assert "No space left on device" in merged(LORA)
-    monkeypatch.setattr(write_tensors, "_write_all", refuse)
+    monkeypatch.setattr(write_tensors, "write_all", refuse)
     assert merged(LORA).endswith("No space left on device); free some space or choose another directory")
 
 

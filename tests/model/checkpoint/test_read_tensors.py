@@ -394,7 +394,7 @@ def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
     def refuse(stream, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write_tensors, "_write_all", refuse)
+    monkeypatch.setattr(write_tensors, "write_all", refuse)
     message = r"model.safetensors could not be written \(\[Errno 28\] No space left on device\); free some space"
     with pytest.raises(OSError, match=message):
         write_weights(LAZY, tmp_path)

@@ -64,12 +64,6 @@ def plant(path, payload):
     assert verify(checkpoint)
 
 
-@pytest.fixture(scope="module")
-def deepspeed():
-    """Import it here, so that no forked process has to."""
-    return pytest.importorskip("deepspeed")
-
-
 @pytest.fixture
 def run(train_forked, monkeypatch):
     """Return the function (name, stage, *flags, code=) -> output directory of a run of one process."""

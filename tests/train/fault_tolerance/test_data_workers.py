@@ -14,6 +14,7 @@ from llava.train.fault_tolerance.nonfinite import NumberedRows
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
+    pytest.mark.usefixtures("quick_look_for_dead_workers"),
 ]
 
 IMAGES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]

@@ -25,6 +25,7 @@ from llava.train.trainer import LlavaTrainer
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
+    pytest.mark.usefixtures("deepspeed"),
 ]
 
 IMAGES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]
@@ -42,12 +43,6 @@ ROWS = [*(row(index, name) for index, name in enumerate(IMAGES)), row(6), row(7)
 LORA = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0.3"]
 LORA += ["--mm_projector_lr", "1e-3"]
 SAVED = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported():
-    """Import DeepSpeed once, so that no forked process has to."""
-    import deepspeed  # noqa: F401
 
 
 @pytest.fixture(scope="module")
