@@ -26,7 +26,11 @@ _NO_NETWORK = re.compile(
     r"ConnectionError|NewConnection|Failed to establish|Max retries|ProxyError|Timeout|timed out|name resolution|"
     r"getaddrinfo|unreachable|from versions: none"
 )
-_SOUGHT = re.compile(r"satisfies the requirement (.+?) \(|No matching distribution found for (.+)|Collecting (\S+)")
+_SOUGHT = re.compile(
+    r"satisfies the requirement (.+?) \(|No matching distribution found for (.+)|Collecting (\S+)|"
+    r"The user requested (?:\(constraint\) )?(\S+)"
+)
+_PROGRESS = "raw"  # a choice of --progress-bar since pip 24.1
 _COMPILE = "from deepspeed.ops.op_builder.cpu import {0} as builder; builder().load(verbose=False)"
 
 
@@ -39,25 +43,28 @@ class Step(NamedTuple):
     is_optional: bool = False
 
 
-def plan_steps(*, device: str, extras: str, constraints: str, needs_pip: bool, asks_cpu_index: bool) -> list[Step]:
+def plan_steps(*, device: str, extras: str, constraints: str, shows_progress: bool, asks_cpu_index: bool) -> list[Step]:
     """Return the calls of pip in order; torch comes first, so that packages built from source find it.
 
     Args:
         device: "cpu" or "cuda".
         extras: names of pyproject.toml's optional dependencies, with commas.
         constraints: a file of pinned versions, "" for none.
-        needs_pip: this pip is too old to report its progress.
+        shows_progress: this pip reports how much of a download has arrived.
         asks_cpu_index: look for torch in PyTorch's own index of CPU builds first.
     """
-    pins = ("--progress-bar", "raw", *(("-c", constraints) if constraints else ()))
-    steps = [Step("pip, a newer one", "2 MB", ("--upgrade", "pip"))] if needs_pip else []
+    pins = (*(("--progress-bar", _PROGRESS) if shows_progress else ()), *(("-c", constraints) if constraints else ()))
+    steps = []
     if asks_cpu_index:
         found = ("--no-deps", "--retries", "1", "--timeout", "20", "--index-url", CPU_INDEX, *pins, "torch")
         steps.append(Step("torch, a CPU build", "about 200 MB", found, is_optional=True))
     steps.append(Step("torch and what it needs", SIZES[device], (*pins, "torch")))
     name = f"llava[{extras}]" if extras else "llava"
     target = f".[{extras}]" if extras else "."
-    return [*steps, Step(f"{name}: transformers, peft, ...", "about 60 MB", (*pins, "-e", target))]
+    return [
+        *steps,
+        Step(f"{name}: transformers, peft, ...", "about 100 MB to download, 0.5 GB on disk", (*pins, "-e", target)),
+    ]
 
 
 def describe(line: str) -> str | None:
@@ -70,7 +77,8 @@ def describe(line: str) -> str | None:
     if found := re.search(r"Building (?:editable|wheel)s? for (\S+).*: started", line):
         return f"building {found[1]}"
     if line.startswith("Installing collected packages:"):
-        return f"unpacking {line.count(',') + 1} package(s); the large ones take a minute"
+        count = line.count(",") + 1
+        return "unpacking 1 package" if count == 1 else f"unpacking {count} packages, which takes a minute"
     return None
 
 
@@ -99,7 +107,7 @@ def explain_failure(step: Step, lines: Sequence[str], *, extras: str, constraint
     return (
         f"the step '{step.name}' failed: pip can't fetch {sought[-1] if sought else 'its packages'} (no network, or "
         f"the package index can't be reached).\nWith a network, run the same command again.\n"
-        f"Without one: on a machine with a network, the same system and Python {python}, in a clone of this one run\n"
+        f"Without one: on a machine with a network, the same system and Python {python}, in a clone of the repository\n"
         f"    python3 -m pip download --dest wheels pip setuptools wheel {pins}{target}\n"
         f"copy the folder wheels here and run the same command with two variables:\n"
         f"    PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels bash scripts/quickstart.sh\n"
@@ -159,11 +167,43 @@ def describe_wish(extras: str, constraints: str) -> str:
     return f"{digest} {extras}\n"
 
 
+def pip_options() -> str:
+    """The text of `pip install --help`, "" without pip."""
+    command = [sys.executable, "-m", "pip", "install", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if done.returncode else done.stdout
+
+
 def has_own_index() -> bool:
     """Whether the user has told pip where to look for packages."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     settings = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return re.search(r"\.(index-url|extra-index-url|find-links|no-index)=", settings) is not None
+
+
+def install(device: str, extras: str, constraints: str, log: Path) -> str:
+    """Run the calls of pip in order; the message about the first that fails, "" if none does."""
+    options = pip_options()
+    if not options:
+        command = f"uv pip install -e '.[{extras}]'"
+        return f"{sys.prefix} has no pip, as uv makes environments: run {command} and the script with VENV=none"
+    if _PROGRESS not in options:
+        print("   pip, a newer one that shows its progress (2 MB)", flush=True)
+        run_pip(Step("pip", "2 MB", ("--upgrade", "pip")), log)
+        options = pip_options()
+    steps = plan_steps(
+        device=device,
+        extras=extras,
+        constraints=constraints,
+        shows_progress=_PROGRESS in options,
+        asks_cpu_index=device == "cpu" and sys.platform == "linux" and not has_own_index(),
+    )
+    for step in steps:
+        print(f"   {step.name} ({step.size})", flush=True)
+        failed = run_pip(step, log)
+        if failed is not None and not step.is_optional:
+            return explain_failure(step, failed, extras=extras, constraints=constraints, log=log)
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,31 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wish = describe_wish(args.extras, args.constraints)
     if mark.is_file() and mark.read_text("utf-8") == wish:
         return 0
-    pip = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--help"], capture_output=True, text=True, check=False
-    )
-    if pip.returncode:
-        print(
-            f"error: {sys.prefix} has no pip, as uv makes environments: run uv pip install -e '.[{args.extras}]' "
-            "and the script with VENV=none, or delete it",
-            file=sys.stderr,
-        )
-        return 1
-    steps = plan_steps(
-        device=args.device,
-        extras=args.extras,
-        constraints=args.constraints,
-        needs_pip="raw" not in pip.stdout,
-        asks_cpu_index=args.device == "cpu" and sys.platform == "linux" and not has_own_index(),
-    )
     log.unlink(missing_ok=True)
-    for step in steps:
-        print(f"   {step.name} ({step.size})", flush=True)
-        failed = run_pip(step, log)
-        if failed is not None and not step.is_optional:
-            text = explain_failure(step, failed, extras=args.extras, constraints=args.constraints, log=log)
-            print(f"error: {text}", file=sys.stderr)
-            return 1
+    error = install(args.device, args.extras, args.constraints, log)
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if args.device == "cpu" and sys.platform == "linux" and "dev" in args.extras.split(","):
         compile_extensions(("ShareMemCommBuilder", "CPUAdamBuilder"), log)
     mark.write_text(wish, encoding="utf-8")

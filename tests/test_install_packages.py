@@ -23,7 +23,7 @@ def plan(program, **changes):
         "device": "cpu",
         "extras": "train",
         "constraints": "pins.txt",
-        "needs_pip": False,
+        "shows_progress": True,
         "asks_cpu_index": False,
     }
     return [step.arguments for step in program.plan_steps(**settings | changes)]
@@ -32,15 +32,11 @@ def plan(program, **changes):
 def test_torch_comes_first_and_everything_is_pinned(program):
     shown = ("--progress-bar", "raw")
     assert plan(program) == [(*shown, "-c", "pins.txt", "torch"), (*shown, "-c", "pins.txt", "-e", ".[train]")]
-    assert plan(program, constraints="", extras="", needs_pip=True) == [
-        ("--upgrade", "pip"),
-        (*shown, "torch"),
-        (*shown, "-e", "."),
-    ]
+    assert plan(program, constraints="", extras="", shows_progress=False) == [("torch",), ("-e", ".")]
 
 
 def test_the_index_of_cpu_builds_is_asked_first_and_may_be_missing(program):
-    steps = program.plan_steps(device="cpu", extras="", constraints="", needs_pip=False, asks_cpu_index=True)
+    steps = program.plan_steps(device="cpu", extras="", constraints="", shows_progress=True, asks_cpu_index=True)
     assert [step.is_optional for step in steps] == [True, False, False]
     assert (
         steps[0].arguments[-3:] == ("--index-url", program.CPU_INDEX, "torch")
@@ -61,7 +57,7 @@ def test_the_index_of_cpu_builds_is_asked_first_and_may_be_missing(program):
         ("  Building wheel for deepspeed (pyproject.toml): started", "building deepspeed"),
         ("  Building editable for llava (pyproject.toml): started", "building llava"),
         ("  Building wheel for deepspeed (pyproject.toml): finished with status 'done'", None),
-        ("Installing collected packages: a, b, c", "unpacking 3 package(s); the large ones take a minute"),
+        ("Installing collected packages: a, b, c", "unpacking 3 packages, which takes a minute"),
     ],
 )  # fmt: skip
 def test_lines_of_pip(program, line, text):
@@ -116,10 +112,10 @@ def installed(tmp_path):
     (pip / "__init__.py").touch()
     calls = tmp_path / "calls"
 
-    def run(lines, code, *flags):
+    def run(lines, code, *flags, is_new=True):
         (pip / "__main__.py").write_text(
             "import sys\n"
-            "if '--help' in sys.argv: print('raw'); sys.exit()\n"
+            f"if '--help' in sys.argv: print({'raw' if is_new else 'on'!r}); sys.exit()\n"
             "if 'config' in sys.argv: print(\":env:.find-links='wheels'\"); sys.exit()\n"
             f"open({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
             f"print('\\n'.join({lines!r}))\nsys.exit({code})\n"
@@ -141,11 +137,11 @@ def test_a_run_prints_its_steps_and_the_next_has_nothing_to_do(installed, tmp_pa
     printed = done.stdout.splitlines()
     assert [line for line in printed if line.startswith("   ") and not line.startswith("      ")] == [
         "   torch and what it needs (about 200 MB to download, 1 GB on disk)",
-        "   llava[train]: transformers, peft, ... (about 60 MB)",
+        "   llava[train]: transformers, peft, ... (about 100 MB to download, 0.5 GB on disk)",
     ]
     assert printed[1:3] == [
         "      downloading x.whl (5 MB)",
-        "      unpacking 1 package(s); the large ones take a minute",
+        "      unpacking 1 package",
     ]
     assert "Progress" not in (tmp_path / "setup.log").read_text()
     assert len(calls) == 2
@@ -162,11 +158,15 @@ def test_a_failed_run_names_the_step_and_the_next_tries_again(installed):
     assert installed([], 0)[0].returncode == 0
 
 
-def test_environment_without_pip_is_refused_with_uvs_command(program, tmp_path, capsys, monkeypatch):
-    class Absent:
-        returncode, stdout = 1, ""
+def test_an_old_pip_is_upgraded_first_and_used_as_it_is_where_that_fails(installed):
+    done, calls = installed(["Requirement already satisfied: pip"], 0, is_new=False)
+    assert done.returncode == 0
+    assert calls[0] == "install --upgrade pip"
+    assert [call for call in calls if "--progress-bar" in call] == []
 
+
+def test_environment_without_pip_is_refused_with_uvs_command(program, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program.sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: Absent())
+    monkeypatch.setattr(program, "pip_options", lambda: "")
     assert program.main(["--extras", "train"]) == 1
     assert re.search(r"has no pip, .*uv pip install -e .* and the script with VENV=none", capsys.readouterr().err)
