@@ -7,6 +7,8 @@ Example: LAUNCHER=torchrun GPUS=2 python scripts/v1_5/choose_launcher.py --lora_
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import sys
@@ -151,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = sys.argv[1:] if argv is None else argv
     machine = Machine(shutil.which("deepspeed") is not None, count_gpus)
     try:
-        launch = choose_launcher(read_request(os.environ, flags), machine)
+        with contextlib.redirect_stdout(io.StringIO()):  # libraries log there while they are imported
+            launch = choose_launcher(read_request(os.environ, flags), machine)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
