@@ -5,7 +5,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${EXTRAS:=train,quant,dev,web}"
 : "${VENV:=.venv}"
 # What DeepSpeed compiles belongs to one environment; another one's tests would compile it again under their clock.
-[ "$VENV" = none ] || export TORCH_EXTENSIONS_DIR="$(realpath -m "$VENV")/torch_extensions"
+case $VENV in
+none) ;;
+/* | [A-Za-z]:*) export TORCH_EXTENSIONS_DIR="$VENV/torch_extensions" ;;
+*) export TORCH_EXTENSIONS_DIR="$PWD/$VENV/torch_extensions" ;;
+esac
 source scripts/environment.sh
 
 ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,21 +12,33 @@ import pytest
 from llava.train.flags.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts/v1_5").glob("*.sh") if path.name != "launch.sh")
 
 
 @pytest.fixture
 def launched(tmp_path):
-    """Return the function (script, *flags, **variables) -> words that `deepspeed` was started with."""
-    (tmp_path / "bin").mkdir()
-    stub = tmp_path / "bin" / "deepspeed"
-    stub.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
-    stub.chmod(0o755)
+    """Return the function (script, *flags, launchers=, **variables) -> words that the launcher was started with.
 
-    def run(script, *flags, **variables):
-        names = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables}
-        environment = {key: value for key, value in os.environ.items() if key != "VAL_SHARE"} | names
+    Stubs stand for the launchers, which print their name and words; nothing else of theirs is on the PATH.
+    """
+
+    def run(script, *flags, launchers=("deepspeed",), **variables):
+        folder = tmp_path / "-".join(launchers)
+        folder.mkdir(exist_ok=True)
+        python = f'case "$1" in *train_mem.py) ;; *) exec {sys.executable} "$@";; esac'
+        for name in ("python", *launchers):
+            stub = folder / name
+            stub.write_text(
+                f'#!/bin/sh\n{python if name == "python" else ""}\nprintf "%s\\n" {name} "$@"\n', encoding="utf-8"
+            )
+            stub.chmod(0o755)
+        names = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
+        settings = ("VAL_SHARE", "LAUNCHER", "GPUS", "ZERO", "PORT", "HOSTFILE")
+        environment = {key: value for key, value in os.environ.items() if key not in settings} | names
         command = ["bash", str(ROOT / "scripts/v1_5" / script), *flags]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        run.error = done.stderr
+        return done.stdout.splitlines() if done.returncode == 0 else done.returncode
 
     return run
 
@@ -33,7 +46,7 @@ def launched(tmp_path):
 def parsed(words):
     start = next(place for place, word in enumerate(words) if word.endswith("train_mem.py"))
     flags = words[start + 1 :]
-    place = flags.index("--deepspeed")
+    place = flags.index("--deepspeed") if "--deepspeed" in flags else len(flags)
     return parse_arguments([*flags[:place], *flags[place + 2 :], "--use_cpu", "True", "--report_to", "none"])
 
 
@@ -49,6 +62,42 @@ def test_validation_is_opt_in(launched, script):
 
 
 def test_machines_and_gpus(launched):
-    assert launched("finetune_task.sh")[0] == "llava/train/train_mem.py"
-    assert launched("finetune_task.sh", HOSTFILE="my hosts")[:2] == ["--hostfile", "my hosts"]
-    assert launched("finetune_task.sh", GPUS="2")[:2] == ["--num_gpus", "2"]
+    assert launched("finetune_task.sh")[:2] == ["deepspeed", "llava/train/train_mem.py"]
+    assert launched("finetune_task.sh", HOSTFILE="my hosts")[1:3] == ["--hostfile", "my hosts"]
+    assert launched("finetune_task.sh", GPUS="2")[1:3] == ["--num_gpus", "2"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_deepspeed_one_process_is_plain_python(launched, script):
+    words = launched(script, launchers=(), GPUS="1")
+    assert words[:2] == ["python", "llava/train/train_mem.py"]
+    (line,) = launched.error.splitlines()
+    assert line.startswith("launcher: python, one process (deepspeed is not on the PATH); nothing is lost")
+    assert parsed(words)[2].deepspeed is None
+
+
+def test_without_deepspeed_several_gpus_are_torchruns(launched):
+    words = launched("finetune_task_lora.sh", launchers=("torchrun",), GPUS="2")
+    assert words[:5] == ["torchrun", "--nproc_per_node", "2", "--standalone", "llava/train/train_mem.py"]
+    assert "ZeRO-2 is lost" in launched.error
+    parsed(words)
+
+
+@pytest.mark.parametrize("script", ["finetune.sh", "finetune_lora.sh", "finetune_task.sh"])
+def test_without_deepspeed_sharded_weights_are_refused(launched, script):
+    """Their default is ZeRO-3; with FSDP, which the message offers, they start."""
+    assert launched(script, launchers=("torchrun",), GPUS="2") == 1
+    (line,) = launched.error.splitlines()
+    assert line.startswith(
+        "error: ZERO=scripts/zero3.json shards the weights over 2 GPUs with DeepSpeed, and deepspeed is"
+    )
+    assert launched(script, "--fsdp", launchers=("torchrun",), GPUS="2")[0] == "torchrun"
+
+
+def test_launcher_overrides(launched):
+    both = ("deepspeed", "torchrun")
+    assert launched("pretrain.sh", launchers=both, LAUNCHER="torchrun", GPUS="2")[0] == "torchrun"
+    assert launched("pretrain.sh", launchers=both, LAUNCHER="python")[0] == "python"
+    assert launched("pretrain.sh", launchers=both, LAUNCHER="deepspeed")[0] == "deepspeed"
+    assert launched("pretrain.sh", launchers=("torchrun",), LAUNCHER="deepspeed") == 1
+    assert "not on the PATH; run pip install" in launched.error
