@@ -18,6 +18,7 @@ from typing import Any
 _LLAMA, _ARCH, _TOWER = "llava.model.llava_llama", "llava.model.llava_arch", "llava.model.vision_tower"
 _CONFIGURATION, _MM_UTILS = "llava.model.configuration", "llava.mm_utils"
 _TRAINING, _TRAINER = "llava.original.training", "llava.original.trainer"
+_FLAGS = "llava.train.flags"
 _EVALUATION, _PROJECTORS, _LOGS = "llava.original.evaluation", "llava.original.projectors", "llava.original.logs"
 
 
@@ -89,6 +90,8 @@ MODULES: Mapping[str, Mapping[str, str]] = {
         preprocess_v1="preprocess",
     )
     | _from(_TRAINER, "LLaVATrainer")
+    | _from(f"{_FLAGS}.arguments", "ModelArguments DataArguments")
+    | _from(f"{_FLAGS}.training_arguments", "TrainingArguments")
     | _from(_LOGS, "rank0_print")
     | _from(_MM_UTILS, "tokenizer_image_token")
     | _MODEL
