@@ -1,4 +1,4 @@
-"""Special tokens and special values in token ids, labels and packs, shared by the whole package."""
+"""Special tokens, special values in token ids, labels and packs, and names, shared by the whole package."""
 
 IGNORE_INDEX = -100
 """Label of a position that carries no supervision."""
@@ -15,6 +15,12 @@ IMAGE_PLACEHOLDER = "<image-placeholder>"
 
 DEFAULT_TEMPLATE = "vicuna_v1"
 """Conversation template of weights that carry none."""
+
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+"""Dtypes of weights and computation that a flag may name."""
+
+SWITCH = ("auto", "on", "off")
+"""Values of flags such as `--compile` and `--compile_layers`."""
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
 WORKER_HEART_BEAT_INTERVAL = 15

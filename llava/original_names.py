@@ -36,6 +36,7 @@ _CONSTANTS = _from(
     "DEFAULT_IM_END_TOKEN",
 )
 _ZERO_3 = _from(_TRAINING, "maybe_zero_3 get_mm_adapter_state_maybe_zero_3")
+_LOAD_IMAGE = _from("llava.inference.load_image", "load_image")
 _CHUNKS = _from(_EVALUATION, "get_chunk split_list eval_model")
 
 MODULES: Mapping[str, Mapping[str, str]] = {
@@ -68,7 +69,8 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "llava.model.multimodal_encoder.clip_encoder": _from(_TOWER, "CLIPVisionTower"),
     "llava.model.multimodal_projector": {},
     "llava.model.multimodal_projector.builder": _from(_PROJECTORS, "IdentityMap build_vision_projector"),
-    "llava.eval.run_llava": _from("llava.original.images", "load_images image_parser"),
+    "llava.eval.run_llava": _from("llava.original.images", "load_images image_parser") | _LOAD_IMAGE,
+    "llava.serve.cli": _LOAD_IMAGE,
     "llava.eval.model_vqa": _CHUNKS,
     "llava.eval.model_vqa_loader": _CHUNKS,
     "llava.eval.m4c_evaluator": _from(

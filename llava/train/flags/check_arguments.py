@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.constants import SWITCH
 from llava.conversation import get_template
 from llava.train.flags.arguments import DataArguments, ModelArguments, zero_stage
 from llava.train.flags.json_flags import read_json_flag
@@ -17,7 +18,6 @@ Rule = tuple[bool, str]
 """Whether a combination of flags is refused, and the message: the flag, its value, what to do."""
 
 _METRICS = ("", "loss", "accuracy")
-_SWITCH = ("auto", "on", "off")
 _AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -211,8 +211,8 @@ def _step_rules(training: TrainingArguments) -> list[Rule]:
 def _layer_rules(training: TrainingArguments, zero: int) -> list[Rule]:
     compiles, fuses, checkpointed = training.compile_layers, training.fuse_lora, training.checkpoint_layers
     return [
-        (compiles not in _SWITCH, f"--compile_layers {compiles}: choose auto, on or off"),
-        (fuses not in _SWITCH, f"--fuse_lora {fuses}: choose auto, on or off"),
+        (compiles not in SWITCH, f"--compile_layers {compiles}: choose auto, on or off"),
+        (fuses not in SWITCH, f"--fuse_lora {fuses}: choose auto, on or off"),
         (
             checkpointed not in ("auto", "all") and not checkpointed.isdecimal(),
             f"--checkpoint_layers {checkpointed}: choose auto, all or a number",
