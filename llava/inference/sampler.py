@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,14 @@ def _draw(logits: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
 def _shift_right(values: Tensor, count: int) -> Tensor:
     """Shift int64 right, filling with zeros."""
     return (values >> count) & ((1 << (64 - count)) - 1)
+
+
+class TokenScore(NamedTuple):
+    """Log-probability of a chosen token, the likeliest other token, and that one's log-probability."""
+
+    logprob: float
+    runner_up: int
+    runner_up_logprob: float
 
 
 def score_tokens(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
