@@ -77,13 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, sampling: object) -> int:
-    from llava.mm_utils import get_model_name_from_path  # takes seconds: flags are parsed first
-    from llava.serve.conversations import Conversation, Conversations
-
     try:
         from llava.serve.web_page import build_page, launch
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: pip install -e ".[web]"') from error
+
+    from llava.mm_utils import get_model_name_from_path  # takes seconds: flags are parsed first
+    from llava.serve.conversations import Conversation, Conversations
+
     check_address(args.host, args.port)
     examples = _read_examples(args.examples, args.image_folder) if args.examples else []
     paths = [args.model_path, *([args.compare_with] if args.compare_with else [])]
