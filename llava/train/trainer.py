@@ -44,10 +44,10 @@ from llava.train.fault_tolerance.nonfinite import ROW_KEY, NumberedCollator, Num
 from llava.train.fault_tolerance.signals import Stopped, StopRequest
 from llava.train.flags.training_arguments import TrainingArguments, enable_activation_checkpointing
 from llava.train.lora import parameter_groups
-from llava.train.overfit_check import overfit, require_fall
 from llava.train.run_summary import mark_supervised
 from llava.train.saving import Saver, atomic_fill
 from llava.train.validation.evaluator import Evaluator
+from llava.train.validation.overfit_check import overfit, require_fall
 
 
 class LlavaTrainer(Trainer):
