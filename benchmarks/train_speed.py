@@ -36,7 +36,8 @@ from llava.data.dataset import ImageSettings
 from llava.model.attention import sdpa_backends as attention_kernels
 from llava.model.configuration import features_per_image
 from llava.model.memory import ModelSizes
-from llava.train.flags.arguments import RENAMED_FLAGS, TrainingArguments, is_first_process
+from llava.train.flags.arguments import is_first_process
+from llava.train.flags.training_arguments import CHECKPOINTING, TrainingArguments
 from llava.train.lora import add_lora, choose_trainable
 from llava.train.packing_setup import BatchPlan, Loader, build_loader, plan_batches, prepare_model
 from llava.train.trainer import LlavaTrainer
@@ -254,7 +255,7 @@ def training_arguments(variant: Variant, batch: int, options: argparse.Namespace
         report_to=[],
         disable_tqdm=True,
         dataloader_num_workers=options.workers,
-        **{RENAMED_FLAGS["gradient_checkpointing"]: variant.checkpointing},
+        **{CHECKPOINTING: variant.checkpointing},
         ddp_find_unused_parameters=False,
         lora_enable=True,
         share_image_prefix=variant.share,

@@ -20,6 +20,11 @@ CHECKPOINT_PREFIX = "checkpoint-"
 """Start of the names of the checkpoints that a training run leaves inside its output directory."""
 STATE_FILE = "trainer_state.json"
 """State of transformers' trainer in an output directory and its checkpoints."""
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+"""Dtypes of weights and computation that a flag may name."""
+
+SWITCH = ("auto", "on", "off")
+"""Values of flags such as `--compile` and `--compile_layers`."""
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
 WORKER_HEART_BEAT_INTERVAL = 15

@@ -10,11 +10,10 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from PIL import Image
-
-from llava.image_files.resize import show_image
+if TYPE_CHECKING:  # for annotations: a prompt needs no Pillow
+    from PIL import Image
 
 
 class SeparatorStyle(Enum):
@@ -94,6 +93,8 @@ class Conversation:
         self, image: Image.Image, image_process_mode: str, return_pil: bool = False, **options: Any
     ) -> Image.Image | str:
         """Return an image as a client shows it; arguments and errors as in `show_image`."""
+        from llava.image_files.resize import show_image  # imports Pillow
+
         return show_image(image, image_process_mode, return_pil=return_pil, **options)
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:

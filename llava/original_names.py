@@ -18,6 +18,7 @@ from typing import Any
 _LLAMA, _ARCH, _TOWER = "llava.model.llava_llama", "llava.model.llava_arch", "llava.model.vision_tower"
 _CONFIGURATION, _MM_UTILS = "llava.model.configuration", "llava.mm_utils"
 _TRAINING, _TRAINER = "llava.original.training", "llava.original.trainer"
+_FLAGS = "llava.train.flags"
 _EVALUATION, _PROJECTORS, _LOGS = "llava.original.evaluation", "llava.original.projectors", "llava.original.logs"
 
 
@@ -35,6 +36,7 @@ _CONSTANTS = _from(
     "DEFAULT_IM_END_TOKEN",
 )
 _ZERO_3 = _from(_TRAINING, "maybe_zero_3 get_mm_adapter_state_maybe_zero_3")
+_LOAD_IMAGE = _from("llava.inference.load_image", "load_image")
 _CHUNKS = _from(_EVALUATION, "get_chunk split_list eval_model")
 
 MODULES: Mapping[str, Mapping[str, str]] = {
@@ -67,7 +69,8 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "llava.model.multimodal_encoder.clip_encoder": _from(_TOWER, "CLIPVisionTower"),
     "llava.model.multimodal_projector": {},
     "llava.model.multimodal_projector.builder": _from(_PROJECTORS, "IdentityMap build_vision_projector"),
-    "llava.eval.run_llava": _from("llava.original.images", "load_images image_parser"),
+    "llava.eval.run_llava": _from("llava.original.images", "load_images image_parser") | _LOAD_IMAGE,
+    "llava.serve.cli": _LOAD_IMAGE,
     "llava.eval.model_vqa": _CHUNKS,
     "llava.eval.model_vqa_loader": _CHUNKS,
     "llava.eval.m4c_evaluator": _from(
@@ -89,6 +92,8 @@ MODULES: Mapping[str, Mapping[str, str]] = {
         preprocess_v1="preprocess",
     )
     | _from(_TRAINER, "LLaVATrainer")
+    | _from(f"{_FLAGS}.arguments", "ModelArguments DataArguments")
+    | _from(f"{_FLAGS}.training_arguments", "TrainingArguments")
     | _from(_LOGS, "rank0_print")
     | _from(_MM_UTILS, "tokenizer_image_token")
     | _MODEL

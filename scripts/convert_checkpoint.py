@@ -15,14 +15,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llava.chat_template import chat_template
-from llava.conversation import get_template
 from llava.files.terminal_text import format_size, print_text
 from llava.inference.command_line import run_program
 from llava.model.checkpoint.command_line import open_source, open_target, parse_options
-from llava.model.checkpoint.convert import write_hf, write_original
-from llava.model.checkpoint.write_tensors import stored_size
-from llava.model.devices import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +37,12 @@ def convert(options: argparse.Namespace) -> None:
         OSError: if it can't be written or there is no room for it.
         ValueError: if the weights don't make a model, or the layout can't hold it.
     """
+    from llava.chat_template import chat_template
+    from llava.conversation import get_template
+    from llava.model.checkpoint.convert import write_hf, write_original  # takes seconds: flags are parsed first
+    from llava.model.checkpoint.write_tensors import stored_size
+    from llava.model.devices import DTYPES
+
     checkpoint = open_source(options, "converted")
     dtype = DTYPES[options.dtype] if options.dtype else None
     template = checkpoint.config.conversation_template

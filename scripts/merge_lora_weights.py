@@ -12,20 +12,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from llava.files.terminal_text import print_text
-from llava.inference.command_line import run_program
-from llava.inference.parity import Parity, compare_probes, fits_in_memory, probe_checkpoint, rounding_bound
-from llava.model.adapter.lora import read_adapter
-from llava.model.adapter.merge import check_merged
-from llava.model.checkpoint.checkpoint import Checkpoint, Layout, open_checkpoint
+from llava.inference.command_line import device_name, run_program
 from llava.model.checkpoint.command_line import open_source, open_target, parse_options
-from llava.model.checkpoint.convert import write_original
-from llava.model.checkpoint.write_tensors import stored_size
-from llava.model.devices import DTYPES, best_device, default_dtype
-from llava.model.quantization import quantization_note
+
+if TYPE_CHECKING:  # for annotations: they import torch
+    import torch
+
+    from llava.inference.parity import Parity
+    from llava.model.checkpoint.checkpoint import Checkpoint
 
 LLM_WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 """Its dtype is written: weights trained without an adapter, embedding and projector too, may have another."""
@@ -35,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Merge as the command line says; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-parity", action="store_true", help="don't compare adapter and merged model afterwards")
-    parser.add_argument("--device", help="where the comparison runs (default: the best available)")
+    parser.add_argument("--device", type=device_name, help="where the comparison runs (default: the best available)")
     dtype = "dtype of the written weights (default: the base's)"
     options = parse_options(parser, argv, source="--model-path", target="--save-model-path", dtype=dtype)
     return run_program(lambda: merge(options), refused=1)
@@ -50,6 +47,11 @@ def merge(options: argparse.Namespace) -> None:
         ValueError: if the model path holds full weights, the base is another one, the two don't make a model, or the
             result differs from adapter and base by more than rounding explains.
     """
+    from llava.model.checkpoint.checkpoint import Layout  # takes seconds: flags are parsed first
+    from llava.model.checkpoint.convert import write_original
+    from llava.model.devices import DTYPES
+    from llava.model.quantization import quantization_note
+
     checkpoint = open_source(options, "merged")
     if checkpoint.layout not in (Layout.LORA, Layout.PROJECTOR):
         raise ValueError(f"--model-path {options.source} holds {checkpoint.layout.value}: there is nothing to merge")
@@ -76,10 +78,19 @@ def measure_parity(options: argparse.Namespace, merged: Checkpoint, dtype: torch
     Raises:
         ValueError: if they differ by more than rounding explains.
     """
+    from torch import device as torch_device
+
+    from llava.inference.parity import compare_probes, fits_in_memory, probe_checkpoint
+    from llava.model.adapter.lora import read_adapter
+    from llava.model.adapter.merge import check_merged
+    from llava.model.checkpoint.checkpoint import Layout, open_checkpoint
+    from llava.model.checkpoint.write_tensors import stored_size
+    from llava.model.devices import best_device, default_dtype
+
     is_lora = merged.layout is Layout.LORA
     separate = open_source(options, "merged", with_adapter=not is_lora)
     reloaded = open_checkpoint(options.target)
-    device = torch.device(options.device) if options.device else best_device()
+    device = torch_device(options.device) if options.device else best_device()
     if not fits_in_memory(stored_size(merged.tensors, default_dtype(device)), device):
         adapter = read_adapter(merged.directory, options.mm_projector) if is_lora else None
         check_merged(separate.tensors, adapter, reloaded.tensors)
@@ -104,6 +115,8 @@ def refuse_difference(kind: str, parity: Parity, dtypes: set[torch.dtype], path:
     Raises:
         ValueError: if it is larger; the merged weights are not what they should be.
     """
+    from llava.inference.parity import rounding_bound
+
     bound = rounding_bound(parity.logit_scale, *dtypes)
     if not parity.logit_difference <= bound:  # NaN too
         raise ValueError(

@@ -12,19 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from llava.files.terminal_text import format_size, print_text
-from llava.inference.command_line import run_program
-from llava.model.checkpoint.checkpoint import save_checkpoint
+from llava.inference.command_line import device_name, run_program
 from llava.model.checkpoint.command_line import open_source, open_target, parse_options
-from llava.model.checkpoint.lazy_tensors import LazyTensors
-from llava.model.checkpoint.quantized import quantize_tensors
-from llava.model.checkpoint.write_tensors import stored_size
-from llava.model.configuration import LlavaConfig, dtype_name
-from llava.model.devices import DTYPES, best_device
-from llava.model.quantization import DEVICES, import_bitsandbytes, quantization_note, quantization_settings
+
+if TYPE_CHECKING:  # for annotations: they import torch
+    import torch
+
+    from llava.model.checkpoint.lazy_tensors import LazyTensors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--bits", required=True, type=int, choices=(4, 8), help="4: NF4 with double quantisation; 8: LLM.int8")
-    add("--device", type=torch.device, help="where to quantise: cuda or cpu (default: the best available)")
+    add("--device", type=device_name, help="where to quantise: cuda or cpu (default: the best available)")
     dtype = "dtype of the weights that are not quantised (default: as they are, bfloat16 for float32)"
     options = parse_options(parser, argv, source="--model-path", target="--save-path", dtype=dtype)
     return run_program(lambda: quantize(options), refused=1)
@@ -48,6 +45,13 @@ def quantize(options: argparse.Namespace) -> None:
         ValueError: if the weights are quantised already or don't fit their config, or bitsandbytes does not run on the
             device.
     """
+    from llava.model.checkpoint.checkpoint import save_checkpoint  # takes seconds: flags are parsed first
+    from llava.model.checkpoint.quantized import quantize_tensors
+    from llava.model.checkpoint.write_tensors import stored_size
+    from llava.model.configuration import LlavaConfig, dtype_name
+    from llava.model.devices import DTYPES
+    from llava.model.quantization import import_bitsandbytes, quantization_note, quantization_settings
+
     import_bitsandbytes()
     device = choose_device(options.device)
     checkpoint = open_source(options, "quantised again")
@@ -66,24 +70,32 @@ def quantize(options: argparse.Namespace) -> None:
         print(note)
 
 
-def choose_device(device: torch.device | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
     """Return the device asked for, else the best one that bitsandbytes runs on.
 
     Raises:
         ValueError: if bitsandbytes does not run on the device asked for.
     """
-    if device is None:
+    from torch import device as torch_device
+
+    from llava.model.devices import best_device
+    from llava.model.quantization import DEVICES
+
+    if name is None:
         best = best_device()
-        return best if best.type in DEVICES else torch.device("cpu")
+        return best if best.type in DEVICES else torch_device("cpu")
+    device = torch_device(name)
     if device.type not in DEVICES:
-        raise ValueError(f"--device {device}: quantising is supported on {' and '.join(DEVICES)}")
+        raise ValueError(f"--device {name}: quantising is supported on {' and '.join(DEVICES)}")
     return device
 
 
 def narrow_dtype(tensors: LazyTensors) -> torch.dtype:
     """Return the dtype of the weights if it has 16 bit; else bf16."""
+    from torch import bfloat16
+
     dtype = tensors.entries["model.embed_tokens.weight"].dtype
-    return dtype if dtype.itemsize == 2 else torch.bfloat16
+    return dtype if dtype.itemsize == 2 else bfloat16
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.inference import parity
+from llava.model.checkpoint import convert
 from llava.model.checkpoint.checkpoint import open_checkpoint
 from llava.model.checkpoint.lazy_tensors import LazyTensors
 from llava.model.checkpoint.read_tensors import open_weights
@@ -173,13 +174,13 @@ def test_an_adapter_on_the_head_is_counted_once(goldens, merge, with_head, tmp_p
 def program_with_a_fault(load_program, monkeypatch):
     """The program, which writes one weight 1 % too large."""
     program = load_program("scripts/merge_lora_weights.py")
-    write, name = program.write_original, "model.layers.1.mlp.up_proj.weight"
+    write, name = convert.write_original, "model.layers.1.mlp.up_proj.weight"
 
     def write_wrongly(checkpoint, *arguments):
         wrong = checkpoint.tensors.overlaid(LazyTensors.of({name: 1.01 * checkpoint.tensors[name]}).entries)
         write(dataclasses.replace(checkpoint, tensors=wrong), *arguments)
 
-    monkeypatch.setattr(program, "write_original", write_wrongly)
+    monkeypatch.setattr(convert, "write_original", write_wrongly)
     return program
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llava.inference.session import Session
+from llava.model import devices
 from llava.model.adapter.tensor_names import PEFT_PREFIX
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint.checkpoint import open_checkpoint, save_checkpoint
@@ -220,9 +221,9 @@ def test_devices_without_kernels_are_refused(program, base, tmp_path, capsys):
 
 
 def test_the_best_device_that_has_kernels_is_the_default(program, monkeypatch):
-    monkeypatch.setattr(program, "best_device", lambda: torch.device("mps"))
+    monkeypatch.setattr(devices, "best_device", lambda: torch.device("mps"))
     assert program.choose_device(None) == torch.device("cpu")
-    monkeypatch.setattr(program, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(devices, "best_device", lambda: torch.device("cuda"))
     assert program.choose_device(None) == torch.device("cuda")
 
 

@@ -15,8 +15,9 @@ TINY = Path(__file__).resolve().parents[1] / "examples/shapes_world"
 sys.path.insert(0, str(TINY))
 
 import make_world  # noqa: E402
+from drawing import draw_scene, encode_jpeg  # noqa: E402
 from questions import FORMS, NEW_KINDS, OLD_KINDS, Question, ask  # noqa: E402
-from scenes import CANVAS, COLORS, HUES, SHAPES, Scene, Thing, draw_scene, encode_jpeg, sample_scene  # noqa: E402
+from scenes import CANVAS, COLORS, HUES, SHAPES, Scene, Thing, sample_scene  # noqa: E402
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 

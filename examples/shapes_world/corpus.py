@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from drawing import draw_scene, encode_jpeg
 from PIL import Image
 from questions import Question, ask
-from scenes import CANVAS, draw_scene, encode_jpeg, sample_scene
+from scenes import CANVAS, sample_scene
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from questions import NEW_KINDS, OLD_KINDS, Question, ask
-from scenes import Scene, draw_scene, encode_jpeg, sample_scene
+from scenes import Scene, sample_scene
 
 from llava.files.atomic_files import atomic_directory
 from llava.files.json_files import parse_json
@@ -101,6 +101,8 @@ def has_settings(folder: Path, settings: dict[str, str | int]) -> bool:
 
 def write_folder(folder: Path, settings: dict[str, str | int]) -> None:
     """Write table and images, all of them or none; what an earlier run wrote there is replaced."""
+    from drawing import draw_scene, encode_jpeg  # imports NumPy and Pillow: flags are parsed first
+
     ask_about = ask_task if settings["table"] == "Train_Qs.csv" else ask_everything
     # A string seeds `random` the same everywhere; the base's scenes have seeds of another form.
     rng = random.Random(f"world {settings['seed']} {settings['table']}")

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation, SeparatorStyle, get_template
@@ -24,7 +24,9 @@ from llava.files.regular_files import is_file
 from llava.files.terminal_text import show, show_list
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import explain_missing, resolve_image
-from llava.tokenization.llama_tokenizer import LlavaTokenizer
+
+if TYPE_CHECKING:  # for annotations: it imports transformers
+    from llava.tokenization.llama_tokenizer import LlavaTokenizer
 
 logger = logging.getLogger(__name__)
 

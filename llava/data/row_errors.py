@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 SHOWN_ROWS = 20
+SHOWN_PER_CODE = 3  # in the doctor's report, unless --shown says otherwise
 
 UNUSABLE = {
     "unreadable_line": "fix or remove the line",

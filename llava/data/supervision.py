@@ -7,7 +7,7 @@ are equal, except that no row is ever masked as a whole because two ways of coun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -19,7 +19,10 @@ from llava.constants import (
 from llava.conversation import Conversation, Segment, SeparatorStyle, get_template
 from llava.data.row_errors import RowError
 from llava.files.terminal_text import shorten, show
-from llava.tokenization.llama_tokenizer import MAX_TEXT, LlavaTokenizer
+from llava.tokenization.text_limit import MAX_TEXT
+
+if TYPE_CHECKING:  # for annotations: it imports transformers
+    from llava.tokenization.llama_tokenizer import LlavaTokenizer
 
 HUMAN, ASSISTANT, SYSTEM = "human", "gpt", "system"
 NO_ANSWER = "the dialogue has no answer, so there is nothing to learn from it"

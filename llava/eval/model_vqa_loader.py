@@ -9,22 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
-
-from llava.data.worker_processes import WorkerKilled
+from llava.constants import SWITCH
 from llava.files.home_directory import expand_home, expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
 from llava.files.regular_files import MAX_SETTINGS_BYTES, is_file, read_text
 from llava.files.terminal_text import print_text, report_error, show
-from llava.image_files.decode import IMAGE_RULES
 from llava.image_files.errors import NOT_READ
 from llava.image_files.paths import describe_lost_folder
-from llava.inference.batch.answer_batch import COMPILE_MODES, answer_batch
 from llava.inference.batch.answers_file import JOURNAL_SUFFIX, RUN_SUFFIX, AnswersFile
-from llava.inference.batch.fingerprint import ModelSources
 from llava.inference.batch.questions import Question, digest_questions, read_questions, split_chunk
 from llava.inference.command_line import (
     INTERRUPTED,
@@ -33,13 +27,16 @@ from llava.inference.command_line import (
     add_sampling_arguments,
     load_session,
     parse_sampling,
+    refuse_absent_device,
     run_program,
     selected_bits,
 )
 from llava.inference.distributed import DistributedRank, process_group, read_rank
-from llava.inference.session import Sampling, Session
-from llava.mm_utils import get_model_name_from_path
+from llava.inference.sampling import Sampling
 from llava.original_names import lazy_names
+
+if TYPE_CHECKING:  # for annotations: it imports torch
+    from llava.inference.session import Session
 
 __getattr__ = lazy_names(__name__)
 
@@ -82,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--with-scores", action="store_true", help="add log-probability and runner-up of each answer to its metadata")
     add("--choices", type=read_choices, metavar="A,B,...",
         help="score these answers instead of generating: separated by commas, or a file with one a line")  # fmt: skip
-    add("--compile", choices=COMPILE_MODES, default="auto",
+    add("--compile", choices=SWITCH, default="auto",
         help="compile the model first (default: auto, in long runs on CUDA)")  # fmt: skip
     add("--workers", type=int, metavar="N",
         help="worker processes that read images, 0: threads (default: by device)")  # fmt: skip
@@ -152,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--num_beams does not go with --choices and --with-scores; leave it out")
     if args.choices and sampling.temperature > 0:
         parser.error("--temperature does not go with --choices, which are scored; leave it at 0")
+    refuse_absent_device(parser, args.device)
     return run_program(lambda: _run(args, sampling, read_rank()))
 
 
@@ -192,6 +190,10 @@ def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) ->
 
 def _describe_run(args: argparse.Namespace, sampling: Sampling, questions: Sequence[Question]) -> dict[str, Any]:
     """Return the settings that determine the answers; a run with other settings can't resume this one."""
+    from llava.image_files.decode import IMAGE_RULES
+    from llava.inference.batch.fingerprint import ModelSources
+    from llava.mm_utils import get_model_name_from_path
+
     return {
         "model_id": get_model_name_from_path(args.model_path),
         **ModelSources.find(args.model_path, args.model_base, args.vision_tower).fingerprints(),
@@ -220,6 +222,10 @@ def _answer(
     wait: Callable[[], None],
 ) -> int:
     """Write the missing answers; return the exit code if something stopped that, else 0."""
+    from torch import OutOfMemoryError
+
+    from llava.data.worker_processes import WorkerKilled
+
     way_on = f"run the same command {'without --overwrite' if args.overwrite else 'again'} to resume"
     session = load_session(args) if answers.done < len(questions) else None
     try:
@@ -239,7 +245,7 @@ def _answer(
         held = f"{answers.journal_path} holds {answers.done} of {len(questions)} answers"
         print(f"\nstopped: {held}; {way_on}", file=sys.stderr)
         return INTERRUPTED
-    except torch.OutOfMemoryError as error:
+    except OutOfMemoryError as error:
         report_error(f"out of memory ({str(error).splitlines()[0]}); pass a smaller --batch-size; {way_on}")
         return REFUSED
     except WorkerKilled as error:
@@ -262,6 +268,11 @@ def _write_answers(
     answers: AnswersFile,
     rank: DistributedRank,
 ) -> None:
+    from tqdm import tqdm
+
+    from llava.inference.batch.answer_batch import answer_batch
+    from llava.mm_utils import get_model_name_from_path
+
     rows = answer_batch(
         session,
         questions,

@@ -6,22 +6,24 @@ import argparse
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.files.home_directory import expand_homes
 from llava.files.terminal_text import print_text
-from llava.inference.batch.fingerprint import ModelSources
-from llava.inference.chat.chat import answer_one
 from llava.inference.command_line import (
     add_model_arguments,
     add_sampling_arguments,
     parse_sampling,
+    refuse_absent_device,
     run_program,
 )
-from llava.inference.load_image import load_image, split_locations
-from llava.inference.session import Sampling, Session
+from llava.inference.sampling import Sampling
 from llava.original_names import lazy_names
+
+if TYPE_CHECKING:  # for annotations: they import torch
+    from llava.inference.batch.fingerprint import ModelSources
+    from llava.inference.session import Session
 
 __getattr__ = lazy_names(__name__)
 
@@ -62,6 +64,9 @@ def eval_model(args: Any) -> str:
         ...     "max_new_tokens": 512})()
         >>> answer = eval_model(args)
     """
+    from llava.inference.chat.chat import answer_one  # takes seconds: the program parses its flags first
+    from llava.inference.load_image import load_image, split_locations
+
     sampling = Sampling(
         temperature=args.temperature or 0.0,
         top_p=args.top_p,
@@ -78,6 +83,8 @@ def eval_model(args: Any) -> str:
 
 
 def _load(args: Any) -> Session:
+    from llava.inference.batch.fingerprint import ModelSources
+
     # The README's object has none of these: they came later.
     options = {name: getattr(args, name, None) for name in ("device", "dtype", "vision_tower")}
     bits = 4 if getattr(args, "load_4bit", False) else 8 if getattr(args, "load_8bit", False) else 16
@@ -108,6 +115,8 @@ def _load_session(
     The cache is the one piece of state in this module: the original's `eval_model(args)` has nowhere else to keep 14 GB
     of weights between two calls. It holds one model.
     """
+    from llava.inference.session import Session
+
     _load_session.cache_clear()  # free the previous model first: two may not fit on the device
     return Session.load(model_path, model_base, bits=bits, device=device, dtype=dtype, vision_tower=vision_tower)
 
@@ -146,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "model_path", "model_base", "vision_tower")
     parse_sampling(parser, args)  # an error here is wrong usage, exit code 2
+    refuse_absent_device(parser, args.device)
 
     def run() -> int:
         eval_model(args)

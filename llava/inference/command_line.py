@@ -1,22 +1,28 @@
-"""Command-line flags for the model and for sampling, and exit codes, of the programs that run a model."""
+"""Command-line flags for the model and for sampling, and exit codes, of the programs that run a model.
+
+Nothing here imports torch before the flags are parsed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from llava.constants import DTYPE_NAMES
 from llava.conversation import conv_templates
 from llava.files.terminal_text import log_to_terminal, report_error
-from llava.inference.session import Sampling, Session
-from llava.model.devices import DTYPES, parse_device
+from llava.inference.sampling import Sampling
+
+if TYPE_CHECKING:  # for annotations: it imports torch
+    from llava.inference.session import Session
 
 REFUSED = 2
 INTERRUPTED = 130
+_DEVICE = re.compile(r"(cpu|mps|cuda|xpu|npu|hpu|mlu|mtia)(:\d+)?")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +32,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-base", metavar="DIR", help="base of a LoRA or projector checkpoint (default: as recorded there)")
     add("--conv-mode", choices=sorted(conv_templates), metavar="NAME",
         help="prompt template (default: the one saved with the weights, else vicuna_v1)")  # fmt: skip
-    add("--device", type=_device, help="cuda, cuda:1, mps or cpu (default: the best available)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="weights and computation (default: by device)")
+    add("--device", type=device_name, help="cuda, cuda:1, mps or cpu (default: the best available)")
+    add("--dtype", choices=("auto", *DTYPE_NAMES), default="auto", help="weights and computation (default: by device)")
     add("--vision-tower", metavar="DIR", help="vision tower, for checkpoints without one")
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load-8bit", action="store_true", help="8-bit weights, through bitsandbytes")
@@ -63,6 +69,8 @@ def selected_bits(args: argparse.Namespace) -> int:
 
 def load_session(args: argparse.Namespace) -> Session:
     """Load the model that the flags of `add_model_arguments` name; errors as in `Session.load`."""
+    from llava.inference.session import Session  # takes seconds
+
     return Session.load(
         args.model_path,
         args.model_base,
@@ -89,6 +97,32 @@ def parse_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace, **
         parser.error(f"--{error}")
 
 
+def device_name(text: str) -> str:
+    """Return the value of `--device`, if it is the name of a device; whether this machine has it, is not checked.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not.
+    """
+    if _DEVICE.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(f"device {text!r} is unknown; choose cpu, cuda, cuda:1 or mps")
+    return text
+
+
+def refuse_absent_device(parser: argparse.ArgumentParser, device: str | None) -> None:
+    """Exit with a usage error if this machine lacks the device of `--device`.
+
+    The last check of a program's flags, since it imports torch.
+    """
+    if device is None:
+        return
+    from llava.model.devices import parse_device
+
+    try:
+        parse_device(device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
+
+
 def run_program(action: Callable[[], int | None], *, refused: int = REFUSED) -> int:
     """Run a program with its log on stderr, and print an expected error as one message.
 
@@ -106,16 +140,12 @@ def run_program(action: Callable[[], int | None], *, refused: int = REFUSED) -> 
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return INTERRUPTED
-    except torch.OutOfMemoryError as error:
-        report_error(f"out of memory ({str(error).splitlines()[0]}); pass --load-4bit or ask for less at a time")
     except (OSError, ValueError, ImportError) as error:
         report_error(error)
+    except RuntimeError as error:
+        from torch import OutOfMemoryError  # a RuntimeError of this kind comes from torch, which is imported then
+
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        report_error(f"out of memory ({str(error).splitlines()[0]}); pass --load-4bit or ask for less at a time")
     return refused
-
-
-def _device(name: str) -> str:
-    try:
-        parse_device(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return name

@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
-import torch
-from torch import distributed
-
 _TIMEOUT = timedelta(days=7)  # a rank that is done waits for the others
 
 
@@ -27,9 +24,11 @@ class DistributedRank(NamedTuple):
         Args:
             requested: device of the command line; None = the best available.
         """
-        if self.world_size == 1 or requested not in (None, "cuda") or not torch.cuda.is_available():
+        if self.world_size == 1 or requested not in (None, "cuda"):
             return requested
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        from torch import cuda
+
+        return f"cuda:{self.local_rank % cuda.device_count()}" if cuda.is_available() else requested
 
 
 def read_rank() -> DistributedRank:
@@ -45,6 +44,8 @@ def process_group(rank: DistributedRank) -> Iterator[Callable[[], None]]:
     if rank.world_size == 1:
         yield lambda: None
         return
+    from torch import distributed
+
     distributed.init_process_group("gloo", rank=rank.rank, world_size=rank.world_size, timeout=_TIMEOUT)
     try:
         yield distributed.barrier

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation, Segment
 from llava.data.supervision import ASSISTANT, HUMAN, build_dialogue, encode_example, encode_segments
-from llava.tokenization.llama_tokenizer import MAX_TEXT, LlavaTokenizer, describe_long_text
+from llava.tokenization.text_limit import MAX_TEXT, describe_long_text
+
+if TYPE_CHECKING:  # for annotations: it imports transformers
+    from llava.tokenization.llama_tokenizer import LlavaTokenizer
 
 _PLACEHOLDER_TEXT = "x"
 

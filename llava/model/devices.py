@@ -6,7 +6,9 @@ import psutil
 import torch
 from torch import Tensor
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from llava.constants import DTYPE_NAMES
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def best_device() -> torch.device:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
-from llava.model.configuration import LlavaConfig
+if TYPE_CHECKING:  # for annotations: it imports transformers
+    from llava.model.configuration import LlavaConfig
 
 HALF, SINGLE = 2, 4
 """Bytes of a 16-bit and of a 32-bit number."""

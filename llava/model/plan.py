@@ -12,19 +12,16 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
 from llava.files.terminal_text import format_size, report_error
 from llava.model import memory
-from llava.model.checkpoint.checkpoint import open_checkpoint, read_config
-from llava.model.checkpoint.hub import resolve_config
-from llava.model.configuration import LlavaConfig
-from llava.model.devices import free_memory
 from llava.model.memory import ModelSizes
-from llava.model.vision_tower import VIT_L_14_336
+
+if TYPE_CHECKING:  # for annotations: it imports transformers
+    from llava.model.configuration import LlavaConfig
 
 CONTEXT_BYTES = 800_000_000
 """Memory of a CUDA context and its libraries (measured: 0.78 GB on an H200 with torch 2.11)."""
@@ -277,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_error(error)
         return WRONG_USAGE
     available = round(options.gpu_memory * 1e9) if options.gpu_memory else None
-    if available is None and torch.cuda.is_available():
-        available = free_memory("cuda")
+    if available is None:
+        available = _free_here()
     run = _inference(options) if options.infer else _training(options)
     print(
         f"{'inference' if options.infer else 'training'} {options.model_path}\n{describe_plan(sizes, run, available)}"
@@ -297,10 +294,22 @@ def config_of(model_path: str) -> LlavaConfig:
         FileNotFoundError: if the model is not found.
         ValueError: if its config is of another architecture.
     """
+    from llava.model.checkpoint.checkpoint import open_checkpoint, read_config  # takes seconds: flags are parsed first
+    from llava.model.checkpoint.hub import resolve_config
+    from llava.model.vision_tower import VIT_L_14_336
+
     config = read_config(resolve_config(model_path))
     if config.mm_vision_config is None and "clip-vit-large-patch14-336" in str(config.mm_vision_tower):
         config.mm_vision_config = dict(VIT_L_14_336)  # released configs have its name alone
     return config if config.mm_vision_config else open_checkpoint(model_path).config
+
+
+def _free_here() -> int | None:
+    from torch import cuda
+
+    from llava.model.devices import free_memory
+
+    return free_memory("cuda") if cuda.is_available() else None
 
 
 def _training(options: argparse.Namespace) -> Training:

@@ -8,21 +8,27 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from llava.files.home_directory import expand_homes
 from llava.files.terminal_text import print_text, report_error, show
-from llava.inference.chat.chat import Chat
 from llava.inference.command_line import (
     add_model_arguments,
     add_seed_argument,
     load_session,
     parse_sampling,
+    refuse_absent_device,
     run_program,
 )
-from llava.inference.load_image import load_image
-from llava.inference.session import Sampling
+from llava.inference.sampling import Sampling
+from llava.original_names import lazy_names
+
+if TYPE_CHECKING:  # for annotations: they import Pillow and torch
+    from PIL import Image
+
+    from llava.inference.chat.chat import Chat
+
+__getattr__ = lazy_names(__name__)
 
 _EXAMPLE = """example:
   python -m llava.serve.cli --model-path llava_merged_model --image-file photo.jpg --load-4bit
@@ -71,10 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "model_path", "model_base", "vision_tower")
     sampling = parse_sampling(parser, args, top_p=None, num_beams=1)
+    refuse_absent_device(parser, args.device)
     return run_program(lambda: _run(args, sampling))
 
 
 def _run(args: argparse.Namespace, sampling: Sampling) -> int:
+    from llava.inference.chat.chat import Chat  # takes seconds: flags are parsed first
+    from llava.inference.load_image import load_image
+
     images = [load_image(args.image_file)] if args.image_file else []
     session = load_session(args)
     trained = session.model.config.image_aspect_ratio
@@ -138,6 +148,8 @@ class Terminal:
 
     def change_image(self, location: str) -> None:
         """Start a new conversation about another image; one that can't be read changes nothing."""
+        from llava.inference.load_image import load_image
+
         try:
             images = [load_image(location)]
         except ValueError as error:

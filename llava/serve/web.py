@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.files.home_directory import expand_homes
 from llava.files.terminal_text import print_text
@@ -17,11 +18,12 @@ from llava.inference.command_line import (
     add_seed_argument,
     load_session,
     parse_sampling,
+    refuse_absent_device,
     run_program,
 )
-from llava.inference.session import Session
-from llava.mm_utils import get_model_name_from_path
-from llava.serve.conversations import Conversation, Conversations
+
+if TYPE_CHECKING:  # for annotations: it imports torch
+    from llava.inference.session import Session
 
 _EXAMPLES_SHOWN = 12
 _EXAMPLE = """examples:
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv), "model_path", "model_base", "vision_tower", "compare_with", "examples", "image_folder"
     )
     sampling = parse_sampling(parser, args, top_p=None, num_beams=1)
+    refuse_absent_device(parser, args.device)
     return run_program(lambda: _run(args, sampling))
 
 
@@ -78,6 +81,10 @@ def _run(args: argparse.Namespace, sampling: object) -> int:
         from llava.serve.web_page import build_page, launch
     except ModuleNotFoundError as error:
         raise ImportError(f'{error.name} is not installed: pip install -e ".[web]"') from error
+
+    from llava.mm_utils import get_model_name_from_path  # takes seconds: flags are parsed first
+    from llava.serve.conversations import Conversation, Conversations
+
     check_address(args.host, args.port)
     examples = _read_examples(args.examples, args.image_folder) if args.examples else []
     paths = [args.model_path, *([args.compare_with] if args.compare_with else [])]

@@ -19,6 +19,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.files.home_directory import expand_home
 from llava.files.json_files import write_settings
 from llava.tokenization.sentencepiece_model import VOCABULARY_FILE, load_pieces, read_vocabulary
+from llava.tokenization.text_limit import MAX_TEXT, describe_long_text
 from llava.tokenization.tokenizer_files import (
     ADDED_TOKENS_FILE,
     CHAT_TEMPLATE_FILE,
@@ -44,11 +45,6 @@ from llava.tokenization.tokenizer_json import (
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<pad>"
-MAX_TEXT = 1_000_000
-"""Longest text that is encoded, in characters: far beyond any context; a hundred megabytes would take minutes."""
-
-
-_START_SHOWN = 40  # characters of a text that is too long
 
 
 class LlavaTokenizer(PreTrainedTokenizer):
@@ -228,11 +224,6 @@ class LlavaTokenizer(PreTrainedTokenizer):
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._pieces.id_to_piece(index) if index < self.vocab_size else ""
-
-
-def describe_long_text(text: str) -> str:
-    """Return what is wrong with a text that is longer than `MAX_TEXT`, as a clause."""
-    return f"has {len(text):,} characters, and at most {MAX_TEXT:,} are read (it begins {text[:_START_SHOWN]!r})"
 
 
 def load_tokenizer(directory: str | Path, *, rows: int | None = None) -> LlavaTokenizer:

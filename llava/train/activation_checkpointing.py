@@ -12,7 +12,8 @@ from llava.model import memory
 from llava.model.devices import free_memory
 from llava.model.memory import ModelSizes
 from llava.model.packed.forward import PackedLlavaForCausalLM
-from llava.train.flags.arguments import TrainingArguments, is_offloaded, zero_stage
+from llava.train.flags.arguments import is_offloaded, zero_stage
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.packing_setup import inner_llava
 
 logger = logging.getLogger(__name__)

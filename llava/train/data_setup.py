@@ -20,9 +20,10 @@ from llava.data.row_errors import RowError, describe_unusable, locate_errors
 from llava.files.atomic_files import atomic_write
 from llava.model.checkpoint.checkpoint import Checkpoint
 from llava.model.configuration import context_length, features_per_image
-from llava.train.flags.arguments import DataArguments, TrainingArguments, is_first_process
+from llava.train.flags.arguments import DataArguments, is_first_process
 from llava.train.flags.overwrites import refuse_images_overwritten
 from llava.train.flags.requirements import refuse_dropping_all
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.output_files import SKIPPED_FILE, SKIPPED_VALIDATION_FILE
 from llava.train.validation.evaluator import hold_out, warn_of_shared_images
 

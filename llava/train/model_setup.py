@@ -25,14 +25,8 @@ from llava.model.packed.forward import PackedLlavaForCausalLM
 from llava.model.projector import build_projector
 from llava.model.quantization import refuse_quantized
 from llava.train.fault_tolerance.run_manifest import add_run_manifest, run_manifest
-from llava.train.flags.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    as_json,
-    output_kind,
-    zero_stage,
-)
+from llava.train.flags.arguments import DataArguments, ModelArguments, as_json, output_kind, zero_stage
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.lora import add_lora, choose_trainable, continue_lora
 from llava.train.saving import CheckpointMetadata, Saver
 

@@ -19,7 +19,8 @@ from llava.data.packing import padded_length
 from llava.data.prefix_sampler import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
 from llava.data.records import EncodedRecord, spliced_length
 from llava.model.packed.forward import PackedLlavaForCausalLM
-from llava.train.flags.arguments import TrainingArguments, zero_stage
+from llava.train.flags.arguments import zero_stage
+from llava.train.flags.training_arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

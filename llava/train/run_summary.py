@@ -15,14 +15,8 @@ from llava.model.devices import free_memory
 from llava.model.memory import ModelSizes
 from llava.model.plan import Training, describe_plan
 from llava.tokenization.llama_tokenizer import LlavaTokenizer
-from llava.train.flags.arguments import (
-    ModelArguments,
-    TrainingArguments,
-    is_first_process,
-    is_offloaded,
-    output_kind,
-    zero_stage,
-)
+from llava.train.flags.arguments import ModelArguments, is_first_process, is_offloaded, output_kind, zero_stage
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.model_setup import adapter_rank
 from llava.train.packing_setup import BatchPlan
 from llava.train.validation.evaluator import Evaluator

@@ -42,12 +42,12 @@ from llava.train.fault_tolerance.checkpoint_writer import CheckpointWriter
 from llava.train.fault_tolerance.data_workers import prepare_workers, restart_workers_of
 from llava.train.fault_tolerance.nonfinite import ROW_KEY, NumberedCollator, NumberedRows, StepGuard
 from llava.train.fault_tolerance.signals import Stopped, StopRequest
-from llava.train.flags.arguments import TrainingArguments, enable_activation_checkpointing
+from llava.train.flags.training_arguments import TrainingArguments, enable_activation_checkpointing
 from llava.train.lora import parameter_groups
-from llava.train.overfit_check import overfit, require_fall
 from llava.train.run_summary import mark_supervised
 from llava.train.saving import Saver, atomic_fill
 from llava.train.validation.evaluator import Evaluator
+from llava.train.validation.overfit_check import overfit, require_fall
 
 
 class LlavaTrainer(Trainer):

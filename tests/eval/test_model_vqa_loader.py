@@ -280,7 +280,9 @@ def test_killed_image_workers_start_again_once(program, monkeypatch, capsys, tmp
 
     monkeypatch.setattr(ImageLoader, "load", killed)
     limits = dataclasses.replace(limits, threaded_groups=1)  # else threads read so few images
-    monkeypatch.setattr(model_vqa_loader, "answer_batch", functools.partial(answer_batch, limits=limits))
+    monkeypatch.setattr(
+        "llava.inference.batch.answer_batch.answer_batch", functools.partial(answer_batch, limits=limits)
+    )
     capsys.readouterr()
     code = program("--overwrite", "--workers", 1)
     printed = capsys.readouterr().err

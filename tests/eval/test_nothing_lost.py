@@ -133,7 +133,9 @@ def test_the_batch_size_may_change_in_between(run, monkeypatch, batch_size):
 def test_windows_of_any_size_write_the_same_file_through_any_interruption(run, monkeypatch, size, kept):
     whole = run.whole()
     limits = dataclasses.replace(Limits.suiting(torch.device("cpu"), 4), window=size, planned_groups=2)
-    monkeypatch.setattr(model_vqa_loader, "answer_batch", functools.partial(answer_batch, limits=limits))
+    monkeypatch.setattr(
+        "llava.inference.batch.answer_batch.answer_batch", functools.partial(answer_batch, limits=limits)
+    )
     write = AnswersFile.write
 
     def interrupted(self, answer, model_id):

@@ -9,6 +9,7 @@ from llava.eval import run_llava
 from llava.eval.run_llava import eval_model
 from llava.image_files.decode import open_image
 from llava.inference.batch.answer_batch import answer_batch
+from llava.inference.batch.fingerprint import ModelSources
 from llava.inference.batch.generate_fallback import generate_answers
 from llava.inference.batch.questions import Question
 from llava.inference.chat.chat import Chat, answer_one
@@ -53,7 +54,7 @@ def test_eval_model_and_chat_draw_the_same(session, folder, images, monkeypatch,
     options = {"model_path": "unused", "model_base": None, "conv_mode": None, "sep": ",", "num_beams": 1}
     options |= {"image_file": str(folder / "landscape.jpg"), "query": QUESTIONS[0].text}
     options |= {name: getattr(SAMPLING, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
-    monkeypatch.setattr(run_llava.ModelSources, "find", lambda *paths: run_llava.ModelSources(None, None, None))
+    monkeypatch.setattr(ModelSources, "find", lambda *paths: ModelSources(None, None, None))
     found = eval_model(SimpleNamespace(**options))
     run_llava._load_session.cache_clear()
     text, own = QUESTIONS[0].text, images[0]

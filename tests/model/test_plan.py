@@ -6,8 +6,9 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from llava.model import plan
+from llava.model import devices
 from llava.model.plan import (
     CONTEXT_BYTES,
     Inference,
@@ -110,8 +111,8 @@ def test_the_program(capsys, tmp_path):
 
 
 def test_free_memory_is_read_from_the_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(plan, "free_memory", lambda device: 7 * GB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 7 * GB)
     assert main(["--model-path", str(LLAVA_TINY), "--infer"]) == 0
     assert capsys.readouterr().out.splitlines()[-2].split() == ["available", "7.0", "GB"]
 

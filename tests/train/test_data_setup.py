@@ -12,9 +12,10 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.data.doctor.images import check_images
 from llava.data.records import DataError, EncodedRecord
 from llava.train import data_setup as data_check
-from llava.train import train
+from llava.train import recipe, train
 from llava.train.data_setup import load_data, warn_of_long_rows
-from llava.train.flags.arguments import DataArguments, TrainingArguments
+from llava.train.flags.arguments import DataArguments
+from llava.train.flags.training_arguments import TrainingArguments
 
 IMAGES = ("square.png", "tiny.png", "gray.jpg")
 
@@ -176,7 +177,7 @@ def test_every_process_stops_for_the_first_ones_row_errors(load):
 
 
 def test_a_broken_image_stops_training_before_the_weights_are_loaded(goldens, load, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_model", lambda *arguments: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(recipe, "load_model", lambda *arguments: pytest.fail("the weights were loaded"))
     with pytest.raises(DataError):
         load({"d.json": BAD})
     words = ["--model_name_or_path", str(goldens / "llava-v1.5-golden"), "--image_folder", str(tmp_path)]

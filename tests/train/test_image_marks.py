@@ -13,7 +13,7 @@ from llava.data.doctor import __main__ as doctor
 from llava.inference.session import Session
 from llava.model.checkpoint.checkpoint import open_checkpoint, open_tokenizer
 from llava.model.configuration import load_config
-from llava.train import train as program
+from llava.train import recipe as program
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

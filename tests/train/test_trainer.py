@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from llava.train.fault_tolerance.checkpoint_dir import list_checkpoints, verify
 from llava.train.fault_tolerance.nonfinite import NonFiniteError
-from llava.train.flags.arguments import TrainingArguments
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.trainer import LlavaTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

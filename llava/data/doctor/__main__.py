@@ -11,21 +11,21 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import conv_templates, get_template
 from llava.data.data_files import DataFile, join_rows, read_files, split_paths
-from llava.data.doctor.check_cache import cache_places, describe_inputs, store_result
-from llava.data.doctor.checks import Examination, check_unencoded, examine, rows_of_encoded
-from llava.data.doctor.images import check_images
-from llava.data.doctor.report import SHOWN_PER_CODE, as_json, describe_examination
 from llava.data.records import encode_records
+from llava.data.row_errors import SHOWN_PER_CODE
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
 from llava.files.terminal_text import log_to_terminal, print_text, report_error
-from llava.tokenization.llama_tokenizer import LlavaTokenizer
+
+if TYPE_CHECKING:  # for annotations: they import Pillow and transformers
+    from llava.data.doctor.checks import Examination
+    from llava.tokenization.llama_tokenizer import LlavaTokenizer
 
 CLEAN, HAS_ERRORS, NOTHING_USABLE = 0, 1, 2
 
@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if options.json and (message := find_overwrite({"--json": output_file(options.json)}, inputs)):
         parser.error(message)
+
+    from llava.data.doctor.report import as_json, describe_examination  # takes a second: flags are parsed first
+
     try:
         settings = None
         if options.model_name_or_path:
@@ -106,6 +109,10 @@ def exit_code(examination: Examination) -> int:
 
 
 def _examine(files: Sequence[DataFile], options: argparse.Namespace, settings: EncodingSettings | None) -> Examination:
+    from llava.data.doctor.check_cache import cache_places, describe_inputs, store_result
+    from llava.data.doctor.checks import check_unencoded, examine, rows_of_encoded
+    from llava.data.doctor.images import check_images
+
     records = join_rows(files)
     template = settings.template if settings else options.version or DEFAULT_TEMPLATE
     if settings is None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.data.doctor.checks import Examination
-from llava.data.row_errors import RowError, list_errors
+from llava.data.row_errors import SHOWN_PER_CODE, RowError, list_errors
 from llava.image_files.decode import TRAITS
 
-SHOWN_PER_CODE = 3
 _BAR = 40
 
 

@@ -15,14 +15,17 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from llava.data.table.read import Columns, TableError
-from llava.data.worker_processes import usable_cores
-from llava.eval.report.gallery import Row, build_rows, choose_images, complete_references, key_questions
-from llava.eval.report.page import Page, render_page
-from llava.eval.report.thumbnails import SMALLEST_SIZE, Thumbnail, make_thumbnails
+from llava.eval.report.gallery import (
+    SMALLEST_SIZE,
+    Row,
+    build_rows,
+    choose_images,
+    complete_references,
+    key_questions,
+)
 from llava.eval.scoring.annotations import (
     GivenAnswer,
     References,
@@ -41,6 +44,10 @@ from llava.files.terminal_text import format_size, log_to_terminal, print_text, 
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import resolve_image
 from llava.inference.batch.questions import Question, read_questions
+
+if TYPE_CHECKING:  # for annotations: they import Jinja and Pillow
+    from llava.eval.report.page import Page
+    from llava.eval.report.thumbnails import Thumbnail
 
 _MEGABYTE = 1_000_000
 _BASE64_SHARE = 3 / 4  # three bytes become four characters
@@ -66,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="longest side of an image in the page (default: %(default)s)")  # fmt: skip
     add("--max-megabytes", type=float, default=40, metavar="MB",
         help="budget for all thumbnails; many images get smaller ones (default: %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=usable_cores(), metavar="N",
-        help="worker processes that read images; 0 for none (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, metavar="N",
+        help="worker processes that read images; 0 for none (default: one for each core)")  # fmt: skip
     return parser
 
 
@@ -85,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = expand_homes(parser.parse_args(argv), "answers", "questions", "images", "output", "annotations")
     _check_flags(parser, args)
     columns = parse_columns(parser, args)
+
+    from llava.eval.report.page import render_page  # takes a second: flags are parsed first
+
     try:
         page = _collect(args, columns)
         with atomic_write(args.output) as stream:
@@ -120,6 +130,8 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def _collect(args: argparse.Namespace, columns: Columns) -> Page:
     """Read everything and return the page."""
+    from llava.eval.report.page import Page
+
     questions = key_questions(read_questions(args.questions))
     texts = {key: question.text for key, question in questions.items()}
     paths = name_files(args.answers)
@@ -165,6 +177,11 @@ def _rows_with_images(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
 
 def _load_thumbnails(names: Sequence[str], args: argparse.Namespace) -> list[Thumbnail]:
     """One thumbnail for each name; a path outside the folder gets only its error code."""
+    from tqdm import tqdm
+
+    from llava.data.worker_processes import usable_cores
+    from llava.eval.report.thumbnails import Thumbnail, make_thumbnails
+
     thumbnails: dict[str, Thumbnail] = {}
     paths = {}
     for name in names:
@@ -173,7 +190,8 @@ def _load_thumbnails(names: Sequence[str], args: argparse.Namespace) -> list[Thu
         except ImageError as error:
             thumbnails[name] = Thumbnail(None, 0, 0, error.code)
     budget = int(args.max_megabytes * _MEGABYTE * _BASE64_SHARE)
-    made = make_thumbnails(list(paths.values()), args.thumbnail_size, budget, args.workers)
+    workers = usable_cores() if args.workers is None else args.workers
+    made = make_thumbnails(list(paths.values()), args.thumbnail_size, budget, workers)
     bar = tqdm(made, total=len(paths), unit="image", desc="thumbnails", delay=_SECONDS_UNTIL_BAR, file=sys.stderr)
     thumbnails.update(zip(paths, bar, strict=True))
     return [thumbnails[name] for name in names]

@@ -14,6 +14,9 @@ from llava.eval.scoring.evaluate import answer_type
 from llava.eval.scoring.question_keys import Keys, QuestionId, QuestionKey, id_of
 from llava.inference.batch.questions import Question
 
+SMALLEST_SIZE = 48
+"""Least allowed longest side of a thumbnail, in pixels; smaller ones show nothing."""
+
 
 @dataclass(frozen=True)
 class RowAnswer:

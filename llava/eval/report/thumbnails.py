@@ -12,11 +12,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from llava.data.worker_processes import map_in_processes
+from llava.eval.report.gallery import SMALLEST_SIZE
 from llava.image_files.decode import open_image
 from llava.image_files.errors import ImageError
 
-SMALLEST_SIZE = 48
-"""Least allowed longest side, in pixels; smaller thumbnails show nothing."""
 _STEPS = ((1.0, 82), (1.0, 70), (1.0, 55), (0.75, 60), (0.75, 45), (0.5, 55), (0.5, 40), (0.35, 40))
 """Fraction of the requested size and JPEG quality, tried in this order until a thumbnail fits the budget."""
 _FEWEST_FOR_WORKERS = 32

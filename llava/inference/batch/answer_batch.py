@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llava.constants import SWITCH
 from llava.inference.batch.answers_file import Answer
 from llava.inference.batch.generate_fallback import generate_answers
 from llava.inference.batch.questions import Question
@@ -30,7 +31,6 @@ from llava.inference.engine.ragged_llama import has_plain_weights, supports_ragg
 from llava.inference.engine.sequence import Sequence as AnswerSequence
 from llava.inference.session import Sampling, Session
 
-COMPILE_MODES = ("auto", "on", "off")
 COMPILE_FROM = 2_500_000  # positions of a run from which on compiling pays, on CUDA
 DIGITS = 4  # of logprobs in records
 
@@ -176,8 +176,8 @@ def _check_options(
 ) -> None:
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; choose 1 or more")
-    if compile_mode not in COMPILE_MODES:
-        raise ValueError(f"compile_mode is {compile_mode!r}; choose {', '.join(COMPILE_MODES)}")
+    if compile_mode not in SWITCH:
+        raise ValueError(f"compile_mode is {compile_mode!r}; choose {', '.join(SWITCH)}")
     if not (with_scores or choices):
         return
     if sampling.num_beams > 1:

@@ -28,7 +28,6 @@ from llava.files.regular_files import MAX_SETTINGS_BYTES, read_text
 from llava.files.terminal_text import show
 from llava.image_files.errors import NOT_READ
 from llava.inference.batch.answer_records import check_record, parse_record
-from llava.inference.batch.fingerprint import is_same_run_value
 from llava.inference.batch.journal import Journal, read_lines
 from llava.inference.batch.questions import Question
 
@@ -216,6 +215,8 @@ class AnswersFile:
         return [self.path, *journals] if self.path.exists() else journals
 
     def _check_run(self) -> None:
+        from llava.inference.batch.fingerprint import is_same_run_value  # imports torch
+
         if not self.run_path.is_file():
             raise ValueError(f"{self.path} exists, but its {self.run_path.name} does not; {_WAY_OUT}")
         try:

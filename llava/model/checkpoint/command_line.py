@@ -6,20 +6,18 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
-from llava.constants import DEFAULT_TEMPLATE
+from llava.constants import DEFAULT_TEMPLATE, DTYPE_NAMES
 from llava.files.atomic_files import atomic_directory
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_directory
-from llava.model.builder import check_complete
-from llava.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from llava.model.checkpoint.lazy_tensors import LazyTensors
-from llava.model.checkpoint.write_tensors import refuse_full_disk, stored_size
-from llava.model.devices import DTYPES
-from llava.model.quantization import refuse_quantized
+
+if TYPE_CHECKING:  # for annotations: they import torch
+    import torch
+
+    from llava.model.checkpoint.checkpoint import Checkpoint
+    from llava.model.checkpoint.lazy_tensors import LazyTensors
 
 
 def parse_options(
@@ -41,7 +39,7 @@ def parse_options(
     add("--vision-tower", help="directory or hub id of the vision tower, for weights that come without one")
     add("--mm-projector", help="projector, for an adapter directory that comes without the one trained with it")
     add("--allow-other-base", action="store_true", help="accept a base the adapter was not trained on")
-    add("--dtype", choices=sorted(DTYPES), help=dtype)
+    add("--dtype", choices=sorted(DTYPE_NAMES), help=dtype)
     add("--overwrite", action="store_true", help="replace a directory that is already there")
     options = expand_homes(parser.parse_args(argv), "source", "target", "model_base", "vision_tower", "mm_projector")
     inputs = {
@@ -62,6 +60,10 @@ def open_source(options: argparse.Namespace, use: str, *, with_adapter: bool = T
         FileNotFoundError: if a file is missing.
         ValueError: if the weights are quantised ("can't be USE"), don't fit their config, or the base is another one.
     """
+    from llava.model.builder import check_complete  # takes seconds, like all that reads weights
+    from llava.model.checkpoint.checkpoint import open_checkpoint
+    from llava.model.quantization import refuse_quantized
+
     checkpoint = open_checkpoint(
         options.source,
         options.model_base,
@@ -92,6 +94,10 @@ def open_target(
         FileExistsError: if the directory is there already.
         OSError: if it can't be written, or there is no room for it.
     """
+    from tqdm import tqdm
+
+    from llava.model.checkpoint.write_tensors import refuse_full_disk, stored_size
+
     refuse_full_disk(tensors, dtype, options.target)
     total = stored_size(tensors, dtype)
     with (

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava.constants import STATE_FILE
 from llava.files.json_files import parse_json
 from llava.train.fault_tolerance import checkpoint_dir
-from llava.train.output_files import STATE_FILE
 
 _DISK_FULL = ("PytorchStreamWriter", "unexpected pos", "No space left")
 """Words of the RuntimeError in which torch's writers report that a file could not be written."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from llava.data.worker_processes import RestartingLoader
 from llava.train.fault_tolerance.signals import outlive_launcher
-from llava.train.flags.arguments import TrainingArguments
+from llava.train.flags.training_arguments import TrainingArguments
 
 FEWER_WORKERS = "pass a smaller --dataloader_num_workers (0: none), and run the same command again to go on"
 

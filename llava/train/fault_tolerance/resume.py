@@ -19,14 +19,12 @@ from llava.train.fault_tolerance.checkpoint_dir import (
 )
 from llava.train.fault_tolerance.checkpoint_pickles import refuse_code
 from llava.train.fault_tolerance.run_manifest import compare_runs
-from llava.train.flags.arguments import TrainingArguments
+from llava.train.flags.arguments import AUTOMATIC, START_OVER
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.output_files import LOG_FILE
 from llava.train.saving import TRAINING_FILE
 
 logger = logging.getLogger(__name__)
-
-AUTOMATIC = ("", "auto", "true")
-START_OVER = ("none", "false")
 
 
 def find_resume_point(training_args: TrainingArguments, manifest: str) -> str | None:

@@ -14,7 +14,8 @@ from llava.data.records import EncodedRecord
 from llava.files.json_files import parse_json
 from llava.image_files.decode import IMAGE_RULES
 from llava.model.checkpoint.lazy_tensors import is_same_fingerprint
-from llava.train.flags.arguments import TrainingArguments, zero_stage
+from llava.train.flags.arguments import zero_stage
+from llava.train.flags.training_arguments import TrainingArguments
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors")
 

@@ -1,28 +1,17 @@
-"""Training flags: the original's, every field of `transformers.TrainingArguments`, and a few more."""
+"""Training flags: the original's, and those added to `transformers.TrainingArguments`; nothing heavy is imported."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import json
-import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import transformers
-from torch import nn
-from transformers.trainer_pt_utils import AcceleratorConfig
-
 from llava.files.home_directory import expand_homes
 from llava.inference.distributed import read_rank
-from llava.model.devices import best_device, default_dtype
 from llava.train.flags.json_flags import JSON_FILE_FLAGS, JSON_FLAGS, read_json_flag
-
-logger = logging.getLogger(__name__)
-
-_FIELDS = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
-_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 _DEEPSPEED_SECTIONS = ("fp16", "bf16", "optimizer", "scheduler")
 _OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")
@@ -31,19 +20,31 @@ DATA_FILES = ("data_path", "eval_data_path")
 IMAGE_FOLDERS = ("image_folder", "eval_image_folder")
 _TRAINING_PATHS = ("output_dir", "cache_dir", "lora_weight_path", "resume_from_checkpoint", *JSON_FILE_FLAGS)
 
-RENAMED_FLAGS = {
+AUTOMATIC, START_OVER = ("", "auto", "true"), ("none", "false")
+"""Values of `--resume_from_checkpoint`, in lower case, that name no checkpoint."""
+
+_RENAMED_FLAGS = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
-    "gradient_checkpointing": _CHECKPOINTING,
-    "gradient_checkpointing_kwargs": f"{_CHECKPOINTING}_kwargs",
-    "activation_checkpointing": _CHECKPOINTING,
-    "activation_checkpointing_kwargs": f"{_CHECKPOINTING}_kwargs",
 }
-"""Flags of other versions of transformers, and their name in the installed one."""
+
+
+def checkpointing_flag(known: Collection[str]) -> str:
+    """Return the flag of activation checkpointing among those of the installed version of transformers."""
+    return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+
+
+def renamed_flags(known: Collection[str]) -> dict[str, str]:
+    """Return flags of other versions of transformers, and their name in the installed one, whose flags are `known`."""
+    name = checkpointing_flag(known)
+    both = {
+        f"{old}_checkpointing{end}": f"{name}{end}" for old in ("gradient", "activation") for end in ("", "_kwargs")
+    }
+    return _RENAMED_FLAGS | both
 
 
 def _flag(default: object, help_text: str) -> object:
@@ -95,8 +96,8 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """How it is trained: transformers' flags, LoRA, quantization, packs, fault tolerance."""
+class TrainingFlags:
+    """How it is trained: LoRA, quantization, packs, fault tolerance, and other defaults for flags of transformers."""
 
     output_dir: str | None = _flag(None, "Directory of checkpoints and of the result.")
     bf16: bool | None = _flag(None, "Compute in bf16; default: on GPUs that support it (else fp16; fp32 on CPU).")
@@ -149,30 +150,6 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError("--output_dir is missing; say where checkpoints and the result go")
         expand_homes(self, *_TRAINING_PATHS)
         self._check_json()
-        if best_device().type == "cpu":
-            self.use_cpu = True  # else DeepSpeed's processes don't find each other without a GPU
-        if self.bf16 is None and self.fp16 is None:
-            dtype = default_dtype("cpu" if self.use_cpu else best_device())
-            self.bf16, self.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
-        if self.warmup_ratio is not None:
-            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
-        if getattr(self, _CHECKPOINTING) and not getattr(self, f"{_CHECKPOINTING}_kwargs"):
-            setattr(self, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False})
-        self.logging_nan_inf_filter = False  # it waits for the device at each batch; the run stops at a NaN loss anyway
-        has_accelerator_config = self.accelerator_config is not None
-        reports_to_all = self.report_to in ("all", ["all"])
-        logging_dir, self.logging_dir = (
-            self.logging_dir,
-            None,
-        )  # deprecated field of some versions
-        super().__post_init__()
-        self.logging_dir = logging_dir
-        if reports_to_all:
-            logger.info("--report_to all: %s", ", ".join(self.report_to) or "nothing is installed")
-        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type == "cuda"
-        if not has_accelerator_config:  # blocking copies would make a batch wait for the previous update
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def _check_json(self) -> None:
         """Read the JSON flags, so that errors name the flag before transformers reads them.
@@ -182,9 +159,6 @@ class TrainingArguments(transformers.TrainingArguments):
         """
         for flag in JSON_FLAGS:
             read_json_flag(flag, getattr(self, flag, None))
-        known = [entry.name for entry in dataclasses.fields(AcceleratorConfig)]
-        if other := [key for key in read_json_flag("accelerator_config", self.accelerator_config) if key not in known]:
-            raise ValueError(f"--accelerator_config has no {other[0]}; choose among {', '.join(known)}")
         if self.deepspeed:
             if "zero_optimization" not in read_json_flag("deepspeed", self.deepspeed):
                 raise ValueError(f"--deepspeed {self.deepspeed} has no zero_optimization; use scripts/zero2.json")
@@ -194,27 +168,6 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise ValueError(
                     f'--deepspeed {self.deepspeed} needs DeepSpeed; run: pip install -e ".[train]", or leave it out'
                 )
-
-    @property
-    def device(self) -> torch.device:
-        """This process's device; "cpu" without an index: torch can't load tensors to "cpu:0"."""
-        device = super().device
-        return torch.device("cpu") if device.type == "cpu" else device
-
-    @property
-    def n_gpu(self) -> int:
-        """GPUs of this process, at most 1: packs don't work under `nn.DataParallel`."""
-        return min(1, super().n_gpu)
-
-    @property
-    def checkpoints_activations(self) -> bool:
-        """Whether activation checkpointing is on, whatever this version of transformers calls the flag."""
-        return bool(getattr(self, _CHECKPOINTING))
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Dtype of frozen weights."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
 
 def zero_stage(config: str | dict | None) -> int:
@@ -264,7 +217,7 @@ def _zero_settings(config: str | dict | None) -> dict[str, Any]:
     return settings
 
 
-def output_kind(model: ModelArguments, training: TrainingArguments) -> str:
+def output_kind(model: ModelArguments, training: TrainingFlags) -> str:
     """Return what a run writes: "lora" (adapters), "projector" or "full" (all weights)."""
     return "lora" if training.lora_enable else "projector" if model.tune_mm_mlp_adapter else "full"
 
@@ -274,16 +227,10 @@ def is_first_process() -> bool:
     return read_rank().rank == 0
 
 
-def enable_activation_checkpointing(model: nn.Module, training: TrainingArguments) -> None:
-    """Turn on activation checkpointing, whatever this version of transformers calls it."""
-    settings = {f"{_CHECKPOINTING}_kwargs": getattr(training, f"{_CHECKPOINTING}_kwargs")}
-    getattr(model, f"{_CHECKPOINTING}_enable")(**settings)
-
-
 def as_json(*arguments: object) -> str:
     """Return the flags as JSON text, for `training.json`."""
     groups = {}
     for group in arguments:
-        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+        values = group.to_dict() if isinstance(group, TrainingFlags) else dataclasses.asdict(group)
         groups[type(group).__name__] = values
     return json.dumps(groups, indent=2, sort_keys=True, default=str) + "\n"

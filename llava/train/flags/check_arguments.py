@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llava.constants import SWITCH
 from llava.conversation import get_template
-from llava.model.quantization import DEVICES
-from llava.train.flags.arguments import DataArguments, ModelArguments, TrainingArguments, zero_stage
+from llava.train.flags.arguments import DataArguments, ModelArguments, zero_stage
+from llava.train.flags.json_flags import read_json_flag
+
+if TYPE_CHECKING:  # for annotations: it imports torch
+    from llava.train.flags.training_arguments import TrainingArguments
 
 Rule = tuple[bool, str]
 """Whether a combination of flags is refused, and the message: the flag, its value, what to do."""
 
 _METRICS = ("", "loss", "accuracy")
-_SWITCH = ("auto", "on", "off")
 _AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -25,6 +30,11 @@ _AT_LEAST = {
 
 def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     """Refuse flags that are not supported or contradict each other, all of them in one message.
+
+    Args:
+        model: flags.
+        data: flags.
+        training: flags, or `early_training_arguments`: as they were given, before transformers works on them.
 
     Raises:
         ValueError: naming the flag, the value and what to do.
@@ -43,8 +53,38 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         *_validation_rules(data, training),
         *_best_checkpoint_rules(data, training),
     ]
-    reasons = [message for is_refused, message in rules if is_refused]
-    if reasons:
+    _refuse(rules)
+
+
+def check_device(training: TrainingArguments) -> None:
+    """Refuse flags that this process's device doesn't support, all of them in one message.
+
+    Raises:
+        ValueError: naming the flag, the value and what to do.
+    """
+    from llava.model.quantization import DEVICES  # imports torch, and the other checks come before
+
+    device = training.device.type
+    _refuse(
+        [
+            (
+                training.bits != 16 and device not in DEVICES,
+                f"--bits {training.bits} runs on CUDA and the CPU, not on {device}; leave it out",
+            ),
+            (
+                training.fuse_lora == "on" and training.compile_layers == "off" and device == "cuda",
+                "--fuse_lora on runs compiled on CUDA; leave --compile_layers off out",
+            ),
+            (
+                bool(training.fsdp) and device == "cpu",
+                "--fsdp shards over GPUs; on the CPU accelerate leaves it out without a word, so leave it out",
+            ),
+        ]
+    )
+
+
+def _refuse(rules: Sequence[Rule]) -> None:
+    if reasons := [message for is_refused, message in rules if is_refused]:
         raise ValueError("; ".join(reasons))
 
 
@@ -134,10 +174,6 @@ def _quantization_rules(model: ModelArguments, training: TrainingArguments, zero
             is_quantized and model.tune_mm_mlp_adapter,
             f"--bits {bits} and --tune_mm_mlp_adapter exclude each other; leave --bits out",
         ),
-        (
-            is_quantized and training.device.type not in DEVICES,
-            f"--bits {bits} runs on CUDA and the CPU, not on {training.device.type}; leave it out",
-        ),
         (is_quantized and bool(training.fsdp), f"--bits {bits} can't be sharded by --fsdp; leave --fsdp out"),
         (is_quantized and zero == 3, f"--bits {bits} can't be partitioned by ZeRO-3; use scripts/zero2.json"),
     ]
@@ -175,15 +211,11 @@ def _step_rules(training: TrainingArguments) -> list[Rule]:
 def _layer_rules(training: TrainingArguments, zero: int) -> list[Rule]:
     compiles, fuses, checkpointed = training.compile_layers, training.fuse_lora, training.checkpoint_layers
     return [
-        (compiles not in _SWITCH, f"--compile_layers {compiles}: choose auto, on or off"),
-        (fuses not in _SWITCH, f"--fuse_lora {fuses}: choose auto, on or off"),
+        (compiles not in SWITCH, f"--compile_layers {compiles}: choose auto, on or off"),
+        (fuses not in SWITCH, f"--fuse_lora {fuses}: choose auto, on or off"),
         (
             checkpointed not in ("auto", "all") and not checkpointed.isdecimal(),
             f"--checkpoint_layers {checkpointed}: choose auto, all or a number",
-        ),
-        (
-            fuses == "on" and compiles == "off" and training.device.type == "cuda",
-            "--fuse_lora on runs compiled on CUDA; leave --compile_layers off out",
         ),
         (
             compiles == "on" and not training.share_image_prefix,
@@ -201,15 +233,11 @@ def _layer_rules(training: TrainingArguments, zero: int) -> list[Rule]:
 
 
 def _distributed_rules(training: TrainingArguments, zero: int) -> list[Rule]:
-    is_fsdp, config = bool(training.fsdp), training.fsdp_config or {}
+    is_fsdp, config = bool(training.fsdp), read_json_flag("fsdp_config", training.fsdp_config)
     return [
         (
             training.sanity_check > 0 and (is_fsdp or zero == 3),
             "--sanity_check needs the whole model on each device; leave it out with --fsdp and ZeRO-3",
-        ),
-        (
-            is_fsdp and training.device.type == "cpu",
-            "--fsdp shards over GPUs; on the CPU accelerate leaves it out without a word, so leave it out",
         ),
         (
             is_fsdp and config.get("version", 2) != 2,
@@ -253,6 +281,7 @@ def _validation_rules(data: DataArguments, training: TrainingArguments) -> list[
 def _best_checkpoint_rules(data: DataArguments, training: TrainingArguments) -> list[Rule]:
     given, patience = training.metric_for_best_model, training.early_stopping_patience
     metric = (given or "").removeprefix("eval_")
+    validated = training.eval_steps or training.logging_steps  # as transformers fills it in
     both_by_steps = (training.eval_strategy, training.save_strategy) == ("steps", "steps")
     return [
         (metric not in _METRICS, f"--metric_for_best_model {given}: choose eval_loss or eval_accuracy"),
@@ -261,9 +290,9 @@ def _best_checkpoint_rules(data: DataArguments, training: TrainingArguments) -> 
             f"--metric_for_best_model {given} is not measured with --eval_max_questions 0",
         ),
         (
-            training.load_best_model_at_end and both_by_steps and training.eval_steps != training.save_steps,
+            training.load_best_model_at_end and both_by_steps and validated != training.save_steps,
             f"--load_best_model_at_end needs every validated step saved: give --save_steps {training.save_steps:g} "
-            f"the value of --eval_steps {training.eval_steps or 0:g}, or pass --save_strategy best",
+            f"the value of --eval_steps {validated:g}, or pass --save_strategy best",
         ),
         (patience is not None and patience < 1, f"--early_stopping_patience {patience}: choose 1 or more"),
         (

@@ -1,20 +1,24 @@
-"""Parse and check the command line of training."""
+"""Parse and check the command line of training: wrong flags are refused before transformers and torch are imported."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import logging
 import sys
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import HfArgumentParser
-
-from llava.train.flags.arguments import RENAMED_FLAGS, DataArguments, ModelArguments, TrainingArguments
-from llava.train.flags.check_arguments import check_arguments
+from llava.train.flags.arguments import DataArguments, ModelArguments, TrainingFlags, renamed_flags
+from llava.train.flags.check_arguments import check_arguments, check_device
 from llava.train.flags.dropped_flags import settle_dropped_flags
 from llava.train.flags.overwrites import refuse_overwrites
-from llava.train.flags.requirements import check_requirements
+from llava.train.flags.transformers_flags import NotReadable, read_fields, read_parser
+
+if TYPE_CHECKING:  # for annotations: it imports torch
+    from llava.train.flags.training_arguments import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -29,26 +33,72 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArg
     Raises:
         ValueError: if a flag is unknown, lacks its file or contradicts another, or the run would overwrite an input;
             the message names the flag and what to do.
+        SystemExit: after `--help`, or if a value is not of its flag's type.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="train_mem.py", usage=_USAGE)
     words, notes = settle_dropped_flags(sys.argv[1:] if argv is None else argv)
-    *arguments, unknown = parser.parse_args_into_dataclasses(
-        [_current_name(word) for word in words], return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise ValueError(_describe_unknown(unknown[0], parser))
+    _refuse_early(words)
+
+    from transformers import HfArgumentParser  # takes seconds, as everything below does
+
+    from llava.train.flags.requirements import check_requirements
+    from llava.train.flags.training_arguments import TrainingArguments
+
+    model, data, training = _parse(words, HfArgumentParser, TrainingArguments)
     for note in notes:
         logger.info("%s", note)
-    model, data, training = arguments
     check_arguments(model, data, training)
+    check_device(training)
     refuse_overwrites(model, data, training)
     check_requirements(training)
     return model, data, training
 
 
-def _describe_unknown(word: str, parser: HfArgumentParser) -> str:
+def early_training_arguments() -> type:
+    """Return a dataclass with the fields of `TrainingArguments`, without its methods and without importing torch.
+
+    Raises:
+        NotReadable: if the fields of transformers' class can't be read from its source.
+    """
+    return dataclass(type("TrainingArguments", (TrainingFlags, read_fields()), {}))
+
+
+def build_parser(parser: type[ArgumentParser], training: type) -> ArgumentParser:
+    """Return the parser of the command line.
+
+    Args:
+        parser: `HfArgumentParser`.
+        training: `TrainingArguments`, or `early_training_arguments()`.
+    """
+    return parser((ModelArguments, DataArguments, training), prog="train_mem.py", usage=_USAGE)
+
+
+def _refuse_early(words: Sequence[str]) -> None:
+    """Answer `--help`, and refuse what can be refused without torch."""
+    try:
+        parser, training = read_parser(), early_training_arguments()
+    except NotReadable as error:
+        logger.debug("flags are checked after transformers is imported: %s", error)
+        return
+    arguments = _parse(words, parser, training)
+    check_arguments(*arguments)
+    refuse_overwrites(*arguments)
+
+
+def _parse(words: Sequence[str], parser_type: type[ArgumentParser], training: type) -> tuple[Any, Any, Any]:
+    parser = build_parser(parser_type, training)
+    known = {action.dest for action in parser._actions}
+    model, data, training, unknown = parser.parse_args_into_dataclasses(
+        [_current_name(word, known) for word in words], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(_describe_unknown(unknown[0], parser))
+    return model, data, training
+
+
+def _describe_unknown(word: str, parser: ArgumentParser) -> str:
     if _flag_name(word) in NEWER_FLAGS:
-        return f"{word} is not known to transformers {transformers.__version__}; pip install --upgrade transformers"
+        version = importlib.metadata.version("transformers")
+        return f"{word} is not known to transformers {version}; pip install --upgrade transformers"
     if not word.startswith("-"):
         return f"{word} follows no flag that takes it; see --help"
     known = [option for action in parser._actions for option in action.option_strings]
@@ -60,9 +110,9 @@ def _flag_name(word: str) -> str:
     return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
-def _current_name(word: str) -> str:
-    name = _flag_name(word)
-    if not word.startswith("--") or name not in RENAMED_FLAGS:
+def _current_name(word: str, known: Collection[str]) -> str:
+    name, renamed = _flag_name(word), renamed_flags(known)
+    if not word.startswith("--") or name not in renamed:
         return word
     _, equals, value = word.partition("=")
-    return f"--{RENAMED_FLAGS[name]}{equals}{value}"
+    return f"--{renamed[name]}{equals}{value}"

@@ -1,7 +1,7 @@
 """Removed flags of transformers 4.37 and of the original LLaVA: what applies instead, one sentence each.
 
 A value that asks for the present behaviour is accepted and logged; any other is refused with the sentence. Renamed
-flags are in `llava.train.flags.arguments.RENAMED_FLAGS`.
+flags are in `llava.train.flags.arguments.renamed_flags`.
 """
 
 from __future__ import annotations

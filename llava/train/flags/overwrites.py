@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava.data.data_files import split_paths
 from llava.files.overwrite_check import find_overwrite, shared_directory
-from llava.train.fault_tolerance.resume import AUTOMATIC, START_OVER
 from llava.train.flags.arguments import (
+    AUTOMATIC,
     DATA_FILES,
     IMAGE_FOLDERS,
     MODEL_PATHS,
+    START_OVER,
     DataArguments,
     ModelArguments,
-    TrainingArguments,
 )
 from llava.train.output_files import PLOT_FILE, WRITTEN
+
+if TYPE_CHECKING:  # for annotations: it imports torch
+    from llava.train.flags.training_arguments import TrainingArguments
 
 
 def refuse_overwrites(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
-from llava.train.flags.arguments import TrainingArguments, is_first_process
+from llava.train.flags.arguments import is_first_process
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.output_files import LOG_FILE
 
 _STAND_ALONE = ("all", "none")

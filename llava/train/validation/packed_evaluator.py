@@ -25,7 +25,8 @@ from llava.inference.session import Sampling, Session
 from llava.model.checkpoint.checkpoint import Checkpoint
 from llava.model.configuration import context_length, features_per_image
 from llava.train.fault_tolerance.data_workers import FEWER_WORKERS
-from llava.train.flags.arguments import DataArguments, TrainingArguments
+from llava.train.flags.arguments import DataArguments
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.packing_setup import holds_all_weights, inner_llava
 from llava.train.validation.evaluator import Evaluator, choose_questions, find_questions, to_device
 

@@ -459,7 +459,7 @@ def test_a_failed_or_stopped_run_leaves_the_previous_page(world, monkeypatch, ca
     def fail(*_):
         raise ValueError("not finite")
 
-    monkeypatch.setattr("llava.eval.report.__main__.make_thumbnails", stop)
+    monkeypatch.setattr("llava.eval.report.thumbnails.make_thumbnails", stop)
     assert run(world) == 130
     assert "report.html is unchanged; run the same command again" in capsys.readouterr().err
     monkeypatch.undo()

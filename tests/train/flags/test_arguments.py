@@ -11,9 +11,10 @@ import pytest
 import torch
 import transformers
 
-from llava.train.flags.arguments import TrainingArguments, as_json, zero_stage
+from llava.train.flags.arguments import as_json, zero_stage
 from llava.train.flags.command_line import parse_arguments
-from llava.train.train import warn_of_idle_gpus
+from llava.train.flags.training_arguments import TrainingArguments
+from llava.train.recipe import warn_of_idle_gpus
 
 NEEDED = ["--output_dir", "out", "--data_path", "data.json", "--use_cpu", "True", "--report_to", "none"]
 

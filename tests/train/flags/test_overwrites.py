@@ -6,8 +6,8 @@ import fnmatch
 
 import pytest
 
-from llava.train.flags.arguments import TrainingArguments
 from llava.train.flags.overwrites import refuse_images_overwritten
+from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.output_files import WRITTEN
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from transformers import Trainer
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from llava.train import train
+from llava.train import recipe, train
 from llava.train.flags import requirements
 from llava.train.flags.command_line import parse_arguments
 from llava.train.flags.requirements import _REPORTING_PACKAGES, refuse_dropping_all, refuse_missing_launcher
@@ -54,7 +54,7 @@ def test_every_integration_that_needs_a_package_is_in_the_table():
 
 
 def test_the_program_ends_before_data_and_weights(nothing_installed, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "train", lambda *arguments: pytest.fail("began to work"))
+    monkeypatch.setattr(recipe, "run_training", lambda *arguments: pytest.fail("began to work"))
     words = ["--output_dir", str(tmp_path / "out"), "--data_path", str(tmp_path / "absent.json")]
     assert train.main([*words, "--use_cpu", "True", "--report_to", "wandb"]) == 2
     assert capsys.readouterr().err.startswith("error: --report_to wandb needs a package; run: pip install wandb")
@@ -74,7 +74,8 @@ def test_an_integration_that_fails_when_it_starts(monkeypatch):
 def test_none_all_several_and_unknown(monkeypatch, caplog):
     for name in ("tensorboard", "kubeflow"):
         monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, object)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *arguments: object())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find(name, *rest) or object())
     assert parse().report_to == parse("--report_to", "none").report_to == []
     assert parse("--report_to", "tensorboard", "kubeflow").report_to == ["tensorboard", "kubeflow"]
     for alone in ("none", "all"):
@@ -233,7 +234,7 @@ def test_dropping_the_last_batch_leaves_something(rows, each, processes, way_out
 
 
 def test_a_run_with_too_few_rows_ends_before_the_weights(train_tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_model", lambda *arguments: pytest.fail("loaded the weights"))
+    monkeypatch.setattr(recipe, "load_model", lambda *arguments: pytest.fail("loaded the weights"))
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing"}]
     flags = ["--dataloader_drop_last", "True", "--per_device_train_batch_size", "2"]
     assert train_tiny(tmp_path / "out", [{"id": "1", "conversations": turns}], *flags) == 1
@@ -242,11 +243,11 @@ def test_a_run_with_too_few_rows_ends_before_the_weights(train_tiny, tmp_path, m
 
 def test_the_log_directory_reaches_tensorboard(monkeypatch, caplog):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    train.choose_log_directory(parse())
+    recipe.choose_log_directory(parse())
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "before")
-    train.choose_log_directory(SimpleNamespace(logging_dir="logs", report_to=["tensorboard"]))
+    recipe.choose_log_directory(SimpleNamespace(logging_dir="logs", report_to=["tensorboard"]))
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
     assert not caplog.text
-    train.choose_log_directory(SimpleNamespace(logging_dir="logs", report_to=[]))
+    recipe.choose_log_directory(SimpleNamespace(logging_dir="logs", report_to=[]))
     assert "--logging_dir logs has no effect without --report_to tensorboard" in caplog.text
