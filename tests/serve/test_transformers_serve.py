@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import threading
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -54,24 +53,26 @@ def address(checkpoint):
     """The address of a server that the system gave a free port."""
     words = ["serve", str(checkpoint), "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", "0"]
     command = [sys.executable, "-m", "transformers.cli.transformers", *words]
-    server = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
-    guard = threading.Timer(HANG_GUARD, server.kill)
-    guard.start()
+    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as server:
+        guard = threading.Timer(HANG_GUARD, server.kill)
+        guard.start()
+        try:
+            found = wait_for_address(server.stdout)
+            threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop the server
+            yield found
+        finally:
+            guard.cancel()
+            server.kill()
+
+
+def wait_for_address(lines):
+    """Read a server's log up to the line with its address; the log ends where the server ends."""
     printed = []
-    for line in server.stdout:  # ends where the server ends
+    for line in lines:
         printed.append(line)
         if found := re.search(r"running on (http://127\.0\.0\.1:[1-9]\d*)", line):
-            break
-    else:
-        pytest.fail(f"the server did not start:\n{''.join(printed)}")
-    reader = threading.Thread(target=server.stdout.read)  # a full pipe would stop the server
-    reader.start()
-    yield found[1]
-    guard.cancel()
-    server.terminate()
-    server.wait(HANG_GUARD)
-    reader.join(HANG_GUARD)
-    server.stdout.close()
+            return found[1]
+    pytest.fail(f"the server did not start:\n{''.join(printed)}")
 
 
 @pytest.fixture(scope="module")
