@@ -14,18 +14,32 @@ from llava.conversation import Conversation, SeparatorStyle
 
 _SYSTEM_TAG = "<|im_start|>system\n"
 
-_WRITTEN = """\
-{%- macro written(content) -%}
-  {%- if content is string -%}
-    {%- set text = content -%}
-    {%- set images = 0 -%}
+_FOLDED = """\
+{%- set folded = namespace(turns=[]) -%}
+{%- for message in messages -%}
+  {%- set own = namespace(parts=[]) -%}
+  {%- if message['content'] is string -%}
+    {%- set own.parts = [{'type': 'text', 'text': message['content']}] -%}
   {%- else -%}
-    {%- for part in content if part['type'] not in ['text', 'image', 'image_url'] -%}
-      {{- raise_exception('a message holds text and images, but here is ' ~ part['type']) -}}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] not in ['text', 'image', 'image_url'] -%}
+        {{- raise_exception('a message holds text and images, but here is ' ~ part['type']) -}}
+      {%- endif -%}
+      {%- set own.parts = own.parts + [part] -%}
     {%- endfor -%}
-    {%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -%}
-    {%- set images = content | rejectattr('type', 'equalto', 'text') | list | length -%}
   {%- endif -%}
+  {%- if folded.turns and folded.turns[-1]['role'] == message['role'] -%}
+    {%- set own.parts = folded.turns[-1]['parts'] + own.parts -%}
+    {%- set folded.turns = folded.turns[:-1] -%}
+  {%- endif -%}
+  {%- set folded.turns = folded.turns + [{'role': message['role'], 'parts': own.parts}] -%}
+{%- endfor -%}
+"""  # vLLM looks for a loop over message['content'] to see that the template takes lists
+
+_WRITTEN = """\
+{%- macro written(parts) -%}
+  {%- set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n') -%}
+  {%- set images = parts | rejectattr('type', 'equalto', 'text') | list | length -%}
   {%- set marks = text.split($image) | length - 1 -%}
   {%- if images and not marks -%}
     {%- set text = $image_line * images ~ text -%}
@@ -41,19 +55,19 @@ _WRITTEN = """\
 """
 
 _DIALOGUE = """\
-{%- if messages and messages[0]['role'] == 'system' -%}
-  {%- set system = $system_start ~ written(messages[0]['content']) -%}
-  {%- set turns = messages[1:] -%}
+{%- if folded.turns and folded.turns[0]['role'] == 'system' -%}
+  {%- set system = $system_start ~ written(folded.turns[0]['parts']) -%}
+  {%- set turns = folded.turns[1:] -%}
 {%- else -%}
   {%- set system = $system -%}
-  {%- set turns = messages -%}
+  {%- set turns = folded.turns -%}
 {%- endif -%}
 {{- $opening -}}
-{%- for message in turns -%}
-  {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
-    {{- raise_exception('user and assistant take turns, but turn ' ~ loop.index ~ ' is of ' ~ message['role']) -}}
+{%- for turn in turns -%}
+  {%- if turn['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
+    {{- raise_exception('user and assistant take turns, but turn ' ~ loop.index ~ ' is of ' ~ turn['role']) -}}
   {%- endif -%}
-  {%- set text = written(message['content']) -%}
+  {%- set text = written(turn['parts']) -%}
   {%- if loop.index0 % 2 == 0 -%}
     {{- $question -}}
   {%- else -%}
@@ -71,9 +85,11 @@ def chat_template(template: Conversation) -> str:
 
     It takes messages of the roles user and assistant by turns, after an optional one of role system, which replaces
     the template's own. A message's content is a text, or a list of `{"type": "image"}` and `{"type": "text", "text":
-    ...}`; several texts are joined by line breaks. Images come first, each on a line of its own, unless the text marks
-    their places with `<image>`. As in training, the text beside a single image is stripped of outer white space and
-    comes after it. The begin token is not in it: `processor(text=..., images=...)` puts that.
+    ...}`; several texts are joined by line breaks. Consecutive messages of one role are folded into one message with
+    the parts of all: clients send an image and its question as two messages of user. Images come first, each on a line
+    of its own, unless the text marks their places with `<image>`. As in training, the text beside a single image is
+    stripped of outer white space and comes after it. The begin token is not in it: `processor(text=..., images=...)`
+    puts that.
 
     The text is the same for every template. The ids are too where answers end in a token, as `</s>` is; where they end
     in text (`mpt`, `chatml_direct`) the ids of a second question differ, since training encodes each answer by itself.
@@ -98,7 +114,7 @@ def chat_template(template: Conversation) -> str:
         SeparatorStyle.LLAMA_2: _instruction_turns,
     }[template.sep_style]
     names = {"image": _quote(image), "image_line": _quote(f"{image}\n"), "shown_image": _quote(shown)}
-    return Template(_WRITTEN + _DIALOGUE).substitute(names, system=_quote(template.system), **style(template))
+    return Template(_FOLDED + _WRITTEN + _DIALOGUE).substitute(names, system=_quote(template.system), **style(template))
 
 
 def _labelled_turns(template: Conversation) -> dict[str, str]:
@@ -134,7 +150,7 @@ def _instruction_turns(template: Conversation) -> dict[str, str]:
     first_empty = _quote(f"template {template.version!r}: the first message must be a text of 'user'")
     return {
         "system_start": _quote(""),
-        "opening": f"raise_exception({first_empty}) if not turns or not written(turns[0]['content']) else ''",
+        "opening": f"raise_exception({first_empty}) if not turns or not written(turns[0]['parts']) else ''",
         "question": f"(({start} ~ {system} if loop.first else {_quote(template.sep)} ~ {start}) ~ text ~ {end}) "
         "if text else ''",
         "answer": f"' ' ~ text ~ {_quote(f' {template.sep2}')} if text else ''",

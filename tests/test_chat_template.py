@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import Environment, nodes
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -104,6 +105,61 @@ def test_marks_in_the_text_say_where_images_go():
     assert expected.endswith("USER: <image>\nWhat is ? ")
 
 
+@pytest.mark.parametrize("messages", ["image, question", "question, image", "image, question as strings of vLLM"])
+def test_an_image_and_its_question_as_two_messages(messages):
+    image, question = {"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": "Is it red?"}
+    two = {
+        "image, question": [image, question],
+        "question, image": [question, image],
+        "image, question as strings of vLLM": [{"role": "user", "content": "<image>"}, question],
+    }[messages]
+    found = render("v1", [*two, answer("yes"), *two], add_generation_prompt=True)
+    assert found == (f"{SYSTEM} USER: <image>\nIs it red? ASSISTANT: yes</s>USER: <image>\nIs it red? ASSISTANT:")
+
+
+part = st.one_of(st.just({"type": "image"}), words.map(lambda text: {"type": "text", "text": text}))
+message_contents = st.lists(st.lists(part, max_size=3), min_size=1, max_size=3)  # of one turn
+
+
+def as_string(parts):
+    """The content as a string where it is a single text, as clients send it."""
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    st.one_of(st.none(), st.lists(words, min_size=1, max_size=2)),
+    words,
+    st.lists(st.tuples(message_contents, message_contents), max_size=3),
+    st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_consecutive_messages_of_one_role_are_folded(name, system, first, turns, is_open):
+    apart, folded = [], []
+    if system is not None:
+        apart += [{"role": "system", "content": text} for text in system]
+        folded += [{"role": "system", "content": "\n".join(system)}]
+    contents = [contents for pair in turns for contents in pair]
+    contents = [
+        [[{"type": "text", "text": first}], *next(iter(contents), [])],
+        *contents[1:],
+    ]  # llama_2 begins with a text
+    for index, messages in enumerate(contents):
+        role = ("user", "assistant")[index % 2]
+        apart += [{"role": role, "content": as_string(parts)} for parts in messages]
+        folded += [{"role": role, "content": [part for parts in messages for part in parts]}]
+    assert render(name, apart, is_open) == render(name, folded, is_open)
+
+
+def test_vllm_sees_that_the_template_takes_lists():
+    """vLLM looks for a loop over `message['content']` in one over `messages`; else it makes strings of the lists."""
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(chat_template(get_template("v1")))
+    loops = [loop for loop in tree.find_all(nodes.For) if loop.iter == nodes.Name("messages", "load")]
+    assert [loop.target.name for loop in loops] == ["message"]
+    content = nodes.Getitem(nodes.Name("message", "load"), nodes.Const("content"), "load")
+    assert [loop.iter for loop in loops[0].find_all(nodes.For)] == [content]
+
+
 def test_several_texts_are_lines_of_one():
     parts = [{"type": "text", "text": "Look."}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
     assert "USER: <image>\nLook.\nWhat is it? " in render("v1", [{"role": "user", "content": parts}])
@@ -121,7 +177,11 @@ def test_an_empty_answer_is_a_label_as_in_the_prompt():
     ("name", "messages", "message"),
     [
         ("v1", [answer("a")], "^user and assistant take turns, but turn 1 is of assistant$"),
-        ("v1", [ask("a"), ask("b")], "^user and assistant take turns, but turn 2 is of user$"),
+        (
+            "v1",
+            [ask("a"), {"role": "system", "content": "b"}],
+            "^user and assistant take turns, but turn 2 is of system$",
+        ),
         ("v1", [ask("<image>", images=2)], "^the text marks 1 images, but there are 2; mark each, or none$"),
         (
             "v1",
