@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
+from llava.model.devices import best_device
+
 _TIMEOUT = timedelta(days=7)  # a rank that is done waits for the others
 
 
@@ -27,7 +29,7 @@ class DistributedRank(NamedTuple):
         Args:
             requested: device of the command line; None = the best available.
         """
-        if self.world_size == 1 or requested not in (None, "cuda") or not torch.cuda.is_available():
+        if self.world_size == 1 or requested not in (None, "cuda") or best_device().type != "cuda":
             return requested
         return f"cuda:{self.local_rank % torch.cuda.device_count()}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava.conversation import get_template
+from llava.model.capabilities import capabilities_of
 from llava.model.quantization import DEVICES
 from llava.train.flags.arguments import DataArguments, ModelArguments, TrainingArguments, zero_stage
 
@@ -120,6 +121,7 @@ def _lora_rules(training: TrainingArguments) -> list[Rule]:
 
 def _quantization_rules(model: ModelArguments, training: TrainingArguments, zero: int) -> list[Rule]:
     bits, is_quantized = training.bits, training.bits != 16
+    here = capabilities_of(training.device)
     return [
         (bits not in (4, 8, 16), f"--bits {bits}: choose 4, 8 or 16"),
         (
@@ -137,6 +139,10 @@ def _quantization_rules(model: ModelArguments, training: TrainingArguments, zero
         (
             is_quantized and training.device.type not in DEVICES,
             f"--bits {bits} runs on CUDA and the CPU, not on {training.device.type}; leave it out",
+        ),
+        (
+            bits == 8 and training.device.type in DEVICES and not here.has_int8,
+            f"--bits 8: {here.machine} has no kernels for LLM.int8; pass --bits 4",
         ),
         (is_quantized and bool(training.fsdp), f"--bits {bits} can't be sharded by --fsdp; leave --fsdp out"),
         (is_quantized and zero == 3, f"--bits {bits} can't be partitioned by ZeRO-3; use scripts/zero2.json"),
@@ -174,7 +180,16 @@ def _step_rules(training: TrainingArguments) -> list[Rule]:
 
 def _layer_rules(training: TrainingArguments, zero: int) -> list[Rule]:
     compiles, fuses, checkpointed = training.compile_layers, training.fuse_lora, training.checkpoint_layers
+    no_compilation = capabilities_of(training.device).refuse_compilation()
     return [
+        *(
+            (bool(no_compilation) and is_given, f"{flag}: {no_compilation}; leave it out")
+            for flag, is_given in (
+                ("--compile_layers on", compiles == "on"),
+                ("--fuse_lora on", fuses == "on"),
+                ("--torch_compile True", training.torch_compile),
+            )
+        ),
         (compiles not in _SWITCH, f"--compile_layers {compiles}: choose auto, on or off"),
         (fuses not in _SWITCH, f"--fuse_lora {fuses}: choose auto, on or off"),
         (
