@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 MOST_IN_A_ROW = 15
@@ -18,17 +20,23 @@ class SkippedUpdates:
 
     The first steps of a run skip some while the largest scale without overflow is found, and later a step in thousands.
 
+    Args:
+        accelerator: of the trainer.
+
     Attributes:
         total: skipped updates.
         in_a_row: those since the last update that was made.
         steps: all steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self.total = self.in_a_row = self.steps = 0
+        self._accelerator = accelerator
+        self._scale = accelerator.scaler.get_scale() if accelerator.scaler else None
 
-    def note(self, step: int, was_skipped: bool) -> None:
-        """Count a step, and log it if its update was skipped."""
+    def note(self, step: int) -> None:
+        """Count a step after its update, and log it if the update was skipped."""
+        was_skipped = self._was_skipped()
         self.steps += 1
         self.in_a_row = self.in_a_row + 1 if was_skipped else 0
         self.total += was_skipped
@@ -39,6 +47,13 @@ class SkippedUpdates:
                 step,
                 self.total,
             )
+
+    def _was_skipped(self) -> bool:
+        if self._scale is None:  # DeepSpeed scales
+            return self._accelerator.optimizer_step_was_skipped
+        # accelerate does not notice what fused AdamW, the default, skips inside its kernel; a lower scale tells.
+        before, self._scale = self._scale, self._accelerator.scaler.get_scale()
+        return self._scale < before
 
     @property
     def are_endless(self) -> bool:

@@ -61,14 +61,14 @@ class StepGuard(TrainerCallback):
         self._rng: rng_state.RngState | None = None  # before the step
         self._unlogged_loss: Tensor | None = None  # before the step
         self._is_epochs_first = False
-        self._skipped = SkippedUpdates()
+        self._skipped = SkippedUpdates(trainer.accelerator)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the step at which this run begins; `auto_find_batch_size` begins again after an out-of-memory error."""
         self._first_step, self._batches = state.global_step, []
-        self._skipped = SkippedUpdates()
+        self._skipped = SkippedUpdates(self.trainer.accelerator)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +89,7 @@ class StepGuard(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the updates that fp16's loss scaling skips."""
         if args.fp16:
-            self._skipped.note(state.global_step, self.trainer.accelerator.optimizer_step_was_skipped)
+            self._skipped.note(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
