@@ -15,7 +15,7 @@ import torch
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint.read_tensors import open_tensor_file, open_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg"]

@@ -34,8 +34,6 @@ from llava.train.packing_setup import (
 )
 from llava.train.train import main
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 LORA_FLAGS = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0"]
 __, IMAGE = -100, -200
 
