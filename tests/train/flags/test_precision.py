@@ -39,7 +39,7 @@ def test_bf16_can_be_asked_for(can):
     assert choose_precision(can, True, None) == BF16
 
 
-@pytest.mark.parametrize("can", map(gpu, NEW))
+@pytest.mark.parametrize("can", [*map(gpu, NEW)])
 def test_tf32_can_be_asked_for(can):
     assert choose_precision(can, None, None, True) == choose_precision(can, None, None, False) == BF16
 
