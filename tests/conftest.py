@@ -111,6 +111,23 @@ def goldens() -> Path:
     return GOLDENS
 
 
+@pytest.fixture
+def pretend_gpu(monkeypatch) -> Callable[..., Any]:
+    """Return the function (compute capability, installed software) -> machine that all CUDA devices then are."""
+    from llava.model import capabilities
+
+    inspect = capabilities.inspect_machine
+
+    def pretend(capability, installed=(capabilities.TRITON, capabilities.COMPILER)):
+        machine = capabilities.Machine("cuda", "GPU", capability, installed=frozenset(installed))
+        monkeypatch.setattr(
+            capabilities, "inspect_machine", lambda device: machine if device.type == "cuda" else inspect(device)
+        )
+        return machine
+
+    return pretend
+
+
 @pytest.fixture(scope="session")
 def golden_json() -> Callable[[str], Any]:
     """Return the function name -> content of a golden JSON file."""

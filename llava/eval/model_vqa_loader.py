@@ -227,7 +227,7 @@ def _answer(
     from llava.data.worker_processes import WorkerKilled
 
     way_on = f"run the same command {'without --overwrite' if args.overwrite else 'again'} to resume"
-    session = load_session(args) if answers.done < len(questions) else None
+    session = load_session(args, compiles=args.compile) if answers.done < len(questions) else None
     try:
         for is_turn in (rank.rank > 0, rank.rank == 0):  # new settings after the last old answer
             if is_turn:

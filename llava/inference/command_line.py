@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 from llava.constants import DTYPE_NAMES
 from llava.conversation import conv_templates
 from llava.files.terminal_text import log_to_terminal, report_error
+from llava.inference.distributed import read_rank
 from llava.inference.sampling import Sampling
 
 if TYPE_CHECKING:  # for annotations: it imports torch
     from llava.inference.session import Session
+
+logger = logging.getLogger(__name__)
 
 REFUSED = 2
 INTERRUPTED = 130
@@ -67,10 +70,21 @@ def selected_bits(args: argparse.Namespace) -> int:
     return 4 if args.load_4bit else 8 if args.load_8bit else 16
 
 
-def load_session(args: argparse.Namespace) -> Session:
-    """Load the model that the flags of `add_model_arguments` name; errors as in `Session.load`."""
+def load_session(args: argparse.Namespace, *, compiles: str | None = None) -> Session:
+    """Log what the device computes with, and load the model that the flags of `add_model_arguments` name.
+
+    Args:
+        args: parsed flags.
+        compiles: value of `--compile`; None = a chat, which decodes with Triton kernels instead.
+
+    Raises:
+        ValueError: if a flag asks for what the device doesn't have; further errors as in `Session.load`.
+    """
     from llava.inference.session import Session  # takes seconds
 
+    line = describe_machine(args, compiles)
+    if read_rank().rank == 0:
+        logger.info("%s", line)
     return Session.load(
         args.model_path,
         args.model_base,
@@ -80,6 +94,28 @@ def load_session(args: argparse.Namespace) -> Session:
         vision_tower=args.vision_tower,
         conv_mode=args.conv_mode,
     )
+
+
+def describe_machine(args: argparse.Namespace, compiles: str | None) -> str:
+    """Return the line about the device that inference starts with; arguments and errors as of `load_session`."""
+    from llava.model.capabilities import capabilities_of, feature  # takes seconds
+    from llava.model.devices import best_device, parse_device, parse_dtype
+
+    device = parse_device(args.device) if args.device else best_device()
+    can, bits = capabilities_of(device), selected_bits(args)
+    try:
+        dtype = parse_dtype(args.dtype, device)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    if compiles is None:
+        graphs = feature("CUDA graphs", can.has_cuda_graphs and bits != 8)
+        return can.describe(dtype, graphs, feature("Triton kernels", can.has_triton and bits == 16))
+    if compiles == "on" and (reason := can.refuse_compilation()):
+        raise ValueError(f"--compile on: {reason}; leave it out")
+    graphs = feature("CUDA graphs", can.has_cuda_graphs and bits == 16 and compiles != "off")
+    if compiles == "auto" and can.has_triton and bits == 16:
+        return can.describe(dtype, graphs, "compilation in long runs")
+    return can.describe(dtype, graphs, feature("compilation", compiles == "on"))
 
 
 def parse_sampling(parser: argparse.ArgumentParser, args: argparse.Namespace, **fields: Any) -> Sampling:

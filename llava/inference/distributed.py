@@ -28,7 +28,11 @@ class DistributedRank(NamedTuple):
             return requested
         from torch import cuda
 
-        return f"cuda:{self.local_rank % cuda.device_count()}" if cuda.is_available() else requested
+        from llava.model.devices import best_device
+
+        if best_device().type != "cuda":
+            return requested
+        return f"cuda:{self.local_rank % cuda.device_count()}"
 
 
 def read_rank() -> DistributedRank:

@@ -15,11 +15,12 @@ from llava.clip_image_processor import CLIPPixels
 from llava.constants import DEFAULT_TEMPLATE
 from llava.model.adapter.attached import attach
 from llava.model.adapter.lora import read_adapter
+from llava.model.capabilities import capabilities_of
 from llava.model.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llava.model.checkpoint.empty_model import empty_model
 from llava.model.checkpoint.hub import resolve_directory
 from llava.model.checkpoint.lazy_tensors import DERIVED, LazyTensors, check_finite, is_finite
-from llava.model.checkpoint.loading_options import LoadingOptions, read_options
+from llava.model.checkpoint.loading_options import FLASH_ATTENTION, LoadingOptions, read_options
 from llava.model.checkpoint.quantized import StoredPart, stored_layout, stored_parameter
 from llava.model.checkpoint.strict_load import check_fit
 from llava.model.checkpoint.to_device import Mover
@@ -163,6 +164,8 @@ def build_model(
     if config.conversation_template is None:
         logger.info("the weights carry no prompt template; using %s", DEFAULT_TEMPLATE)
         config.conversation_template = DEFAULT_TEMPLATE
+    if attention == FLASH_ATTENTION and not (here := capabilities_of(target)).has_flash_attention:
+        raise ValueError(f"{FLASH_ATTENTION}: {here.machine} does not run it; leave it out for SDPA")
     config._attn_implementation = attention
     model = empty_model(config, **model_options)
     spread = None if device is not None else spread_model(model, device_map, weight_dtype, bits, max_memory)

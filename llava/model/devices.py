@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import DTYPE_NAMES
+from llava.model.capabilities import capabilities_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -57,25 +58,23 @@ def _absent(value: str | int | torch.device, here: list[str]) -> ValueError:
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """Return bf16 where the device computes in it, fp16 on older GPUs and Apple's, fp32 on the CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float16 if kind == "mps" else torch.float32
+    return capabilities_of(device).dtype
 
 
 def parse_dtype(value: str | torch.dtype | None, device: torch.device | str) -> torch.dtype:
     """Return a dtype by name; None and "auto" = the device's default.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or the device only emulates bf16.
     """
-    if isinstance(value, torch.dtype):
-        return value
     if value in (None, "auto"):
         return default_dtype(device)
-    if value not in DTYPES:
+    if not isinstance(value, torch.dtype) and value not in DTYPES:
         raise ValueError(f"dtype {value!r} is unknown; choose {', '.join(DTYPES)} or auto")
-    return DTYPES[value]
+    dtype = value if isinstance(value, torch.dtype) else DTYPES[value]
+    if dtype is torch.bfloat16 and not (here := capabilities_of(device)).has_bf16:
+        raise ValueError(f"dtype bfloat16: {here.machine} does not compute in bf16; leave it out for float16")
+    return dtype
 
 
 def free_memory(device: torch.device | str) -> int:

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from llava.model.adapter.lora import is_llm_block
+from llava.model.capabilities import capabilities_of
 from llava.model.configuration import LlavaConfig
 
 OUTLIER_THRESHOLD = 6.0
@@ -183,7 +184,10 @@ def check_placement(layers: nn.Module, bits: int, devices: Collection[torch.devi
         )
     if len(kinds) > 1:
         raise ValueError(f"{bits} bit can't be spread over GPU and CPU; name GPUs alone in device_map, or one device")
-    if bits == 8 or kinds != {"cpu"}:
+    if bits == 8:
+        _refuse_without_int8(devices)
+        return
+    if kinds != {"cpu"}:
         return
     for name, layer in layers.named_modules():
         # In rows that don't end with a block, bitsandbytes' kernel reads the scale of another block, silently.
@@ -192,6 +196,12 @@ def check_placement(layers: nn.Module, bits: int, devices: Collection[torch.devi
                 f"layer {name} turns {layer.in_features} features into {layer.out_features}, but 4 bit on the CPU "
                 f"needs a multiple of {BLOCK} and of {_CPU_ROWS}; load 8 or 16 bit, or use a GPU"
             )
+
+
+def _refuse_without_int8(devices: Collection[torch.device]) -> None:
+    for device in devices:
+        if not (here := capabilities_of(device)).has_int8:
+            raise ValueError(f"8 bit: {here.machine} has no kernels for LLM.int8; load 4 or 16 bit")
 
 
 def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -22,6 +23,11 @@ SHARED_MEMORY = Path("/dev/shm")
 """Folder of shared memory on Linux; other systems have none."""
 
 
+def is_infinite(value: Any) -> bool:
+    """Whether a logged figure is infinite or NaN, as the gradient's norm of a step that fp16's loss scaling skips."""
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 class FileLog(TrainerCallback):
     """Appends each logged step as a line of `train_log.jsonl`, in the output directory."""
 
@@ -33,10 +39,11 @@ class FileLog(TrainerCallback):
         logs: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append the figures with the step and the time in seconds since 1970."""
+        """Append the figures with the step and the time in seconds since 1970; JSON has no infinite ones: null."""
         if state.is_world_process_zero and logs:
+            finite = {name: None if is_infinite(value) else value for name, value in logs.items()}
             with (Path(args.output_dir) / LOG_FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
+                stream.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **finite}) + "\n")
 
 
 class LastValidation(TrainerCallback):

@@ -18,6 +18,7 @@ from llava.data.packed_dataset import PackCollator, PackedDataset
 from llava.data.packing import padded_length
 from llava.data.prefix_sampler import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
 from llava.data.records import EncodedRecord, spliced_length
+from llava.model.capabilities import Capabilities, capabilities_of, feature
 from llava.model.packed.forward import PackedLlavaForCausalLM
 from llava.train.flags.arguments import zero_stage
 from llava.train.flags.training_arguments import TrainingArguments
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LENGTHS = 4
 """Padded lengths of a run's packs: `torch.compile` keeps eight versions of a function, and each takes a while."""
+FLEX_WIDTHS = (16, 32, 64, 128)
+"""Widths of a head that FlexAttention's kernels take on every GPU: wider ones exceed the shared memory of some."""
 LONG_PACK_MULTIPLE = 1024
 """Packs of a later epoch that are longer than all of the first epoch are padded to multiples of this many positions."""
 
@@ -75,8 +78,27 @@ class LayerExecution(NamedTuple):
     compiled: bool
 
 
+def choose_execution(can: Capabilities, head_width: int, training_args: TrainingArguments) -> LayerExecution:
+    """Choose how the LLM's layers run over packs, from the device, the width of a head and the flags."""
+    if not training_args.share_image_prefix:
+        return LayerExecution(in_blocks=False, compiled=False)
+    in_blocks = can.has_triton and head_width in FLEX_WIDTHS
+    works = in_blocks and training_args.bits == 16 and holds_all_weights(training_args)
+    compiles = training_args.compile_layers == "on" or (training_args.compile_layers == "auto" and works)
+    return LayerExecution(in_blocks, compiles)
+
+
+def describe_execution(can: Capabilities, head_width: int, training_args: TrainingArguments) -> str:
+    """Return the line about the device that training starts with."""
+    in_blocks, compiles = choose_execution(can, head_width, training_args)
+    scaling = ["loss scaling"] if training_args.fp16 else []
+    packs = [f"{'FlexAttention' if in_blocks else 'dense'} packs"] if training_args.share_image_prefix else []
+    kernels = feature("Triton kernels", compiles and can.has_triton and training_args.fuse_lora != "off")
+    return can.describe(training_args.weight_dtype, *scaling, *packs, feature("compilation", compiles), kernels)
+
+
 def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerExecution:
-    """Choose how the LLM's layers run over packs: FlexAttention or a dense mask, `torch.compile`, fused LoRA.
+    """Set up the layers as `choose_execution` says: FlexAttention or a dense mask, `torch.compile`, fused LoRA.
 
     Args:
         model: a `PackedLlavaForCausalLM`, or one with adapters.
@@ -85,26 +107,23 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerEx
     Raises:
         ValueError: if `--fuse_lora on` can't be done with this model.
     """
-    if not training_args.share_image_prefix:
-        return LayerExecution(in_blocks=False, compiled=False)
     llava = inner_llava(model)
-    on_cuda = training_args.device.type == "cuda"
-    width = llava.config.head_dim
-    in_blocks = on_cuda and width >= 16 and width.bit_count() == 1  # others FlexAttention's kernels don't take
-    if in_blocks:
+    can = capabilities_of(training_args.device)
+    execution = choose_execution(can, llava.config.head_dim, training_args)
+    if not training_args.share_image_prefix:
+        return execution
+    if execution.in_blocks:
         llava.use_flex_attention()
-    is_whole = holds_all_weights(training_args)
-    works = in_blocks and training_args.bits == 16 and is_whole
-    compiles = training_args.compile_layers == "on" or (training_args.compile_layers == "auto" and works)
-    if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and compiles):
-        reason = llava.fuse_lora(compiled=compiles) if is_whole else "the weights are partitioned"
+    if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and execution.compiled):
+        is_whole = holds_all_weights(training_args)
+        reason = llava.fuse_lora(compiled=execution.compiled) if is_whole else "the weights are partitioned"
         if reason and training_args.fuse_lora == "on":
             raise ValueError(f"--fuse_lora on: {reason}; leave it out")
-    if compiles and llava.fused_lora is None:
+    if execution.compiled and llava.fused_lora is None:
         llava.compile_layers()
-    if compiles:
+    if execution.compiled:
         logger.info("the LLM's layers are compiled; the first steps take longer")
-    return LayerExecution(in_blocks, compiles)
+    return execution
 
 
 def holds_all_weights(training_args: TrainingArguments) -> bool:

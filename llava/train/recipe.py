@@ -20,7 +20,7 @@ from llava.train.flags.requirements import refuse_missing_launcher
 from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.model_setup import adapter_rank, add_trained_weights, build_saver, load_model, open_base
 from llava.train.packing_setup import Loader, build_loader, plan_batches, prepare_model
-from llava.train.run_summary import print_memory_plan, print_summary
+from llava.train.run_summary import print_machine, print_memory_plan, print_summary
 from llava.train.saving import Saver
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.evaluator import Evaluator
@@ -39,6 +39,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, training_
     """
     prepare_process(training_args)
     base = open_base(model_args, data_args, training_args)
+    print_machine(base.config, training_args)
     records, held_out = load_records(base, data_args, training_args)
     check_records(records, held_out, training_args)
     plan = plan_batches(records, features_per_image(base.config, base.config.mm_vision_config), training_args)

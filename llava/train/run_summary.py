@@ -9,6 +9,7 @@ from torch import nn
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.records import EncodedRecord
 from llava.files.terminal_text import print_text
+from llava.model.capabilities import capabilities_of
 from llava.model.checkpoint.checkpoint import Checkpoint
 from llava.model.configuration import LlavaConfig
 from llava.model.devices import free_memory
@@ -18,7 +19,7 @@ from llava.tokenization.llama_tokenizer import LlavaTokenizer
 from llava.train.flags.arguments import ModelArguments, is_first_process, is_offloaded, output_kind, zero_stage
 from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.model_setup import adapter_rank
-from llava.train.packing_setup import BatchPlan
+from llava.train.packing_setup import BatchPlan, describe_execution
 from llava.train.validation.evaluator import Evaluator
 
 
@@ -45,6 +46,13 @@ def print_summary(
         *([("validation", evaluator.describe())] if evaluator else []),
     ]
     print_text(describe_run(model, records, checkpoint.tokenizer, settings), flush=True)
+
+
+def print_machine(config: LlavaConfig, training_args: TrainingArguments) -> None:
+    """Print what the first process computes with: device, dtype, attention, compilation, kernels."""
+    if is_first_process():
+        can = capabilities_of(training_args.device)
+        print_text(describe_execution(can, config.head_dim, training_args), flush=True)
 
 
 def print_memory_plan(

@@ -47,7 +47,7 @@ from llava.train.lora import parameter_groups
 from llava.train.run_summary import mark_supervised
 from llava.train.saving import Saver, atomic_fill
 from llava.train.validation.evaluator import Evaluator
-from llava.train.validation.overfit_check import overfit, require_fall
+from llava.train.validation.overfit_check import FP16_LOSS_SCALE, overfit, require_fall
 
 
 class LlavaTrainer(Trainer):
@@ -220,7 +220,15 @@ class LlavaTrainer(Trainer):
         rate = self.args.learning_rate
         groups = self.optimizer_cls_and_kwargs[1]["params"]
         before, after = max_over_ranks(
-            overfit(self.model, batch, groups, steps=steps, learning_rate=rate, autocast=self.accelerator.autocast),
+            overfit(
+                self.model,
+                batch,
+                groups,
+                steps=steps,
+                learning_rate=rate,
+                autocast=self.accelerator.autocast,
+                loss_scale=FP16_LOSS_SCALE if self.args.fp16 else 1.0,
+            ),
             self.args.device,
         )
         require_fall(before, after, steps, rate)

@@ -230,7 +230,7 @@ def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slo
     session = model_vqa_loader.load_session(
         model_vqa_loader.build_parser().parse_args([*run.arguments, "--answers-file", ""])
     )
-    monkeypatch.setattr(model_vqa_loader, "load_session", lambda args: session)
+    monkeypatch.setattr(model_vqa_loader, "load_session", lambda args, **_: session)
     monkeypatch.setattr(model_vqa_loader, "read_rank", read_rank)
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda _: run("--overwrite"), range(2)))

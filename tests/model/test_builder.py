@@ -16,7 +16,8 @@ from llava.data.supervision import encode_example
 from llava.image_files.decode import open_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import placement
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import build_model, load_pretrained_model
+from llava.model.checkpoint.checkpoint import open_checkpoint
 from llava.model.checkpoint.lazy_tensors import LazyTensors
 from llava.model.checkpoint.read_tensors import open_weights
 from llava.model.checkpoint.strict_load import check_names
@@ -138,6 +139,12 @@ def test_dtypes(goldens, key, value, dtype):
 def test_unknown_dtype(goldens):
     with pytest.raises(ValueError, match=r"^dtype 'int3' is unknown; choose bfloat16, float16, float32 or auto$"):
         load(goldens, dtype="int3")
+
+
+def test_flash_attention_needs_a_gpu_that_runs_it(goldens):
+    checkpoint = open_checkpoint(goldens / "llava-v1.5-golden")
+    with pytest.raises(ValueError, match=r"^flash_attention_2: CPU does not run it; leave it out for SDPA$"):
+        build_model(checkpoint, device="cpu", attention="flash_attention_2")
 
 
 def test_device_map_over_one_device_is_obeyed(goldens, monkeypatch):

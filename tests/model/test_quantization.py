@@ -270,6 +270,16 @@ def test_devices_without_kernels_are_refused(bits):
         check_placement(nn.Sequential(), bits, {GPU, CPU})
 
 
+def test_8_bit_needs_turing(pretend_gpu):
+    pretend_gpu((7, 0))
+    message = r"^8 bit: GPU \(compute capability 7.0, Volta\) has no kernels for LLM.int8; load 4 or 16 bit$"
+    with pytest.raises(ValueError, match=message):
+        check_placement(nn.Sequential(), 8, {GPU})
+    check_placement(nn.Sequential(), 4, {GPU})
+    pretend_gpu((7, 5))
+    check_placement(nn.Sequential(), 8, {GPU})
+
+
 @pytest.mark.parametrize(("into", "out"), [(96, 32), (64, 40)])
 def test_widths_that_the_cpu_computes_wrongly_are_refused(into, out):
     layers = nn.Sequential(nn.Linear(64, 32), nn.Linear(into, out))

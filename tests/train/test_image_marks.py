@@ -15,8 +15,6 @@ from llava.model.checkpoint.checkpoint import open_checkpoint, open_tokenizer
 from llava.model.configuration import load_config
 from llava.train import recipe as program
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 QUESTION = "What shape is this?"
 ROWS = [
     {

@@ -18,20 +18,21 @@ from llava.data.packed_dataset import PackCollator
 from llava.data.packing import padded_length
 from llava.data.prefix_sampler import SharedPrefixSampler, find_sharing
 from llava.data.records import EncodedRecord
+from llava.model.capabilities import choose
 from llava.model.checkpoint.read_tensors import open_tensor_file
 from llava.model.configuration import features_per_image
 from llava.train.lora import add_lora, choose_trainable
 from llava.train.packing_setup import (
     LayerExecution,
     build_loader,
+    choose_execution,
+    describe_execution,
     describe_sharing,
     few_lengths,
     plan_batches,
     prepare_model,
 )
 from llava.train.train import main
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 LORA_FLAGS = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0"]
 __, IMAGE = -100, -200
@@ -216,7 +217,8 @@ def test_no_other_lengths_pad_less(costs):
         ({"device": torch.device("cuda"), "share_image_prefix": False}, False),
     ],
 )
-def test_when_layers_are_compiled(tiny_packed_model, changes, compiles):
+def test_when_layers_are_compiled(tiny_packed_model, pretend_gpu, changes, compiles):
+    pretend_gpu((9, 0))
     model = tiny_packed_model(num_attention_heads=1, num_key_value_heads=1)  # 16 wide, as FlexAttention needs at least
     assert prepare_model(model, arguments(**changes)).compiled is compiles
     assert model.has_compiled_layers is compiles
@@ -224,12 +226,83 @@ def test_when_layers_are_compiled(tiny_packed_model, changes, compiles):
     assert model.has_flex_attention is (changes["device"].type == "cuda" and changes["share_image_prefix"])
 
 
-def test_heads_that_flex_attention_does_not_take_have_a_dense_mask(tiny_packed_model):
+def test_heads_that_flex_attention_does_not_take_have_a_dense_mask(tiny_packed_model, pretend_gpu):
+    pretend_gpu((9, 0))
     model = tiny_packed_model()  # 8 wide
     assert prepare_model(model, arguments(device=torch.device("cuda"))) == LayerExecution(
         in_blocks=False, compiled=False
     )
     assert not model.has_flex_attention
+
+
+CUDA = torch.device("cuda")
+FLEX_AND_COMPILED, DENSE_ALONE = LayerExecution(True, True), LayerExecution(False, False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        *(((major, minor), DENSE_ALONE) for major, minor in [(6, 1), (7, 0), (7, 5)]),
+        *(((major, minor), FLEX_AND_COMPILED) for major, minor in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+    ],
+)
+def test_execution_by_generation(pretend_gpu, capability, expected):
+    can = choose(pretend_gpu(capability))
+    flags = arguments(device=CUDA)
+    assert choose_execution(can, 128, flags) == expected
+    assert choose_execution(can, 80, flags) == DENSE_ALONE  # FlexAttention takes powers of 2
+    assert choose_execution(can, 256, flags) == DENSE_ALONE  # and consumer GPUs no more than 128
+    assert choose_execution(can, 128, arguments(device=CUDA, compile_layers="off")).compiled is False
+    assert choose_execution(choose(pretend_gpu(capability, installed=[])), 128, flags) == DENSE_ALONE
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "line"),
+    [
+        (
+            (7, 5),
+            {"fp16": True, "weight_dtype": torch.float16},
+            "GPU (compute capability 7.5, Turing): fp16, SDPA, loss scaling, dense packs, no compilation, no Triton "
+            "kernels (Triton needs compute capability 8.0)",
+        ),
+        (
+            (8, 6),
+            {},
+            "GPU (compute capability 8.6, Ampere): bf16, SDPA, FlexAttention packs, compilation, Triton kernels",
+        ),
+        (
+            (8, 6),
+            {"bits": 4},
+            "GPU (compute capability 8.6, Ampere): bf16, SDPA, FlexAttention packs, no compilation, no Triton kernels",
+        ),
+        (
+            (12, 0),
+            {"share_image_prefix": False, "weight_dtype": torch.float32},
+            "GPU (compute capability 12.0, Blackwell): fp32, SDPA, no compilation, no Triton kernels",
+        ),
+    ],
+)
+def test_the_line_that_training_starts_with(pretend_gpu, capability, changes, line):
+    flags = arguments(device=CUDA, **{"fp16": False, "weight_dtype": torch.bfloat16, **changes})
+    assert describe_execution(choose(pretend_gpu(capability)), 128, flags) == line
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)], ids=["dense", "FlexAttention"])
+def test_packs_of_every_generation_have_the_loss_of_separate_records(tiny_packed_model, pretend_gpu, capability):
+    """Gradients are compared in `tests/model/packed`: FlexAttention's backward pass needs a GPU."""
+    pretend_gpu(capability)
+    model = tiny_packed_model(num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=256).double()
+    images = [torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0)).double()]
+    records = [question("a", 5, 6), question("a", 5, 7, 8), question("a", 9)]
+    rows = [SimpleNamespace(record=record, images=images) for record in records]
+    separate = [model(**PackCollator(4, 28, budget=None, multiple=1)([row])).loss for row in rows]
+    execution = prepare_model(model, arguments(device=CUDA, compile_layers="off"))
+    assert execution.in_blocks is model.has_flex_attention is (capability >= (8, 0))
+    pack = PackCollator(4, 28, budget=None, multiple=128 if execution.in_blocks else 1)(rows)
+    with torch.compiler.set_stance("force_eager"):  # FlexAttention uncompiled, so that no compiler is needed here
+        together = model(**pack).loss
+    torch.testing.assert_close(together, torch.stack(separate).mean(), rtol=1e-7, atol=0)  # a token supervised in each
 
 
 def with_adapters(model, **changes):

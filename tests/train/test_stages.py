@@ -18,7 +18,7 @@ from llava.model.builder import attach_adapter, build_model, load_pretrained_mod
 from llava.model.checkpoint.checkpoint import open_checkpoint
 from llava.model.checkpoint.read_tensors import open_tensor_file, open_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ROWS = [

@@ -15,8 +15,6 @@ from llava.model.checkpoint.read_tensors import open_tensor_file, open_weights
 from llava.model.checkpoint.write_tensors import save_tensors, write_weights
 from llava.train.train import main
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 SETTINGS = [
     "config.json",
     "generation_config.json",

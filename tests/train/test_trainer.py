@@ -17,8 +17,6 @@ from llava.train.fault_tolerance.nonfinite import NonFiniteError
 from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.trainer import LlavaTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 class Reads(TorchDispatchMode):
     """Counts how often a number is read from a tensor, for which a program waits on other devices."""

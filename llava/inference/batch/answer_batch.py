@@ -30,6 +30,7 @@ from llava.inference.engine.prefix_groups import common_system_prefix, split_wor
 from llava.inference.engine.ragged_llama import has_plain_weights, supports_ragged
 from llava.inference.engine.sequence import Sequence as AnswerSequence
 from llava.inference.session import Sampling, Session
+from llava.model.capabilities import capabilities_of
 
 COMPILE_FROM = 2_500_000  # positions of a run from which on compiling pays, on CUDA
 DIGITS = 4  # of logprobs in records
@@ -154,15 +155,15 @@ class _Run:
 
     def _engine(self, system_prefix: Sequence[int], positions: int, limits: Limits) -> Engine:
         model, mode = self.session.model, self.compile_mode
-        can_compile = model.device.type == "cuda" and has_plain_weights(model)
+        can, is_plain = capabilities_of(model.device), has_plain_weights(model)
         return Engine(
             self.session,
             self.sampling,
             system_prefix,
             with_scores=self.with_scores,
             limits=limits,
-            compiled=mode == "on" or (mode == "auto" and can_compile and positions >= COMPILE_FROM),
-            graphed=mode != "off" and can_compile,
+            compiled=mode == "on" or (mode == "auto" and can.has_triton and is_plain and positions >= COMPILE_FROM),
+            graphed=mode != "off" and can.has_cuda_graphs and is_plain,
         )
 
 
@@ -178,6 +179,8 @@ def _check_options(
         raise ValueError(f"batch_size is {batch_size}; choose 1 or more")
     if compile_mode not in SWITCH:
         raise ValueError(f"compile_mode is {compile_mode!r}; choose {', '.join(SWITCH)}")
+    if compile_mode == "on" and (reason := capabilities_of(session.model.device).refuse_compilation()):
+        raise ValueError(f"compile_mode is 'on': {reason}; leave it out")
     if not (with_scores or choices):
         return
     if sampling.num_beams > 1:

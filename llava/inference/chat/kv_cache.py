@@ -9,7 +9,6 @@ Letters as in `llava/model/__init__.py`; `capacity` is the positions that there 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
@@ -29,6 +28,7 @@ from llava.inference.engine.ragged_llama import (
     masked_attention,
     supports_ragged,
 )
+from llava.model.capabilities import capabilities_of
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.quantization import has_4bit_weights
 
@@ -87,21 +87,20 @@ class KVCacheFactory:
         is_plain = has_plain_weights(self.model)
         if self._shared is None or self._shared[1] != is_plain:  # an adapter was attached, which kernels leave out
             llama = RaggedLlama(self.model)
-            is_fused = is_plain and llama.device.type == "cuda"
-            self._shared = llama, is_plain, load_fused_step(llama) if is_fused else None
+            self._shared = llama, is_plain, load_fused_step(llama) if is_plain else None
         llama, _, fused_step = self._shared
         # LLM.int8's layers wait for the device to count outliers, which a CUDA graph can't capture.
-        is_graphed = llama.device.type == "cuda" and (is_plain or has_4bit_weights(self.model.get_model().layers))
+        is_graphed = is_plain or has_4bit_weights(self.model.get_model().layers)
+        is_graphed = is_graphed and capabilities_of(llama.device).has_cuda_graphs
         return GrowingKVCache(llama, is_graphed=is_graphed, fused_step=fused_step)
 
 
 def load_fused_step(llama: RaggedLlama) -> DecodeStep | None:
-    """Return the decode step in Triton kernels, if they compile and agree with the layers; None otherwise, logged.
+    """Return the decode step in Triton kernels; None where the device runs none or, logged, if they fail a check.
 
-    Args:
-        llama: on CUDA.
+    They are checked to compile and to agree with the layers.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not capabilities_of(llama.device).has_triton:
         return None
     from llava.inference.chat import decode_step
 

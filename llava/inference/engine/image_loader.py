@@ -22,6 +22,7 @@ from llava.image_files.paths import resolve_image
 from llava.inference.engine.sequence import RequestError
 from llava.inference.session import Session
 from llava.mm_utils import process_images
+from llava.model.devices import best_device
 
 AHEAD = 4  # groups of images that each worker may be ahead
 MAX_WORKERS = 10
@@ -128,9 +129,13 @@ def prefetch_images(
     return _load_by_both(pool, loader, ahead, groups, workers)
 
 
+def _has_gpu() -> bool:
+    return best_device().type == "cuda"
+
+
 def _use_one_thread() -> None:
     """Limit PyTorch to one thread beside a GPU: starting more takes longer than an image."""
-    if torch.cuda.is_available():
+    if _has_gpu():
         torch.set_num_threads(1)
 
 
@@ -141,7 +146,7 @@ def _shut_down(pool: ThreadPoolExecutor) -> None:
 
 def _load_pinned(loader: ImageLoader, names: Sequence[str]) -> list[Tensor] | RequestError:
     pixels = loader.load(names)
-    if isinstance(pixels, RequestError) or not torch.cuda.is_available():
+    if isinstance(pixels, RequestError) or not _has_gpu():
         return pixels
     return [image.pin_memory() for image in pixels]
 
@@ -162,7 +167,7 @@ def _load_by_both(
                     is_batched=False,
                     num_workers=workers,
                     prefetch_factor=AHEAD,
-                    pin_memory=torch.cuda.is_available(),
+                    pin_memory=_has_gpu(),
                 )
                 processes = iter(restarting)
             yield ahead.popleft().result()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llava.model.capabilities import capabilities_of
 
 MAX_HEADS = 16
 """Heads of one Triton program."""
@@ -86,7 +87,7 @@ def qkv_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Te
         sin: (B, S, d), from `signed_sin`.
     """
     parts = [query, key, value]
-    kernel = _kernel() if query.is_cuda and len({part.dtype for part in parts}) == 1 else None
+    kernel = _kernel(query.device) if len({part.dtype for part in parts}) == 1 else None
     rows, heads, positions, width = query.shape
     qkv = query.new_empty(rows, positions, (heads + key.shape[1] + value.shape[1]) * width)
     if kernel is None or (width & (width - 1)):
@@ -111,9 +112,9 @@ def _qkv_gradient_shape(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, 
 
 
 @functools.cache
-def _kernel() -> Any:
-    """Return the Triton kernel; None if Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
+def _kernel(device: torch.device) -> Any:
+    """Return the Triton kernel; None where the device runs none."""
+    if not capabilities_of(device).has_triton:
         return None
     from llava.model.attention.rope_triton import write_qkv_gradient
 

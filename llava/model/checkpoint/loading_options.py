@@ -13,7 +13,8 @@ import torch
 from llava.files.json_files import read_settings
 from llava.model.configuration import LlavaConfig
 
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+FLASH_ATTENTION = "flash_attention_2"
+ATTENTIONS = ("sdpa", "eager", FLASH_ATTENTION)
 HARMLESS = (
     "low_cpu_mem_usage",  # weights always go from the file to the device, one at a time
     "multimodal",  # decided by the files
@@ -109,10 +110,10 @@ def _quantization(settings: Any) -> dict[str, bool]:
 
 
 def _attention(name: str | None, use_flash: bool) -> str:
-    name = "flash_attention_2" if use_flash else name or "sdpa"
+    name = FLASH_ATTENTION if use_flash else name or "sdpa"
     if name not in ATTENTIONS:
         raise ValueError(f"attn_implementation is {name!r}; choose {', '.join(ATTENTIONS)}")
-    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+    if name == FLASH_ATTENTION and importlib.util.find_spec("flash_attn") is None:
         raise ImportError(
             'flash_attention_2 needs flash-attn; run: pip install -e ".[flash]", or leave it out for SDPA'
         )

@@ -19,6 +19,7 @@ from llava.files.atomic_files import atomic_write
 from llava.train.distributed import gather_objects, max_over_ranks
 from llava.train.fault_tolerance import rng_state
 from llava.train.fault_tolerance.checkpoint_writer import CheckpointWriter
+from llava.train.fault_tolerance.loss_scaling import SkippedUpdates
 from llava.train.output_files import NONFINITE_FILE
 
 ROW_KEY = "dataset_rows"
@@ -60,12 +61,14 @@ class StepGuard(TrainerCallback):
         self._rng: rng_state.RngState | None = None  # before the step
         self._unlogged_loss: Tensor | None = None  # before the step
         self._is_epochs_first = False
+        self._skipped = SkippedUpdates(trainer.accelerator)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the step at which this run begins; `auto_find_batch_size` begins again after an out-of-memory error."""
         self._first_step, self._batches = state.global_step, []
+        self._skipped = SkippedUpdates(self.trainer.accelerator)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,6 +85,17 @@ class StepGuard(TrainerCallback):
             self._rng = rng_state.capture()
         self._is_epochs_first = False
         self._unlogged_loss = self.writer.unlogged_loss.clone()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the updates that fp16's loss scaling skips."""
+        if args.fp16:
+            self._skipped.note(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log how many updates were skipped."""
+        self._skipped.log_total()
 
     def start_batch(self, rows: list[int]) -> None:
         """Note the rows of the micro-batch that comes."""
@@ -104,6 +118,9 @@ class StepGuard(TrainerCallback):
     def check(self, grad_norm: Tensor | float | None, received_signal: int) -> int:
         """Stop all ranks if a loss or the gradient is not finite on one of them; waits for the device once.
 
+        The loss scaling of fp16 meets infinite gradients in its search and skips those steps itself, so there gradients
+        count only if it skips step after step.
+
         Args:
             grad_norm: of this step's gradient.
             received_signal: number of the signal that this rank got, 0 for none.
@@ -114,8 +131,8 @@ class StepGuard(TrainerCallback):
         Raises:
             NonFiniteError: after saving the state before this step.
         """
-        # The loss scaling of fp16 meets infinite gradients in its search, and skips those steps itself.
         is_bad = is_non_finite(self._batches, None if self.trainer.args.fp16 else grad_norm)
+        is_bad = is_bad | self._skipped.are_endless
         bad, signal = max_over_ranks([is_bad, received_signal], self.trainer.args.device)
         if bad:
             self._stop(grad_norm)
@@ -130,7 +147,7 @@ class StepGuard(TrainerCallback):
         saved = self._save_state_before(grad_norm)
         if self.trainer.is_world_process_zero():
             write_report(report, step, grad_norm, batches)
-        raise NonFiniteError(describe_stop(step, grad_norm, batches, report, saved))
+        raise NonFiniteError(describe_stop(step, grad_norm, batches, report, saved, self._skipped.in_a_row))
 
     def _save_state_before(self, grad_norm: Tensor | float | None) -> Path | None:
         """Save the state before the step, unless a checkpoint holds it; return that checkpoint, None if it is lost."""
@@ -228,12 +245,18 @@ def write_report(path: Path, step: int, grad_norm: Tensor | float | None, batche
 
 
 def describe_stop(
-    step: int, grad_norm: Tensor | float | None, batches: Sequence[dict[str, Any]], report: Path, saved: Path | None
+    step: int,
+    grad_norm: Tensor | float | None,
+    batches: Sequence[dict[str, Any]],
+    report: Path,
+    saved: Path | None,
+    skipped: int = 0,
 ) -> str:
-    """Return why a run stopped, on which rows, and how to go on."""
+    """Return why a run stopped, on which rows, and how to go on; `skipped` updates in a row came before."""
     rows = [str(row["row"]) for batch in batches for row in batch["rows"]]
     losses = ", ".join(sorted({batch["loss"] for batch in batches}))
     norm = "" if grad_norm is None else f", the gradient's norm {float(grad_norm)}"
+    norm += f" after {skipped} updates in a row that fp16 loss scaling skipped" if skipped else ""
     shown = ", ".join(rows[:_SHOWN_ROWS]) + (f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else "")
     state = f"{saved} holds the state before it" if saved else "no checkpoint holds the state before it"
     return (

@@ -62,14 +62,28 @@ def check_device(training: TrainingArguments) -> None:
     Raises:
         ValueError: naming the flag, the value and what to do.
     """
-    from llava.model.quantization import DEVICES  # imports torch, and the other checks come before
+    from llava.model.capabilities import capabilities_of  # imports torch, and the other checks come before
+    from llava.model.quantization import DEVICES
 
-    device = training.device.type
+    device, here = training.device.type, capabilities_of(training.device)
+    no_compilation = here.refuse_compilation()
     _refuse(
         [
             (
                 training.bits != 16 and device not in DEVICES,
                 f"--bits {training.bits} runs on CUDA and the CPU, not on {device}; leave it out",
+            ),
+            (
+                training.bits == 8 and device in DEVICES and not here.has_int8,
+                f"--bits 8: {here.machine} has no kernels for LLM.int8; pass --bits 4",
+            ),
+            *(
+                (bool(no_compilation) and is_given, f"{flag}: {no_compilation}; leave it out")
+                for flag, is_given in (
+                    ("--compile_layers on", training.compile_layers == "on"),
+                    ("--fuse_lora on", training.fuse_lora == "on"),
+                    ("--torch_compile True", training.torch_compile),
+                )
             ),
             (
                 training.fuse_lora == "on" and training.compile_layers == "off" and device == "cuda",

@@ -11,9 +11,11 @@ import transformers
 from torch import nn
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from llava.model.devices import best_device, default_dtype
+from llava.model.capabilities import capabilities_of
+from llava.model.devices import best_device
 from llava.train.flags.arguments import TrainingFlags, checkpointing_flag
 from llava.train.flags.json_flags import read_json_flag
+from llava.train.flags.precision import choose_precision
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +32,8 @@ class TrainingArguments(TrainingFlags, transformers.TrainingArguments):
         _check_accelerator_config(self.accelerator_config)
         if best_device().type == "cpu":
             self.use_cpu = True  # else DeepSpeed's processes don't find each other without a GPU
-        if self.bf16 is None and self.fp16 is None:
-            dtype = default_dtype("cpu" if self.use_cpu else best_device())
-            self.bf16, self.fp16 = dtype is torch.bfloat16, dtype is torch.float16
-        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        device = torch.device("cpu") if self.use_cpu else best_device()
+        self.bf16, self.fp16 = choose_precision(capabilities_of(device), self.bf16, self.fp16, self.tf32)
         if self.warmup_ratio is not None:
             self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
         if getattr(self, CHECKPOINTING) and not getattr(self, f"{CHECKPOINTING}_kwargs"):

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from llava.train.fault_tolerance import rng_state
 
+FP16_LOSS_SCALE = 2.0**12
+"""Lifts fp16 gradients of a loss averaged over tokens above the smallest fp16 number; few overflow."""
+
 
 def overfit(
     model: nn.Module,
@@ -21,6 +24,7 @@ def overfit(
     steps: int,
     learning_rate: float,
     autocast: Callable[[], AbstractContextManager],
+    loss_scale: float = 1.0,
 ) -> tuple[float, float]:
     """Overfit one batch with AdamW, then restore the weights and the random generators.
 
@@ -30,6 +34,7 @@ def overfit(
         groups: the optimizer's parameter groups `{"params": ..., "lr": ...}`; "lr" defaults to `learning_rate`.
         steps: number of updates, without warm-up.
         autocast: context of the forward passes.
+        loss_scale: factor of the loss in backward passes, for fp16; lowered after an overflow, whose step is skipped.
 
     Returns:
         the loss before and after, without dropout.
@@ -48,8 +53,8 @@ def overfit(
         for _ in range(steps):
             with autocast():
                 loss = model(**batch).loss
-            loss.backward()
-            _update(optimizer, masters)
+            (loss * loss_scale).backward()
+            loss_scale = _update(optimizer, masters, loss_scale)
         return before, _loss_without_dropout(model, batch, autocast)
     finally:
         with torch.no_grad():
@@ -83,10 +88,14 @@ def _loss_without_dropout(
 
 
 @torch.no_grad()
-def _update(optimizer: torch.optim.Optimizer, masters: dict[nn.Parameter, Tensor]) -> None:
+def _update(optimizer: torch.optim.Optimizer, masters: dict[nn.Parameter, Tensor], loss_scale: float) -> float:
+    """Update the parameters from their scaled gradients; return the scale of the next step's loss."""
     for parameter, master in masters.items():
-        master.grad = None if parameter.grad is None else parameter.grad.float()
+        master.grad = None if parameter.grad is None else parameter.grad.float() / loss_scale
         parameter.grad = None
+    if loss_scale > 1 and not all(master.grad is None or master.grad.isfinite().all() for master in masters.values()):
+        return loss_scale / 2
     optimizer.step()
     for parameter, master in masters.items():
         parameter.copy_(master)
+    return loss_scale

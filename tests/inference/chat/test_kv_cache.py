@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import sys
 import types
 
@@ -18,6 +17,7 @@ from llava.inference.engine.cuda_graphs import StepShape
 from llava.inference.engine.ragged_llama import RaggedLlama
 from llava.inference.sampler import draw_key, exponential_noise
 from llava.inference.session import Prompt, Sampling, Session
+from llava.model.capabilities import COMPILER, TRITON, Machine, choose
 
 CONTEXT = 700
 KINDS = {"row": lambda model: GrowingKVCache(RaggedLlama(model)), "library": TransformersKVCache}
@@ -320,7 +320,8 @@ def have_triton(monkeypatch, build):
     stub = types.SimpleNamespace(
         has_fused_form=lambda _: True, COMPILE_ERRORS=(OSError, RuntimeError), FusedDecodeStep=build
     )
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    hopper = choose(Machine("cuda", "H100", (9, 0), installed=frozenset({TRITON, COMPILER})))
+    monkeypatch.setattr(kv_cache, "capabilities_of", lambda device: hopper)
     monkeypatch.setitem(sys.modules, "llava.inference.chat.decode_step", stub)
     monkeypatch.setattr(llava.inference.chat, "decode_step", stub, raising=False)
 
@@ -363,6 +364,11 @@ def test_kernels_that_do_not_compile_are_not_used(model, monkeypatch, caplog):
         load_fused_step(RaggedLlama(model))
 
 
-def test_without_triton_there_are_no_kernels(model, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize(("capability", "installed"), [((9, 0), {COMPILER}), ((7, 5), {TRITON, COMPILER})])
+def test_without_triton_and_before_ampere_there_are_no_kernels(model, monkeypatch, capability, installed):
+    here = choose(Machine("cuda", "GPU", capability, installed=frozenset(installed)))
+    monkeypatch.setattr(kv_cache, "capabilities_of", lambda device: here)
     assert load_fused_step(RaggedLlama(model)) is None
+    cache = KVCacheFactory(model).create()
+    assert cache._is_graphed  # CUDA graphs need no Triton
+    assert cache._fused_step is None

@@ -210,7 +210,6 @@ def continued(goldens, tmp_path):
     return run
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "case", ["expression", "everywhere", "vocabulary whole", "head", "dora", "patterns", "one layer"]
 )

@@ -18,7 +18,6 @@ from llava.train.fault_tolerance.checkpoint_dir import verify
 from llava.train.fault_tolerance.checkpoint_pickles import DEEPSPEED_GLOBALS, refuse_code, weights_only
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
 ]
 

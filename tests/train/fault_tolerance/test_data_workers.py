@@ -12,7 +12,6 @@ from llava.model.checkpoint.read_tensors import open_tensor_file
 from llava.train.fault_tolerance.nonfinite import NumberedRows
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
     pytest.mark.usefixtures("quick_look_for_dead_workers"),
 ]

@@ -23,7 +23,6 @@ from llava.train.train import main
 from llava.train.trainer import LlavaTrainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
     pytest.mark.usefixtures("deepspeed"),
 ]

@@ -18,8 +18,6 @@ from llava.train.fault_tolerance.resume import cut_log, find_resume_point
 from llava.train.flags.command_line import parse_arguments
 from llava.train.train import main
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 ANSWERS = ["yes", "no", "two", "red", "a dog"]
 LORA = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0.3"]
 SAVED = [*LORA, "--save_strategy", "steps", "--save_steps", "1"]

@@ -37,8 +37,6 @@ from llava.train.validation.evaluator import (
 )
 from llava.train.validation.packed_evaluator import rows_by_image
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 COLORS = {"landscape.jpg": "yellow", "portrait.png": "green", "square.png": "red", "gray.jpg": "three"}
 LORA = ["--lora_enable", "True", "--lora_r", "8", "--lora_alpha", "16"]
 
