@@ -15,20 +15,25 @@ import transformers
 from torch import nn
 
 from llava.data.dataset import ImageSettings
+from llava.data.records import EncodedRecord
 from llava.files.terminal_text import log_to_terminal, report_error
+from llava.model.checkpoint.checkpoint import Checkpoint
 from llava.model.configuration import features_per_image
 from llava.original_names import lazy_names
 from llava.train.activation_checkpointing import FewestCheckpoints
+from llava.train.batch_fit import describe_way_out, fit_batches
 from llava.train.callbacks import CurvePlot, EarlyStopping, FileLog, LastValidation, UnlinkSharedMemory
 from llava.train.data_setup import check_records, load_records
+from llava.train.distributed import is_lost_connection
+from llava.train.fault_tolerance.out_of_memory import OutOfMemory, explained_out_of_memory
 from llava.train.fault_tolerance.resume import find_resume_point
 from llava.train.fault_tolerance.signals import Stopped
 from llava.train.flags.arguments import DataArguments, ModelArguments, TrainingArguments, is_first_process
 from llava.train.flags.command_line import parse_arguments
 from llava.train.flags.requirements import refuse_missing_launcher
 from llava.train.model_setup import adapter_rank, add_trained_weights, build_saver, load_model, open_base
-from llava.train.packing_setup import Loader, build_loader, plan_batches, prepare_model
-from llava.train.run_summary import print_memory_plan, print_summary
+from llava.train.packing_setup import BatchPlan, Loader, build_loader, plan_batches, prepare_model
+from llava.train.run_summary import print_summary
 from llava.train.saving import Saver
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.evaluator import Evaluator
@@ -55,7 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         logger.debug("", exc_info=True)
         return _fail(error, code=1)
+    except OutOfMemory as error:
+        report_error(error)
+        _end_with_others(code=1)
+        return 1
     except RuntimeError as error:
+        if is_lost_connection(error):
+            report_error(f"process {os.environ.get('RANK', '0')} lost another one, whose message says why")
+            _end_with_others(code=1)
         if "ImageError" not in str(error):  # how an image that can't be decoded arrives from a worker process
             raise
         return _fail(str(error).strip().splitlines()[-1], code=1)
@@ -72,14 +84,32 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, training_
         FileNotFoundError: if a file is missing.
         ValueError: if data, checkpoint and flags contradict each other, or a loss is not finite.
         Stopped: on a signal, after the state is saved.
+        OutOfMemory: if the memory ran out; the message says what to pass.
     """
     prepare_process(training_args)
     base = open_base(model_args, data_args, training_args)
     records, held_out = load_records(base, data_args, training_args)
     check_records(records, held_out, training_args)
     plan = plan_batches(records, features_per_image(base.config, base.config.mm_vision_config), training_args)
-    print_memory_plan(plan, base.config, model_args, training_args)
+    plan, fitted = fit_batches(plan, base.config, model_args, training_args)
+    with explained_out_of_memory(training_args, lambda: describe_way_out(fitted)):
+        train_model(base, plan, held_out, model_args, data_args, training_args)
 
+
+def train_model(
+    base: Checkpoint,
+    plan: BatchPlan,
+    held_out: Sequence[EncodedRecord],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Load the weights, train on the planned batches, validate on the records held out, save.
+
+    Raises:
+        ValueError, Stopped: as `run_training`.
+    """
+    records = plan.records
     start = add_trained_weights(base, model_args, training_args)
     model = load_model(start, model_args, training_args)
     execution = prepare_model(model, training_args)
@@ -172,6 +202,14 @@ def _check_overfit(trainer: LlavaTrainer, steps: int) -> None:
     if steps:
         before, after = trainer.check_first_batch(steps)
         logger.info("overfit check: loss of the first batch %.4f, after %d steps %.4f", before, steps, after)
+
+
+def _end_with_others(*, code: int) -> None:
+    """End the process at once if there are others: they wait in a collective operation that it won't join."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _fail(error: str | Exception, *, code: int) -> int:

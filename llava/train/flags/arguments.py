@@ -25,6 +25,7 @@ _FIELDS = {entry.name for entry in dataclasses.fields(transformers.TrainingArgum
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 _DEEPSPEED_SECTIONS = ("fp16", "bf16", "optimizer", "scheduler")
+_DEEPSPEED_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 _OFFLOAD_SECTIONS = ("offload_optimizer", "offload_param")
 MODEL_PATHS = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter")
 DATA_FILES = ("data_path", "eval_data_path")
@@ -116,6 +117,7 @@ class TrainingArguments(transformers.TrainingArguments):
     checkpoint_layers: str = _flag(
         "auto", "Layers with --gradient_checkpointing: auto (on CUDA what memory needs), all, or N."
     )
+    fit: str = _flag("off", "auto: on CUDA a micro-batch that fits the memory, the rows per step unchanged; off.")
     bits: int = _flag(16, "16, or 8 or 4 for a quantized LLM (bitsandbytes) under LoRA.")
     double_quant: bool = _flag(True, "With --bits 4: always True, the scales are quantized too.")
     quant_type: str = _flag("nf4", "With --bits 4: nf4, the only type.")
@@ -262,6 +264,29 @@ def _zero_settings(config: str | dict | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"--deepspeed {config} has no object under zero_optimization; use scripts/zero2.json")
     return settings
+
+
+def set_batch(training: TrainingArguments, batch: int, accumulation: int) -> None:
+    """Change the micro-batch and its accumulation of parsed flags, in DeepSpeed's config too.
+
+    Raises:
+        ValueError: if that config has numbers of its own for them.
+    """
+    content = read_json_flag("deepspeed", training.deepspeed)
+    fixed = [key for key in _DEEPSPEED_BATCH if content.get(key, "auto") != "auto"]
+    if fixed:
+        raise ValueError(
+            f"--deepspeed {training.deepspeed} sets {fixed[0]} to {content[fixed[0]]}, and --fit auto would train "
+            f'batches of {batch}; write "auto" there, or pass --fit off'
+        )
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = batch, accumulation
+    if training.deepspeed:  # as transformers does in its search for hyperparameters
+        from accelerate.utils import DeepSpeedPlugin
+        from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+        training.hf_deepspeed_config = HfTrainerDeepSpeedConfig(training.deepspeed)
+        training.hf_deepspeed_config.trainer_config_process(training)
+        training.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=training.hf_deepspeed_config)
 
 
 def output_kind(model: ModelArguments, training: TrainingArguments) -> str:
