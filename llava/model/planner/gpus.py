@@ -74,7 +74,7 @@ def planned_hours(sizes: ModelSizes, run: Training, gpu: Gpu, rows: int = TABLE_
 def describe_gpus(sizes: ModelSizes, run: Training, gpus: Sequence[Gpu] = GPUS) -> str:
     """Return a Markdown table: for each GPU the nearest setup that fits, its memory and its hours."""
     lines = [
-        "| GPU memory | GPU | flags to add | batch x accumulation | layers computed again | memory needed | hours |",
+        "| GPU memory | GPU | flags to add | batch x accumulation | checkpointed layers | memory needed | hours |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for gpu in gpus:

@@ -10,12 +10,12 @@ from llava.model.plan import main
 from llava.model.planner.gpus import FUSED_SHARE, GPUS, Gpu, describe_gpus, planned_hours, step_flops
 from llava.model.planner.setups import Training
 from llava.model.planner.workload import Packs
+from llava.train.batch_fit import choose_batch, describe_choice
 from tests.model.test_memory import LLAVA_7B
 
 ROOT = Path(__file__).parents[3]
 TABLE = Packs.of_mean(4.25, patches=576)
 HEAD = "| GPU memory | GPU |"
-PAGES = ("docs/finetune.md", "README.md", "README.ru.md")
 
 
 def test_the_measured_speed_gives_the_share():
@@ -49,13 +49,22 @@ def test_one_row_for_each_gpu(capsys):
     assert [row for row in rows if "measured" in row] == [rows[-1]]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_documents_hold_the_commands_table(page, capsys):
+def test_the_readme_holds_the_commands_table(capsys):
     """Paste what `python -m llava.model.plan --table` prints where this fails."""
-    lines = (ROOT / page).read_text(encoding="utf-8").splitlines() if (ROOT / page).is_file() else []
-    if HEAD not in "".join(lines):
-        pytest.skip("the page has no such table")
-    start = next(number for number, line in enumerate(lines) if line.startswith(HEAD))
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next((number for number, line in enumerate(lines) if line.startswith(HEAD)), None)
+    if start is None:
+        pytest.skip("README.md has no such table")
     assert main(["--table"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert lines[start : start + len(printed)] == printed
+
+
+def test_docs_show_what_the_planner_prints(capsys):
+    text = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")
+    assert main(["--train", "--questions-per-image", "4.25", "--gpu-memory", "16"]) == 1
+    assert f"```text\n{capsys.readouterr().out}```" in text
+    asked = Training(TABLE)
+    chosen = choose_batch(LLAVA_7B, asked, 23 * 10**9)
+    line = describe_choice(LLAVA_7B, asked, chosen, 23 * 10**9, is_former=False)
+    assert f"```text\n{line}\n```" in text
