@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from llava.model.planner.setups import Training
 from llava.model.planner.workload import Packs
 from llava.train import batch_fit
 from llava.train.batch_fit import FittedRun, choose_batch, describe_choice, describe_way_out, former_division
+from llava.train.distributed import gather_objects
 from llava.train.flags.arguments import set_batch
 from llava.train.flags.command_line import parse_arguments
 from tests.model.test_memory import LLAVA_7B
@@ -284,3 +286,44 @@ def test_gradients_of_micro_batches_add_up_to_the_whole_batchs_in_fp64(tiny_pack
     for division in (1, 2):
         for one, two in zip(gradients(division), whole, strict=True):
             assert torch.allclose(one, two, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["DDP", "ZeRO-2"])
+def test_several_processes_fit_the_same_batch(train_forked, read_log, tmp_path, engine):
+    """The fullest GPU decides for all of them; the losses are those of the run that was not divided."""
+    if engine == "ZeRO-2":
+        pytest.importorskip("deepspeed")
+    flags = [*LORA, "--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--share_image_prefix", "False"]
+    flags += ["--save_strategy", "no", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant"]
+    flags += ["--deepspeed", str(ROOT / "scripts/zero2.json")] if engine == "ZeRO-2" else []
+
+    def quiet():  # a call of DeepSpeed's own to a function that torch renames
+        warnings.filterwarnings("ignore", category=FutureWarning)
+
+    def before():
+        quiet()
+
+        def between(training_args):
+            sizes, run = seen[0]
+            batch = 2 + training_args.process_index  # rank 0 has memory for 2 rows, rank 1 for 3
+            needs = [needed_bytes(sizes, dataclasses.replace(run, batch=size)) for size in (batch, batch + 1)]
+            return min(gather_objects(sum(needs) // 2))
+
+        def describe(plan, config, *args):
+            seen.append((ModelSizes.of(config), original(plan, config, *args)))
+            return seen[0][1]
+
+        seen, original = [], batch_fit.describe_run_setup
+        batch_fit.describe_run_setup, batch_fit.available_memory = describe, between
+
+    asked = train_forked("asked", rows(16), *flags, before=quiet)
+    fitted = train_forked("fitted", rows(16), *flags, "--fit", "auto", before=before)
+    log = (tmp_path / "fitted.0.log").read_text()
+    assert "batches of 2, accumulated 2 times, instead of 4 x 1; 8 rows a step" in log
+    saved = json.loads((fitted / "training.json").read_text())
+    assert (saved["TrainingArguments"]["per_device_train_batch_size"], saved["run"]["rows_per_step"]) == (2, 8)
+    found, expected = (read_log(output, "loss") for output in (fitted, asked))
+    assert len(found) == 4
+    # All rows of a step are the same, whichever rank computes them.
+    assert found == pytest.approx(expected, rel=1e-4)
