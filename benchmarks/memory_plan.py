@@ -32,11 +32,14 @@ from llava.inference.chat.chat import Chat
 from llava.inference.session import Sampling, Session
 from llava.model.checkpoint.checkpoint import open_checkpoint
 from llava.model.memory import ModelSizes
-from llava.model.plan import Inference, Training, plan_inference, plan_training
+from llava.model.planner.estimate import plan_inference, plan_training
+from llava.model.planner.setups import Inference, Training
+from llava.model.planner.workload import PaddedRows
 from llava.train import train
 
 ROWS, IMAGES = 64, 16
 IMAGE_SIZE = (640, 480)
+PADDED = PaddedRows(640)  # replaced by rows of the length that is trained on
 QUESTION = "Is there a person sitting at the table in the image?"
 LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 
@@ -110,7 +113,7 @@ def measure(name: str, model_path: Path, work: Path) -> dict:
     setup = with_length(setup, max(lengths))
     parts = plan_training(sizes, setup) if isinstance(setup, Training) else plan_inference(sizes, setup)
     action(model_path, work / name.replace(" ", "-"), work, setup)
-    row = {"run": name, "length": setup.length, "predicted": sum(parts.values()), "parts": parts}
+    row = {"run": name, "length": max(lengths), "predicted": sum(parts.values()), "parts": parts}
     if torch.cuda.is_available():
         row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         free, total = torch.cuda.mem_get_info()
@@ -120,7 +123,9 @@ def measure(name: str, model_path: Path, work: Path) -> dict:
 
 def with_length(setup: Training | Inference, longest: int) -> Training | Inference:
     """Return the setup for rows of this many positions; prompts lack the answer's three tokens."""
-    return dataclasses.replace(setup, length=longest if isinstance(setup, Training) else longest - 2)
+    if isinstance(setup, Training):
+        return dataclasses.replace(setup, workload=PaddedRows(longest))
+    return dataclasses.replace(setup, length=longest - 2)
 
 
 def row_lengths(model_path: Path, work: Path) -> list[int]:
@@ -202,10 +207,13 @@ def run_chat(model_path: Path, output: Path, work: Path, setup: Inference) -> No
 
 
 RUNS: dict[str, tuple[Training | Inference, Callable[[Path, Path, Path, Training | Inference], None]]] = {
-    "LoRA r=128, batch 16, checkpointing, ZeRO-2": (Training(), run_training),
-    "LoRA r=128, batch 4, ZeRO-2": (Training(batch=4, checkpointing=False), run_training),
-    "QLoRA 4 bit r=64, batch 8, checkpointing, ZeRO-2": (Training(batch=8, rank=64, bits=4), run_training),
-    "LoRA r=128, batch 8, checkpointing, without DeepSpeed": (Training(batch=8, zero=0), run_training),
+    "LoRA r=128, batch 16, checkpointing, ZeRO-2": (Training(PADDED), run_training),
+    "LoRA r=128, batch 4, ZeRO-2": (Training(PADDED, batch=4, checkpointing=False), run_training),
+    "QLoRA 4 bit r=64, batch 8, checkpointing, ZeRO-2": (
+        Training(PADDED, batch=8, rank=64, bits=4),
+        run_training,
+    ),
+    "LoRA r=128, batch 8, checkpointing, without DeepSpeed": (Training(PADDED, batch=8, zero=0), run_training),
     "32 questions at a time, 16 bit": (Inference(batch=32, new_tokens=8), run_questions),
     "one chat, 4 bit, 512 tokens": (Inference(batch=1, new_tokens=512, bits=4), run_chat),
 }

@@ -24,6 +24,8 @@ LAYERS = (  # a module imports its own layer and those of the rows above
 )
 
 ALSO_MAY_IMPORT = {  # modules that reach beside their row
+    "model/planner/workload.py": "data",  # plans with the packs that training makes
+    "model/planner/data_packs.py": "data",  # reads the records that are planned for
     "data/doctor/__main__.py": "model",  # reads the template and the sizes in the config of what will be trained
 }
 

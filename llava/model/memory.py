@@ -2,16 +2,18 @@
 
 Results are bytes per GPU. A "position" is a token or an image patch of a row. The counts follow transformers' Llama,
 peft's LoRA and PyTorch's fused attention: comments name the tensors that autograd saves or that are live at the peak.
-`tests/model/test_memory.py` compares them with what autograd saves; `benchmarks/memory_plan.py` with a GPU.
+`tests/model/test_memory.py` compares them with what autograd saves, `tests/model/planner/test_measured_peaks.py` with
+peaks that were measured on GPUs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # for annotations: it imports transformers
+if TYPE_CHECKING:
     from llava.model.configuration import LlavaConfig
 
 HALF, SINGLE = 2, 4
@@ -21,6 +23,22 @@ GATHERED_PARAMETERS = 1_000_000_000
 """Parameters that ZeRO-3 gathers at a time: `stage3_max_live_parameters` of `scripts/zero3.json`."""
 LINEARS = 7
 """Linear layers of an LLM layer: q, k, v, o, gate, up, down."""
+
+
+class StepLoad(NamedTuple):
+    """Size of the largest micro-batch.
+
+    Attributes:
+        positions: of the LLM, padding included.
+        images: that the vision tower encodes.
+        predicted: positions whose logits are computed.
+        masked_length: length of rows whose attention takes a dense mask, in positions; 0 = attention without one.
+    """
+
+    positions: int
+    images: int
+    predicted: int
+    masked_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,22 +210,62 @@ def loss_bytes(sizes: ModelSizes) -> int:
     return (HALF + 2 * SINGLE + SINGLE) * sizes.vocabulary
 
 
+def last_layer_activations(sizes: ModelSizes, *, dropout: float) -> int:
+    """Return `fused_activations` of the last layer, which computes only keys and values at most positions."""
+    wide, narrow = sizes.hidden, sizes.key_value
+    kept = HALF * 2 * wide + SINGLE  # the residual stream and its norm
+    kept += HALF * 3 * narrow  # keys, rotated keys, values
+    return kept + ((HALF + 1) * wide if dropout else 0)
+
+
+def tower_activations(sizes: ModelSizes, *, checkpointing: bool) -> int:
+    """Return the bytes of activations and gradients of a trained vision tower for one image."""
+    wide, inner = sizes.tower_hidden, sizes.tower_intermediate
+    # Both norms' inputs and outputs; q, k, v, attention's output; the MLP's input to its activation, the sigmoid, both
+    # factors of its product, its output.
+    block = HALF * (9 * wide + 4 * inner)
+    kept = sizes.tower_layers * HALF * wide + block if checkpointing else sizes.tower_layers * block
+    return (sizes.patches + 1) * (kept + HALF * (2 * wide + inner))
+
+
 def training_peak(
-    sizes: ModelSizes, *, batch: int, length: int, rank: int, dropout: float, is_padded: bool, checkpointing: bool
+    sizes: ModelSizes, load: StepLoad, *, rank: int, dropout: float, is_fused: bool, checkpointed: int
 ) -> int:
     """Return the peak of activations and their gradients in a step.
 
-    The peak is at the loss, where logits are live, or in the backward pass of the last layer.
+    The peak is at the loss, where logits are live, in the backward pass of the last layer, or where the first
+    checkpointed layer is computed again, when activations of the layers after it are freed.
+
+    Args:
+        sizes: of the model.
+        load: of the largest micro-batch.
+        rank: of the adapters; 0 = none, and the layers' own weights are trained.
+        dropout: 0..1, on the adapters' inputs.
+        is_fused: whether the layers are those of a compiled `FusedLora`.
+        checkpointed: layers with activation checkpointing, the first ones.
     """
-    positions = batch * length
-    block = layer_activations(sizes, length=length, rank=rank, dropout=dropout, is_padded=is_padded)
-    # The spliced row, the projector's activations, the last norm's input in fp32 and output.
-    ends = HALF * sizes.hidden + (HALF + SINGLE) * sizes.hidden
-    image = batch * sizes.patches * HALF * (sizes.tower_hidden + 2 * sizes.hidden)
-    kept = sizes.layers * (HALF * sizes.hidden if checkpointing else block) + ends
-    at_loss = loss_bytes(sizes)
-    in_block = (block if checkpointing else 0) + backward_workspace(sizes)
-    return positions * (kept + max(at_loss, in_block)) + image
+    stream = HALF * sizes.hidden
+    if is_fused:
+        block = fused_activations(sizes, rank=rank, dropout=dropout)
+        layers, last = sizes.layers - 1, last_layer_activations(sizes, dropout=dropout)
+    else:
+        length = load.masked_length
+        block = layer_activations(sizes, length=length, rank=rank, dropout=dropout, is_padded=length > 0)
+        layers, last = sizes.layers, 0
+    checkpointed = min(checkpointed, layers)
+    workspace = backward_workspace(sizes)
+    # The spliced row, the last norm's input in fp32 and output; images: the projector's activations.
+    ends = load.positions * (2 * stream + SINGLE * sizes.hidden)
+    ends += load.images * sizes.patches * HALF * (sizes.tower_hidden + 2 * sizes.hidden)
+    kept = load.positions * (checkpointed * stream + (layers - checkpointed) * block + last)
+    at_loss = kept + max(load.predicted * loss_bytes(sizes), load.positions * workspace)
+    again = load.positions * (checkpointed * stream + block + workspace) if checkpointed else 0
+    return ends + max(at_loss, again)
+
+
+def fewest_checkpointed(peak: Callable[[int], int], layers: int, budget: float) -> int:
+    """Return the fewest layers to checkpoint so that `peak` of their number is within the budget; all if none is."""
+    return next((count for count in range(layers) if peak(count) <= budget), layers)
 
 
 def optimizer_bytes(trained: int, *, zero: int, gpus: int, offload: bool) -> int:
@@ -219,8 +277,8 @@ def optimizer_bytes(trained: int, *, zero: int, gpus: int, offload: bool) -> int
         gpus: processes.
         offload: DeepSpeed keeps fp32 weights and moments in CPU memory, in stage 3 the parameters too.
     """
-    if zero == 0:  # the parameters are the fp32 weights; autocast keeps a 16-bit copy
-        return trained * (SINGLE + SINGLE + 2 * SINGLE + HALF)
+    if zero == 0:  # the parameters are the fp32 weights; autocast keeps a 16-bit copy, DDP gradients in buckets
+        return trained * (SINGLE + SINGLE + 2 * SINGLE + HALF + (SINGLE if gpus > 1 else 0))
     states = 0 if offload else 3 * SINGLE * trained // gpus
     gradients = HALF * trained // (gpus if zero >= 2 else 1)
     parameters = 0 if zero == 3 and offload else HALF * trained // (gpus if zero == 3 else 1)

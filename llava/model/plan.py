@@ -1,7 +1,7 @@
 """Memory plan of a run: bytes needed on each GPU, bytes available, and the nearest setup that fits.
 
-`python -m llava.model.plan --model-path checkpoints/... --train --batch 16` prints it; training prints the same at its
-start.
+`python -m llava.model.plan --train --data data.json` prints it; training prints the same at its start. The estimate is
+in `llava.model.planner`.
 """
 
 from __future__ import annotations
@@ -10,220 +10,24 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
-from llava.files.terminal_text import format_size, report_error
-from llava.model import memory
-from llava.model.memory import ModelSizes
+from llava.files.terminal_text import report_error
 
-if TYPE_CHECKING:  # for annotations: it imports transformers
+# What computes is imported where it is used: a wrong flag and --help need not wait for torch.
+if TYPE_CHECKING:
     from llava.model.configuration import LlavaConfig
+    from llava.model.memory import ModelSizes
+    from llava.model.planner.setups import Inference, Training
+    from llava.model.planner.workload import Workload
+    from llava.tokenization.llama_tokenizer import LlavaTokenizer
 
-CONTEXT_BYTES = 800_000_000
-"""Memory of a CUDA context and its libraries (measured: 0.78 GB on an H200 with torch 2.11)."""
-TABLE_LENGTH = 640
-"""Positions of a row of the VQA table: 35 of text, 576 of the image, a short question and its answer."""
 FITS, TOO_LARGE, WRONG_USAGE = 0, 1, 2
 _KINDS = ("lora", "full", "projector")
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A training run.
-
-    Attributes:
-        kind: "lora", "full" (all of the LLM and the projector) or "projector".
-        batch: rows of a batch on each GPU.
-        accumulation: batches of a step.
-        length: of the longest row, in positions.
-        is_padded: whether rows differ in length.
-        rank: of the adapters.
-        dropout: 0..1.
-        bits: of the LLM's weights.
-        checkpointing: activation checkpointing of all layers.
-        zero: DeepSpeed's stage; 0 = no DeepSpeed.
-        offload: fp32 weights and moments in CPU memory, in stage 3 the weights too.
-        gpus: processes.
-    """
-
-    kind: str = "lora"
-    batch: int = 16
-    accumulation: int = 1
-    length: int = TABLE_LENGTH
-    is_padded: bool = True
-    rank: int = 128
-    dropout: float = 0.05
-    bits: int = 16
-    checkpointing: bool = True
-    zero: int = 2
-    offload: bool = False
-    gpus: int = 1
-
-    def flags(self) -> str:
-        """Return the flags of the training program for this run."""
-        words = [
-            f"--per_device_train_batch_size {self.batch}",
-            f"--gradient_accumulation_steps {self.accumulation}",
-            f"--gradient_checkpointing {self.checkpointing}",
-        ]
-        words += [f"--bits {self.bits}"] if self.bits != 16 else []
-        if self.zero:
-            words.append(f"--deepspeed scripts/zero{self.zero}{'_offload' if self.offload else ''}.json")
-        return " ".join(words)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inference:
-    """An inference run.
-
-    Attributes:
-        batch: requests of a batch.
-        length: of a prompt, in positions.
-        new_tokens: length of the longest answer, in tokens.
-        bits: of the LLM's weights.
-    """
-
-    batch: int = 1
-    length: int = TABLE_LENGTH
-    new_tokens: int = 128
-    bits: int = 16
-
-    def flags(self) -> str:
-        """Return the flags of the batch program for this run."""
-        return f"--batch-size {self.batch}" + (f" --load-{self.bits}bit" if self.bits != 16 else "")
-
-
-def plan_training(sizes: ModelSizes, run: Training) -> dict[str, int]:
-    """Return the peak bytes of a training run on each GPU, by use."""
-    rank = run.rank if run.kind == "lora" else 0
-    trained = {
-        "lora": sizes.lora_parameters(run.rank) + sizes.projector_parameters,
-        "full": sizes.llm_parameters + sizes.projector_parameters,
-        "projector": sizes.projector_parameters,
-    }[run.kind]
-    own = 0 if run.kind == "lora" else memory.HALF * sizes.projector_parameters
-    own += memory.HALF * sizes.llm_parameters if run.kind == "full" else 0
-    frozen = memory.weight_bytes(sizes, run.bits) - (own or memory.HALF * sizes.projector_parameters)
-    if run.zero == 3:
-        frozen = 0 if run.offload else frozen // run.gpus
-    parts = {
-        "frozen weights": frozen,
-        "trained weights, gradients, optimizer": memory.optimizer_bytes(
-            trained, zero=run.zero, gpus=run.gpus, offload=run.offload
-        ),
-        "activations": memory.training_peak(
-            sizes,
-            batch=run.batch,
-            length=run.length,
-            rank=rank,
-            dropout=run.dropout if rank else 0.0,
-            is_padded=run.is_padded,
-            checkpointing=run.checkpointing,
-        ),
-    }
-    if run.zero == 3:
-        parts["gathered weights"] = min(memory.HALF * memory.GATHERED_PARAMETERS, memory.weight_bytes(sizes, 16))
-    if run.bits != 16:
-        parts["unpacked weights"] = 2 * memory.largest_matrix(sizes)
-    return parts
-
-
-def plan_inference(sizes: ModelSizes, run: Inference) -> dict[str, int]:
-    """Return the peak bytes of inference on a GPU, by use."""
-    cache = memory.cache_bytes(sizes, run.batch * (run.length + run.new_tokens))
-    prompt = memory.cache_bytes(sizes, run.batch * run.length)
-    workspace = run.batch * run.length * memory.prefill_workspace(sizes, run.length)
-    growth = cache // sizes.layers // 2  # the longer copy of one layer's keys, while the shorter one is live
-    parts = {
-        "weights": memory.weight_bytes(sizes, run.bits),
-        "cache of keys and values": cache,
-        # Decoding begins after the prefill: the peak is in one or the other.
-        "computation": max(workspace - (cache - prompt), growth, 0),
-    }
-    if run.bits != 16:
-        parts["unpacked weights"] = memory.largest_matrix(sizes)
-    return parts
-
-
-def fitting_training(sizes: ModelSizes, run: Training, available: int) -> Training | None:
-    """Return the nearest setup that fits, None if there is none.
-
-    In this order: activation checkpointing; smaller batches, more of them a step; 4-bit weights under LoRA;
-    partitioning over several GPUs, then fp32 weights in CPU memory.
-    """
-    return next((other for other in _smaller_training(run) if _fits(plan_training(sizes, other), available)), None)
-
-
-def _smaller_training(run: Training) -> Iterator[Training]:
-    yield run
-    run = dataclasses.replace(run, checkpointing=True)
-    requested = run
-    yield run
-    while run.batch > 1:
-        rows = run.batch * run.accumulation
-        batch = run.batch // 2
-        run = dataclasses.replace(run, batch=batch, accumulation=-(-rows // batch))
-        yield run
-    if run.kind == "lora" and run.bits == 16 and run.zero != 3:
-        for other in (requested, run):
-            yield dataclasses.replace(other, bits=4)
-    if run.bits == 16:
-        if run.gpus > 1:
-            yield dataclasses.replace(run, zero=3)
-        yield dataclasses.replace(run, zero=3, offload=True)
-
-
-def fitting_inference(sizes: ModelSizes, run: Inference, available: int) -> Inference | None:
-    """Return the nearest setup that fits, None if there is none: smaller batches first, then 8 and 4 bit."""
-    return next((other for other in _smaller_inference(run) if _fits(plan_inference(sizes, other), available)), None)
-
-
-def _smaller_inference(run: Inference) -> Iterator[Inference]:
-    for bits in (bits for bits in (16, 8, 4) if bits <= run.bits):
-        batch = run.batch
-        while batch:
-            yield dataclasses.replace(run, bits=bits, batch=batch)
-            batch //= 2
-
-
-def _fits(parts: dict[str, int], available: int) -> bool:
-    return sum(parts.values()) + CONTEXT_BYTES <= available
-
-
-def describe_plan(sizes: ModelSizes, run: Training | Inference, available: int | None) -> str:
-    """Return a table of needed and available memory, and the nearest setup that fits.
-
-    Args:
-        sizes: of the model.
-        run: the planned run.
-        available: bytes free on each GPU; None = unknown.
-    """
-    is_training = isinstance(run, Training)
-    parts = plan_training(sizes, run) if is_training else plan_inference(sizes, run)
-    rows = [*parts.items(), ("CUDA itself", CONTEXT_BYTES)]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:<{width}}  {_gigabytes(size):>9}" for name, size in rows]
-    needed = sum(size for _, size in rows)
-    lines.append(f"  {'needed on each GPU':<{width}}  {_gigabytes(needed):>9}")
-    if available is None:
-        return "\n".join(lines)
-    lines.append(f"  {'available':<{width}}  {_gigabytes(available):>9}")
-    if needed <= available:
-        return "\n".join([*lines, "it fits"])
-    other = fitting_training(sizes, run, available) if is_training else fitting_inference(sizes, run, available)
-    if other is None:
-        return "\n".join([*lines, "it does not fit, nor does anything smaller on such a GPU; use a larger one"])
-    less = sum((plan_training(sizes, other) if is_training else plan_inference(sizes, other)).values()) + CONTEXT_BYTES
-    return "\n".join([*lines, f"it does not fit; this does, with {_gigabytes(less)}: {other.flags()}"])
-
-
-def _gigabytes(size: int) -> str:
-    """Return a size for a column of gigabytes; one that would be 0.0 there has its own unit."""
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else format_size(size)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -232,24 +36,35 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava.model.plan",
         description="Print the GPU memory that training or inference needs, and a setup that fits.",
         epilog="""examples:
-  python -m llava.model.plan --model-path liuhaotian/llava-v1.5-7b --train --batch 16
+  python -m llava.model.plan --train --data playground/data_train/data.json --gpu-memory 24
+  python -m llava.model.plan --train --questions-per-image 4.2 --batch 16 --gpu-memory 24
+  python -m llava.model.plan --table
   python -m llava.model.plan --model-path llava_merged_model --infer --bits 4 --gpu-memory 8
 exit code: 0 it fits (or no GPU was named), 1 it does not fit, 2 wrong usage""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model-path", required=True, help="directory or hub id; its config is read, not its weights")
+    add("--model-path", help="directory or hub id; config and tokenizer are read, not weights (default: sizes of 7B)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--train", action="store_true", help="plan training (the default)")
     task.add_argument("--infer", action="store_true", help="plan inference")
+    task.add_argument("--table", action="store_true", help="Markdown table of GPUs: flags, memory, hours of the recipe")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--data", metavar="FILE", help="training records, as --data_path of training; their packs count")
+    data.add_argument("--questions-per-image", type=float, metavar="N", help="mean of the data (default: 4.25)")
+    data.add_argument("--no-sharing", action="store_true", help="rows of --length, as with --share_image_prefix False")
     add("--bits", type=int, choices=(16, 8, 4), default=16, help="bits of the LLM's weights (default: %(default)s)")
     add("--batch", type=int, help="batch size on each GPU (default: 16 in training, 1 in inference)")
-    add("--length", type=int, default=TABLE_LENGTH, help="longest row in positions, patches too (default: %(default)s)")
+    add("--accumulation", type=int, default=1, help="batches of a training step (default: %(default)s)")
+    add("--length", type=int, help="longest row or prompt in positions, patches too (default: 640)")
     add("--max-new-tokens", type=int, default=128, help="tokens of the longest answer (default: %(default)s)")
     add("--kind", choices=_KINDS, default="lora", help="trainable parameters (default: %(default)s)")
     add("--lora-r", type=int, default=128, help="rank of the adapters (default: %(default)s)")
     add("--lora-dropout", type=float, default=0.05, help="LoRA dropout, 0 to 1 (default: %(default)s)")
+    add("--train-tower", action="store_true", help="the vision tower is trained too")
     add("--no-checkpointing", action="store_true", help="without activation checkpointing")
+    add("--checkpoint-layers", default="auto", help="auto (what memory needs), all or N (default: %(default)s)")
+    add("--before-ampere", action="store_true", help="the GPU has no FlexAttention (T4, V100, RTX 20xx)")
     add("--zero", type=int, choices=(0, 2, 3), default=2, help="ZeRO stage, 0: no DeepSpeed (default: %(default)s)")
     add("--offload", action="store_true", help="DeepSpeed keeps the optimizer in CPU memory")
     add("--gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
@@ -262,29 +77,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a memory plan and return the exit code."""
     parser = build_parser()
     options = expand_homes(parser.parse_args(argv), "model_path", "json")
-    for name in ("batch", "length", "max_new_tokens", "lora_r", "gpus", "gpu_memory"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; choose a positive number")
-    inputs = {"--model-path": options.model_path}
-    if options.json and (message := find_overwrite({"--json": output_file(options.json)}, inputs)):
-        parser.error(message)
+    _check_options(parser, options)
+    from llava.model.planner.estimate import describe_plan, fits, plan_device
+    from llava.model.planner.gpus import describe_gpus
+
     try:
-        sizes = ModelSizes.of(config_of(options.model_path))
+        sizes = sizes_of(options.model_path)
+        run = _inference(options) if options.infer else _training(options, sizes)
     except (OSError, ValueError) as error:
         report_error(error)
         return WRONG_USAGE
-    available = round(options.gpu_memory * 1e9) if options.gpu_memory else None
-    if available is None:
-        available = _free_here()
-    run = _inference(options) if options.infer else _training(options)
-    print(
-        f"{'inference' if options.infer else 'training'} {options.model_path}\n{describe_plan(sizes, run, available)}"
-    )
-    parts = plan_inference(sizes, run) if options.infer else plan_training(sizes, run)
+    if options.table:
+        print(describe_gpus(sizes, run))
+        return FITS
+    available = round(options.gpu_memory * 1e9) if options.gpu_memory else _free_memory()
+    task, model = "inference" if options.infer else "training", options.model_path or "LLaVA-1.5-7B"
+    print(f"{task} {model}\n{describe_plan(sizes, run, available)}")
     if options.json:
-        plan = {"setup": dataclasses.asdict(run), "bytes": {**parts, "CUDA itself": CONTEXT_BYTES}}
-        options.json.write_text(json.dumps({**plan, "available": available}, indent=2) + "\n", encoding="utf-8")
-    return FITS if available is None or _fits(parts, available) else TOO_LARGE
+        setup = {field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "workload"}
+        plan = {"setup": setup, "bytes": plan_device(sizes, run, available), "available": available}
+        options.json.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    return FITS if available is None or fits(sizes, run, available) else TOO_LARGE
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for name in ("batch", "accumulation", "length", "max_new_tokens", "lora_r", "gpus", "gpu_memory"):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; choose a positive number")
+    if options.questions_per_image is not None and not 1 <= options.questions_per_image < float("inf"):
+        parser.error(f"--questions-per-image is {options.questions_per_image}; choose 1 or more")
+    if not 0 <= options.lora_dropout < 1:
+        parser.error(f"--lora-dropout is {options.lora_dropout:g}; choose a share from 0 to below 1")
+    if options.checkpoint_layers not in ("auto", "all") and not options.checkpoint_layers.isdecimal():
+        parser.error(f"--checkpoint-layers is {options.checkpoint_layers}; choose auto, all or a number")
+    inputs = {"--model-path": options.model_path, "--data": options.data}
+    if options.json and (message := find_overwrite({"--json": output_file(options.json)}, inputs)):
+        parser.error(message)
+
+
+def sizes_of(model_path: str | None) -> ModelSizes:
+    """Return the sizes of a model, or of LLaVA-1.5-7B.
+
+    Raises:
+        FileNotFoundError, ValueError: as `config_of`.
+    """
+    from llava.model.configuration import LlavaConfig
+    from llava.model.memory import ModelSizes
+    from llava.model.vision_tower import VIT_L_14_336
+
+    return ModelSizes.of(config_of(model_path) if model_path else LlavaConfig(mm_vision_config=dict(VIT_L_14_336)))
 
 
 def config_of(model_path: str) -> LlavaConfig:
@@ -294,7 +135,7 @@ def config_of(model_path: str) -> LlavaConfig:
         FileNotFoundError: if the model is not found.
         ValueError: if its config is of another architecture.
     """
-    from llava.model.checkpoint.checkpoint import open_checkpoint, read_config  # takes seconds: flags are parsed first
+    from llava.model.checkpoint.checkpoint import open_checkpoint, read_config
     from llava.model.checkpoint.hub import resolve_config
     from llava.model.vision_tower import VIT_L_14_336
 
@@ -304,31 +145,83 @@ def config_of(model_path: str) -> LlavaConfig:
     return config if config.mm_vision_config else open_checkpoint(model_path).config
 
 
-def _free_here() -> int | None:
-    from torch import cuda
+def _free_memory() -> int | None:
+    """Return the free bytes of this machine's GPU; None without one."""
+    import torch
 
     from llava.model.devices import free_memory
 
-    return free_memory("cuda") if cuda.is_available() else None
+    return free_memory("cuda") if torch.cuda.is_available() else None
 
 
-def _training(options: argparse.Namespace) -> Training:
+def _training(options: argparse.Namespace, sizes: ModelSizes) -> Training:
+    from llava.model.planner.setups import Training
+
     return Training(
+        _workload(options, sizes),
         kind=options.kind,
         batch=options.batch or 16,
-        length=options.length,
+        accumulation=options.accumulation,
         rank=options.lora_r,
         dropout=options.lora_dropout,
         bits=options.bits,
         checkpointing=not options.no_checkpointing,
+        checkpoint_layers=options.checkpoint_layers,
         zero=options.zero,
         offload=options.offload,
         gpus=options.gpus,
+        trains_tower=options.train_tower,
+        has_flex=not options.before_ampere,
     )
 
 
+def _workload(options: argparse.Namespace, sizes: ModelSizes) -> Workload:
+    from llava.model.planner.setups import PROMPT_LENGTH
+    from llava.model.planner.workload import SUFFIX, SYSTEM_PREFIX, TABLE_QUESTIONS, Packs, PaddedRows
+
+    if options.data:
+        return _packs_of(options.data, options.model_path, sizes.patches)
+    if options.no_sharing:
+        return PaddedRows(options.length or PROMPT_LENGTH)
+    suffix = max(options.length - SYSTEM_PREFIX - sizes.patches, 1) if options.length else SUFFIX
+    return Packs.of_mean(options.questions_per_image or TABLE_QUESTIONS, patches=sizes.patches, suffix=suffix)
+
+
+def _packs_of(data: str, model_path: str | None, patches: int) -> Workload:
+    """Return the packs of data files; tokens are counted by the model's tokenizer, without one by the text's bytes.
+
+    Raises:
+        OSError, ValueError: if a file or the tokenizer can't be read, or no record can be trained on.
+    """
+    from llava.constants import DEFAULT_TEMPLATE
+    from llava.model.planner.data_packs import ByteChunks, packs_of_data
+
+    tokenizer = _tokenizer_of(model_path) if model_path else None
+    template = (config_of(model_path).conversation_template if model_path else None) or DEFAULT_TEMPLATE
+    packs, left_out = packs_of_data(data, template, tokenizer or ByteChunks(), patches=patches)
+    rows, images = len(packs.sharing.suffixes), sum(packs.images)
+    note = "" if tokenizer else "; tokens estimated from the text's length: no --model-path with a tokenizer was given"
+    print(f"{data}: {rows:,} rows, {rows / max(images, 1):.2f} questions per image{note}")
+    if left_out:
+        print(f"{left_out:,} rows can't be trained on and are not counted; python -m llava.data.doctor lists them")
+    return packs
+
+
+def _tokenizer_of(model_path: str) -> LlavaTokenizer | None:
+    """Return a model's tokenizer; None if only its config is on this machine."""
+    from llava.model.checkpoint.checkpoint import open_tokenizer
+    from llava.model.checkpoint.hub import resolve_config
+
+    try:
+        return open_tokenizer(resolve_config(model_path), config_of(model_path))
+    except FileNotFoundError:
+        return None
+
+
 def _inference(options: argparse.Namespace) -> Inference:
-    return Inference(options.batch or 1, options.length, options.max_new_tokens, options.bits)
+    from llava.model.planner.setups import PROMPT_LENGTH, Inference
+
+    return Inference(options.batch or 1, options.length or PROMPT_LENGTH, options.max_new_tokens, options.bits)
 
 
 if __name__ == "__main__":

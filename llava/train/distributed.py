@@ -29,6 +29,12 @@ def max_over_ranks(flags: Sequence[float | Tensor], device: torch.device) -> lis
     return values.tolist()
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Tell whether an error of a collective says that another rank has ended; that rank says why."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+    return torch.distributed.is_initialized() and any(text in str(error) for text in texts)
+
+
 def gather_objects(value: object) -> list[Any]:
     """Return each rank's value, in the order of ranks; every rank must call it."""
     if not torch.distributed.is_initialized():

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.utils.data import Sampler
 
@@ -16,10 +17,11 @@ from llava.constants import MASK_BLOCK
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.packed_dataset import PackCollator, PackedDataset
 from llava.data.packing import padded_length
-from llava.data.prefix_sampler import SharedPrefixSampler, Sharing, batch_costs, find_sharing, waiting_share
+from llava.data.prefix_sampler import Sharing, waiting_share
 from llava.data.records import EncodedRecord, spliced_length
 from llava.model.capabilities import Capabilities, capabilities_of, feature
 from llava.model.packed.forward import PackedLlavaForCausalLM
+from llava.model.planner.workload import Packs, PaddedRows, Workload
 from llava.train.flags.arguments import zero_stage
 from llava.train.flags.training_arguments import TrainingArguments
 
@@ -41,18 +43,14 @@ class BatchPlan(NamedTuple):
         patches: positions of one image.
         sampler: order of the rows; None = the trainer's own.
         costs: upper bound of the positions of each batch of the first epoch; empty if rows are not packed.
+        workload: the same rows for the memory planner.
     """
 
     records: Sequence[EncodedRecord]
     patches: int
     sampler: Sampler | None
     costs: list[int]
-
-    def planned_lengths(self, batch_size: int) -> list[int]:
-        """Return the positions of each row for the memory estimate; in packs, a row's share of the largest one."""
-        if self.costs:
-            return [-(-max(self.costs) // batch_size)]
-        return [spliced_length(record.input_ids, self.patches) for record in self.records]
+    workload: Workload
 
 
 class Loader(NamedTuple):
@@ -119,6 +117,8 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerEx
         reason = llava.fuse_lora(compiled=execution.compiled) if is_whole else "the weights are partitioned"
         if reason and training_args.fuse_lora == "on":
             raise ValueError(f"--fuse_lora on: {reason}; leave it out")
+        if training_args.device.type == "cuda":  # else the separate weights, 9 GB of 7B, stay in the allocator as used
+            torch.cuda.empty_cache()
     if execution.compiled and llava.fused_lora is None:
         llava.compile_layers()
     if execution.compiled:
@@ -141,15 +141,15 @@ def plan_batches(records: Sequence[EncodedRecord], patches: int, training_args: 
 
     An image takes `patches` positions.
     """
-    if not training_args.share_image_prefix:
-        return BatchPlan(records, patches, None, [])
     lengths = [spliced_length(record.input_ids, patches) for record in records]
-    sharing = find_sharing(records, lengths)
+    if not training_args.share_image_prefix:
+        rows = PaddedRows(max(lengths), len(set(lengths)) > 1, sum(lengths) / len(lengths))
+        return BatchPlan(records, patches, None, [], rows)
+    packs = Packs.of_records(records, lengths, training_args.seed)
     batch_size, world_size = training_args.train_batch_size, training_args.world_size
-    sampler = SharedPrefixSampler(sharing, batch_size, world_size, training_args.seed) if sharing.saves else None
-    costs = sampler.costs() if sampler else batch_costs(range(len(records)), batch_size, sharing)
-    logger.info(describe_sharing(sharing, lengths, costs, world_size))
-    return BatchPlan(records, patches, sampler, costs)
+    costs = packs.costs(batch_size, world_size)
+    logger.info(describe_sharing(packs.sharing, lengths, costs, world_size))
+    return BatchPlan(records, patches, packs.sampler(batch_size, world_size), costs, packs)
 
 
 def build_loader(

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 import transformers
 from torch import nn
 
 from llava.data.dataset import ImageSettings
+from llava.data.records import EncodedRecord
+from llava.model.checkpoint.checkpoint import Checkpoint
 from llava.model.configuration import features_per_image
 from llava.train.activation_checkpointing import FewestCheckpoints
+from llava.train.batch_fit import describe_way_out, fit_batches
 from llava.train.callbacks import CurvePlot, EarlyStopping, FileLog, LastValidation, UnlinkSharedMemory
 from llava.train.data_setup import check_records, load_records
+from llava.train.fault_tolerance.out_of_memory import explained_out_of_memory
 from llava.train.fault_tolerance.resume import find_resume_point
 from llava.train.flags.arguments import DataArguments, ModelArguments
 from llava.train.flags.requirements import refuse_missing_launcher
 from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.model_setup import adapter_rank, add_trained_weights, build_saver, load_model, open_base
-from llava.train.packing_setup import Loader, build_loader, plan_batches, prepare_model
-from llava.train.run_summary import print_machine, print_memory_plan, print_summary
+from llava.train.packing_setup import BatchPlan, Loader, build_loader, plan_batches, prepare_model
+from llava.train.run_summary import print_machine, print_summary
 from llava.train.saving import Saver
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.evaluator import Evaluator
@@ -36,6 +41,7 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, training_
         FileNotFoundError: if a file is missing.
         ValueError: if data, checkpoint and flags contradict each other, or a loss is not finite.
         Stopped: on a signal, after the state is saved.
+        OutOfMemory: if the memory ran out; the message says what to pass.
     """
     prepare_process(training_args)
     base = open_base(model_args, data_args, training_args)
@@ -43,8 +49,25 @@ def run_training(model_args: ModelArguments, data_args: DataArguments, training_
     records, held_out = load_records(base, data_args, training_args)
     check_records(records, held_out, training_args)
     plan = plan_batches(records, features_per_image(base.config, base.config.mm_vision_config), training_args)
-    print_memory_plan(plan, base.config, model_args, training_args)
+    plan, fitted = fit_batches(plan, base.config, model_args, training_args)
+    with explained_out_of_memory(training_args, lambda: describe_way_out(fitted)):
+        train_model(base, plan, held_out, model_args, data_args, training_args)
 
+
+def train_model(
+    base: Checkpoint,
+    plan: BatchPlan,
+    held_out: Sequence[EncodedRecord],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Load the weights, train on the planned batches, validate on the records held out, save.
+
+    Raises:
+        ValueError, Stopped: as `run_training`.
+    """
+    records = plan.records
     start = add_trained_weights(base, model_args, training_args)
     model = load_model(start, model_args, training_args)
     execution = prepare_model(model, training_args)

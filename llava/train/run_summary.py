@@ -12,14 +12,10 @@ from llava.files.terminal_text import print_text
 from llava.model.capabilities import capabilities_of
 from llava.model.checkpoint.checkpoint import Checkpoint
 from llava.model.configuration import LlavaConfig
-from llava.model.devices import free_memory
-from llava.model.memory import ModelSizes
-from llava.model.plan import Training, describe_plan
 from llava.tokenization.llama_tokenizer import LlavaTokenizer
-from llava.train.flags.arguments import ModelArguments, is_first_process, is_offloaded, output_kind, zero_stage
+from llava.train.flags.arguments import ModelArguments, is_first_process, output_kind
 from llava.train.flags.training_arguments import TrainingArguments
-from llava.train.model_setup import adapter_rank
-from llava.train.packing_setup import BatchPlan, describe_execution
+from llava.train.packing_setup import describe_execution
 from llava.train.validation.evaluator import Evaluator
 
 
@@ -53,17 +49,6 @@ def print_machine(config: LlavaConfig, training_args: TrainingArguments) -> None
     if is_first_process():
         can = capabilities_of(training_args.device)
         print_text(describe_execution(can, config.head_dim, training_args), flush=True)
-
-
-def print_memory_plan(
-    plan: BatchPlan, config: LlavaConfig, model_args: ModelArguments, training_args: TrainingArguments
-) -> None:
-    """Print the memory estimate of a GPU, before the weights are loaded; nothing on other devices."""
-    if training_args.device.type == "cuda" and is_first_process():
-        kind, rank = output_kind(model_args, training_args), adapter_rank(training_args)
-        lengths = plan.planned_lengths(training_args.train_batch_size)
-        free = free_memory(training_args.device)
-        print(describe_memory(config, training_args, kind, rank, lengths, free), flush=True)
 
 
 def mark_supervised(record: EncodedRecord, tokenizer: LlavaTokenizer) -> str:
@@ -102,31 +87,3 @@ def describe_run(
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in lines)
-
-
-def describe_memory(
-    config: LlavaConfig, training_args: TrainingArguments, kind: str, rank: int, lengths: Sequence[int], available: int
-) -> str:
-    """Return the memory estimate: what the run needs on each GPU, what is free, and flags that would fit.
-
-    Args:
-        kind: from `output_kind`.
-        rank: of the adapters, 0 without.
-        lengths: of the rows, in positions.
-        available: bytes free on the GPU, before the model is loaded.
-    """
-    run = Training(
-        kind=kind,
-        batch=training_args.per_device_train_batch_size,
-        accumulation=training_args.gradient_accumulation_steps,
-        length=max(lengths),
-        is_padded=len(set(lengths)) > 1,
-        rank=rank,
-        dropout=training_args.lora_dropout,
-        bits=training_args.bits,
-        checkpointing=training_args.checkpoints_activations,
-        zero=zero_stage(training_args.deepspeed),
-        offload=is_offloaded(training_args.deepspeed),
-        gpus=training_args.world_size,
-    )
-    return f"memory on each GPU, estimated\n{describe_plan(ModelSizes.of(config), run, available)}"

@@ -6,6 +6,7 @@ Run by the scripts in `scripts/v1_5`: `deepspeed llava/train/train_mem.py --mode
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from torch import distributed  # takes seconds, like the recipe: only flags that can be used get here
 
+    from llava.train.distributed import is_lost_connection
+    from llava.train.fault_tolerance.out_of_memory import OutOfMemory
     from llava.train.fault_tolerance.signals import Stopped
     from llava.train.recipe import run_training
 
@@ -41,7 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         logger.debug("", exc_info=True)
         return _fail(error, code=1)
+    except OutOfMemory as error:
+        report_error(error)
+        _end_with_others(code=1)
+        return 1
     except RuntimeError as error:
+        if is_lost_connection(error):
+            report_error(f"process {os.environ.get('RANK', '0')} lost another one, whose message says why")
+            _end_with_others(code=1)
         if "ImageError" not in str(error):  # how an image that can't be decoded arrives from a worker process
             raise
         return _fail(str(error).strip().splitlines()[-1], code=1)
@@ -61,6 +71,16 @@ def train(attn_implementation: str | None = None) -> None:
         logger.warning("attn_implementation %s is not used; training attends through PyTorch", attn_implementation)
     if code := main():
         raise SystemExit(code)
+
+
+def _end_with_others(*, code: int) -> None:
+    """End the process at once if there are others: they wait in a collective operation that it won't join."""
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _fail(error: str | Exception, *, code: int) -> int:

@@ -5,6 +5,7 @@
 # ZERO is the DeepSpeed config (scripts/zero2.json, zero3.json, zero3_offload.json) or none; GPUS how many (default: all).
 # PORT is for the processes to find each other (default: 29500, torchrun: a free one); two runs on a machine need two.
 # SIGTERM and SIGUSR1, which schedulers send, reach the training processes: they save and end.
+# A batch that does not fit the GPU's memory is divided (`--fit auto`), rows per step unchanged; --fit off leaves it as it is.
 # HOSTFILE lists the machines to use, one "name slots=GPUS" a line (default: this one alone); see docs/multi_gpu.md.
 # VAL_SHARE=0.02 holds that share of the images out: loss and accuracy on them are logged every EVAL_STEPS steps, and the
 # checkpoint with the best accuracy is what is left at the end. A script passes them on in front of its own flags.
@@ -47,6 +48,7 @@ start_training() {
     exec "${command[@]}" \
         --num_train_epochs 1 \
         --gradient_accumulation_steps 1 \
+        --fit auto \
         --eval_strategy no \
         --save_strategy steps --save_total_limit 2 \
         --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine \

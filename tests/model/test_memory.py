@@ -13,6 +13,7 @@ from torch import nn
 from llava.model.configuration import LlavaConfig
 from llava.model.memory import (
     ModelSizes,
+    StepLoad,
     cache_bytes,
     fused_activations,
     layer_activations,
@@ -164,18 +165,43 @@ def test_a_padded_batch_saves_a_row_of_the_mask_for_each_position():
 
 
 def test_checkpointing_saves_one_layer_and_every_layers_input():
-    options = {"batch": 2, "length": 640, "rank": 128, "dropout": 0.05, "is_padded": False}
-    whole = training_peak(LLAVA_7B, checkpointing=False, **options)
-    saved = training_peak(LLAVA_7B, checkpointing=True, **options)
-    block = layer_activations(LLAVA_7B, length=640, rank=128, dropout=0.05, is_padded=False)
-    assert whole - saved == 2 * 640 * 32 * (block - 2 * 4096)
-    assert loss_bytes(LLAVA_7B) > block  # so the peak is where the logits are, in both
+    load = StepLoad(positions=2 * 640, images=2, predicted=2 * 640)
+    options = {"rank": 128, "dropout": 0.05, "is_fused": False}
+    peaks = [training_peak(LLAVA_7B, load, checkpointed=count, **options) for count in range(33)]
+    block = layer_activations(LLAVA_7B, length=0, rank=128, dropout=0.05, is_padded=False)
+    assert peaks[0] - peaks[32] == 2 * 640 * 32 * (block - 2 * 4096)
+    assert loss_bytes(LLAVA_7B) > block  # so the peak is where the logits are, in all of them
+    assert {one - other for one, other in itertools.pairwise(peaks)} == {2 * 640 * (block - 2 * 4096)}
+
+
+def test_the_peak_of_packs_is_where_the_first_checkpointed_layer_is_computed_again():
+    """Few logits are computed, so that all layers' inputs, one layer's activations and its gradients are most."""
+    load = StepLoad(positions=1000, images=0, predicted=64)
+    peak = training_peak(LLAVA_7B, load, rank=128, dropout=0.05, is_fused=True, checkpointed=32)
+    block = fused_activations(LLAVA_7B, rank=128, dropout=0.05)
+    kept_by_all = 31 * 2 * 4096 + block + 2 * (3 * 11008 + 2 * 4096) + 8 * 4096
+    assert peak == 1000 * kept_by_all
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_more_checkpointed_layers_never_need_more(is_fused):
+    load = StepLoad(positions=3328, images=5, predicted=64)
+    options = {"rank": 128, "dropout": 0.05, "is_fused": is_fused}
+    peaks = [training_peak(LLAVA_7B, load, checkpointed=count, **options) for count in range(1, 32)]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_masks_rows_are_counted_for_packs_with_dense_masks():
+    options = {"rank": 8, "dropout": 0.0, "is_fused": False, "checkpointed": 0}
+    dense, blocks = (training_peak(LLAVA_7B, StepLoad(2048, 3, 64, length), **options) for length in (2048, 0))
+    assert dense - blocks == 32 * 2048 * 2 * 2048
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"zero": 0, "gpus": 1, "offload": False}, 18),  # fp32 parameter, gradient, two moments; autocast's copy
+        ({"zero": 0, "gpus": 2, "offload": False}, 22),  # and DDP's buckets
         ({"zero": 2, "gpus": 1, "offload": False}, 16),
         ({"zero": 2, "gpus": 4, "offload": False}, 5.5),
         ({"zero": 3, "gpus": 4, "offload": False}, 4),

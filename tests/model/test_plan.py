@@ -1,107 +1,26 @@
-"""The plan prints needed and available memory, and the nearest setup that fits."""
+"""The planner's command line."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from llava.model import devices
-from llava.model.plan import (
-    CONTEXT_BYTES,
-    Inference,
-    Training,
-    describe_plan,
-    fitting_inference,
-    fitting_training,
-    main,
-    plan_inference,
-    plan_training,
-)
-from tests.model.test_memory import LLAVA_7B, LLAVA_TINY
+from llava.model import devices, plan
+from llava.model.plan import main
+from tests.model.test_memory import LLAVA_TINY
 
 GB = 10**9
-
-
-def need(run):
-    parts = plan_training(LLAVA_7B, run) if isinstance(run, Training) else plan_inference(LLAVA_7B, run)
-    return sum(parts.values()) + CONTEXT_BYTES
-
-
-def test_the_task_script_on_80_gb():
-    assert describe_plan(LLAVA_7B, Training(), 80 * GB).splitlines() == [
-        "  frozen weights                           14.1 GB",
-        "  trained weights, gradients, optimizer     5.5 GB",
-        "  activations                               7.8 GB",
-        "  CUDA itself                               0.8 GB",
-        "  needed on each GPU                       28.1 GB",
-        "  available                                80.0 GB",
-        "it fits",
-    ]
-
-
-def test_without_a_gpu_only_the_needed_memory_is_printed():
-    assert describe_plan(LLAVA_7B, Inference(), None).splitlines()[-1].split() == [
-        "needed", "on", "each", "GPU", "15.3", "GB",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("run", "available", "flags"),
-    [
-        (Training(checkpointing=False), 40, "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
-         "--gradient_checkpointing True --deepspeed scripts/zero2.json"),
-        (Training(), 24, "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 "
-         "--gradient_checkpointing True --deepspeed scripts/zero2.json"),
-        (Training(rank=16), 16, "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
-         "--gradient_checkpointing True --bits 4 --deepspeed scripts/zero2.json"),
-        (Training(kind="full", gpus=8), 80, "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
-         "--gradient_checkpointing True --deepspeed scripts/zero2.json"),
-        (Inference(batch=32), 24, "--batch-size 16"),
-        (Inference(batch=32), 16, "--batch-size 2"),
-        (Inference(), 12, "--batch-size 1 --load-8bit"),
-        (Inference(), 8, "--batch-size 1 --load-4bit"),
-    ],
-)  # fmt: skip
-def test_the_nearest_setup_that_fits(run, available, flags):
-    fitting = fitting_training if isinstance(run, Training) else fitting_inference
-    found = fitting(LLAVA_7B, run, available * GB)
-    assert found.flags() == flags
-    assert need(found) <= available * GB
-    text = describe_plan(LLAVA_7B, run, available * GB)
-    assert text.endswith("it fits" if found == run else f": {flags}")
-
-
-@pytest.mark.parametrize("run", [Training(), Training(kind="full"), Inference()])
-def test_nothing_fits(run):
-    message = "it does not fit, nor does anything smaller on such a GPU; use a larger one"
-    assert describe_plan(LLAVA_7B, run, 2 * GB).endswith(message)
-
-
-def test_rows_a_step_stay_the_same():
-    for rows in (16, 12, 7):
-        found = fitting_training(LLAVA_7B, Training(batch=rows), 22 * GB)
-        assert found.batch * found.accumulation >= rows
-        assert found.batch * (found.accumulation - 1) < rows
-
-
-@pytest.mark.parametrize("field", ["batch", "length", "rank"])
-def test_more_needs_more(field):
-    run = Training()
-    assert need(dataclasses.replace(run, **{field: 2 * getattr(run, field)})) > need(run)
-
-
-def test_what_is_partitioned_shrinks_with_gpus():
-    one, four = (need(Training(kind="full", zero=3, gpus=gpus)) for gpus in (1, 4))
-    assert one - four == pytest.approx(0.75 * 16 * (LLAVA_7B.llm_parameters + LLAVA_7B.projector_parameters), rel=0.02)
 
 
 def test_the_program(capsys, tmp_path):
     words = ["--model-path", str(LLAVA_TINY), "--batch", "4", "--length", "99", "--lora-r", "8"]
     assert main([*words, "--gpu-memory", "4", "--json", str(tmp_path / "plan.json")]) == 0
-    assert capsys.readouterr().out.startswith(f"training {LLAVA_TINY}\n  frozen weights  ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"training {LLAVA_TINY}"
+    assert lines[2].startswith("  frozen weights  ")
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["available"] == 4 * GB
     assert (written["setup"]["batch"], written["setup"]["rank"]) == (4, 8)
@@ -110,8 +29,42 @@ def test_the_program(capsys, tmp_path):
     assert "it does not fit, nor does anything smaller" in capsys.readouterr().out
 
 
+def test_without_a_model_it_is_the_7b(capsys):
+    assert main(["--train", "--questions-per-image", "4.2", "--gpu-memory", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "training LLaVA-1.5-7B"
+    assert "batches of 16: 3," in lines[1]
+    assert "4.0 questions per image" in lines[1]
+    assert main(["--no-sharing", "--gpu-memory", "24"]) == 1
+    assert "batches of 16: 10,240 positions; activation" in capsys.readouterr().out
+
+
+@pytest.fixture
+def data(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]
+    rows = [{"image": f"{index // 4}.jpg", "conversations": turns} for index in range(64)]
+    (tmp_path / "data.json").write_text(json.dumps([*rows, {"image": "no turns"}]))
+    return tmp_path / "data.json"
+
+
+def test_packs_of_real_records_are_counted(data, capsys):
+    assert main(["--train", "--data", str(data), "--gpu-memory", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    note = "; tokens estimated from the text's length: no --model-path with a tokenizer was given"
+    assert lines[0] == f"{data}: 64 rows, 4.00 questions per image{note}"
+    assert lines[1] == "1 rows can't be trained on and are not counted; python -m llava.data.doctor lists them"
+    assert "4.0 questions per image" in lines[3]
+    assert main(["--data", str(data), "--model-path", str(LLAVA_TINY), "--gpu-memory", "24"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{data}: 64 rows, 4.00 questions per image"
+
+
+def test_a_missing_data_file(tmp_path, capsys):
+    assert main(["--data", str(tmp_path / "none.json")]) == 2
+    assert "none.json not found" in capsys.readouterr().err
+
+
 def test_free_memory_is_read_from_the_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(devices, "free_memory", lambda device: 7 * GB)
     assert main(["--model-path", str(LLAVA_TINY), "--infer"]) == 0
     assert capsys.readouterr().out.splitlines()[-2].split() == ["available", "7.0", "GB"]
@@ -128,7 +81,16 @@ def test_the_weights_are_not_needed(goldens, copy_golden, change_config, tmp_pat
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--batch", "0"], "--batch is 0; choose a positive number"), (["--kind", "x"], "invalid choice: 'x'")],
+    [
+        (["--batch", "0"], "--batch is 0; choose a positive number"),
+        (["--gpu-memory", "inf"], "--gpu-memory is inf; choose a positive number"),
+        (["--questions-per-image", "0.5"], "--questions-per-image is 0.5; choose 1 or more"),
+        (["--questions-per-image", "nan"], "--questions-per-image is nan; choose 1 or more"),
+        (["--lora-dropout", "1"], "--lora-dropout is 1; choose a share from 0 to below 1"),
+        (["--checkpoint-layers", "some"], "--checkpoint-layers is some; choose auto, all or a number"),
+        (["--data", "x", "--no-sharing"], "not allowed with argument"),
+        (["--kind", "x"], "invalid choice: 'x'"),
+    ],
 )
 def test_wrong_usage(capsys, words, message):
     with pytest.raises(SystemExit) as ended:
@@ -140,3 +102,10 @@ def test_wrong_usage(capsys, words, message):
 def test_a_missing_model(capsys, tmp_path):
     assert main(["--model-path", str(tmp_path / "none")]) == 2
     assert "is neither a directory nor complete in the hub's cache" in capsys.readouterr().err
+
+
+def test_flags_are_parsed_before_torch_is_imported():
+    code = f"import sys; sys.argv = ['plan', '--bits', '3']; import runpy\ntry: runpy.run_module({plan.__name__!r}, "
+    code += "run_name='__main__')\nexcept SystemExit as ended: print(ended.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]

@@ -12,10 +12,10 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llava.model import memory
-from llava.model.memory import ModelSizes
+from llava.model.memory import ModelSizes, StepLoad, fewest_checkpointed
 from llava.model.vision_tower import CLIPVisionTower
 from llava.train import activation_checkpointing as recompute
-from llava.train.activation_checkpointing import FewestCheckpoints, layers_to_checkpoint
+from llava.train.activation_checkpointing import FewestCheckpoints
 
 SIZES = ModelSizes(
     layers=32,
@@ -32,42 +32,32 @@ SIZES = ModelSizes(
 )
 
 
-def block(dropout):
-    return memory.layer_activations(SIZES, length=0, rank=128, dropout=dropout, is_padded=False)
-
-
-STEP = {"positions": 4096, "block": block(0.05), "reserved": 5_000_000_000}
+def peak(count, dropout=0.05):
+    load = StepLoad(positions=4096, images=8, predicted=0)
+    return memory.training_peak(SIZES, load, rank=128, dropout=dropout, is_fused=False, checkpointed=count)
 
 
 def test_ample_memory_checkpoints_no_layer_and_no_memory_all():
-    assert layers_to_checkpoint(SIZES, **STEP, available=10**12) == 0
-    assert layers_to_checkpoint(SIZES, **STEP, available=0) == 32
+    assert fewest_checkpointed(peak, 32, 10**12) == 0
+    assert fewest_checkpointed(peak, 32, 0) == 32
 
 
 def test_more_memory_never_means_more_layers():
-    counts = [layers_to_checkpoint(SIZES, **STEP, available=size * 10**9) for size in range(0, 80, 2)]
+    counts = [fewest_checkpointed(peak, 32, size * 10**9) for size in range(0, 60, 2)]
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) > 10
 
 
 def test_what_is_chosen_fits_and_one_layer_fewer_does_not():
-    available = 30 * 10**9
-    count = layers_to_checkpoint(SIZES, **STEP, available=available)
-
-    def needed(layers):
-        per_position = layers * 2 * 4096 + (32 - layers) * block(0.05) + block(0.05)
-        per_position += 8 * 4096 + memory.backward_workspace(SIZES) + 2 * (1024 + 2 * 4096)
-        return STEP["reserved"] + STEP["positions"] * per_position
-
+    budget = 20 * 10**9
+    count = fewest_checkpointed(peak, 32, budget)
     assert 0 < count < 32
-    assert needed(count) <= recompute.USABLE_SHARE * available < needed(count - 1)
+    assert peak(count) <= budget < peak(count - 1)
 
 
 def test_without_dropout_fewer_layers_are_checkpointed():
-    with_dropout, without = (
-        layers_to_checkpoint(SIZES, **{**STEP, "block": block(rate)}, available=30 * 10**9) for rate in (0.05, 0.0)
-    )
-    assert without < with_dropout
+    budget = 20 * 10**9
+    assert fewest_checkpointed(lambda count: peak(count, 0.0), 32, budget) < fewest_checkpointed(peak, 32, budget)
 
 
 def arguments(**changes):

@@ -21,6 +21,7 @@ from llava.data.records import EncodedRecord
 from llava.model.capabilities import choose
 from llava.model.checkpoint.read_tensors import open_tensor_file
 from llava.model.configuration import features_per_image
+from llava.model.memory import StepLoad
 from llava.train.lora import add_lora, choose_trainable
 from llava.train.packing_setup import (
     LayerExecution,
@@ -157,11 +158,14 @@ def feed(records, execution=DENSE, **changes):
     return build_loader(plan, CLIPPixels(2), ImageSettings("pad"), 0, arguments(**changes), execution)
 
 
-def test_the_plan_of_memory_counts_a_rows_share_of_the_largest_pack():
+def test_the_planner_is_given_the_packs_that_are_trained_on():
     records = [question("a", 5), question("a", 6), question("b", 5)]
-    flags = {"train_batch_size": 3}
-    assert plan_batches(records, 4, arguments(**flags)).planned_lengths(3) == [5]  # system prefix 1, 4 + 2 + 2, 4 + 2
-    assert plan_batches(records, 4, arguments(**flags, share_image_prefix=False)).planned_lengths(3) == [7, 7, 7]
+    plan = plan_batches(records, 4, arguments(train_batch_size=3))
+    assert plan.costs == plan.workload.costs(3) == [15]  # system prefix 1, 4 + 2 + 2, 4 + 2
+    assert plan.sampler.order() == plan.workload.order(3)
+    assert plan.workload.largest(3, budget=8) == StepLoad(positions=18, images=2, predicted=64, masked_length=9)
+    rows = plan_batches(records, 4, arguments(train_batch_size=3, share_image_prefix=False)).workload
+    assert rows.largest(3) == StepLoad(positions=21, images=3, predicted=21)
 
 
 def test_dataset_collator_and_sampler(tmp_path):

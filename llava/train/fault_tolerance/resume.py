@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from llava.constants import STATE_FILE
 from llava.files.atomic_files import atomic_write
@@ -13,6 +14,7 @@ from llava.train.fault_tolerance.checkpoint_dir import (
     MANIFEST_FILE,
     DamagedCheckpoint,
     clear_leftovers,
+    list_checkpoints,
     newest_valid,
     set_aside,
     verify,
@@ -59,6 +61,24 @@ def find_resume_point(training_args: TrainingArguments, manifest: str) -> str | 
             "--save_on_each_node True from the start"
         )
     return chosen
+
+
+def former_settings(training_args: TrainingArguments) -> dict[str, Any]:
+    """Return the `training.json` of the checkpoint that this run will resume from, without verifying it.
+
+    Empty if the run starts over, or the file is missing or damaged.
+    """
+    asked = str(training_args.resume_from_checkpoint or "")
+    if asked.lower() in START_OVER:
+        return {}
+    checkpoints = list_checkpoints(training_args.output_dir)
+    if asked.lower() in AUTOMATIC and not checkpoints:
+        return {}
+    path = (checkpoints[max(checkpoints)] if asked.lower() in AUTOMATIC else Path(asked)) / TRAINING_FILE
+    try:
+        return read_settings(path, is_finite=False) if path.is_file() else {}
+    except ValueError:
+        return {}
 
 
 def _choose(training_args: TrainingArguments, manifest: str) -> str | None:

@@ -117,6 +117,7 @@ class TrainingFlags:
     checkpoint_layers: str = _flag(
         "auto", "Layers with --gradient_checkpointing: auto (on CUDA what memory needs), all, or N."
     )
+    fit: str = _flag("off", "auto: on CUDA a micro-batch that fits the memory, the rows per step unchanged; off.")
     bits: int = _flag(16, "16, or 8 or 4 for a quantized LLM (bitsandbytes) under LoRA.")
     double_quant: bool = _flag(True, "With --bits 4: always True, the scales are quantized too.")
     quant_type: str = _flag("nf4", "With --bits 4: nf4, the only type.")

@@ -218,6 +218,11 @@ def _step_rules(training: TrainingArguments) -> list[Rule]:
             bool(training.label_smoothing_factor),
             "--label_smoothing_factor can't be computed on images' patches; leave it out",
         ),
+        (training.fit not in ("auto", "off"), f"--fit {training.fit}: choose auto or off"),
+        (
+            training.fit == "auto" and training.auto_find_batch_size,
+            "--auto_find_batch_size True and --fit auto both choose the batch; pass --fit off",
+        ),
         (training.sanity_check < 0, f"--sanity_check {training.sanity_check}: pass the number of steps, or 0"),
     ]
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTING = checkpointing_flag([entry.name for entry in dataclasses.fields(transformers.TrainingArguments)])
 """Flag of activation checkpointing in the installed version of transformers."""
+_DEEPSPEED_BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 
 
 @dataclass
@@ -79,6 +80,29 @@ def enable_activation_checkpointing(model: nn.Module, training: TrainingArgument
     """Turn on activation checkpointing, whatever this version of transformers calls it."""
     settings = {f"{CHECKPOINTING}_kwargs": getattr(training, f"{CHECKPOINTING}_kwargs")}
     getattr(model, f"{CHECKPOINTING}_enable")(**settings)
+
+
+def set_batch(training: TrainingArguments, batch: int, accumulation: int) -> None:
+    """Change the micro-batch and its accumulation of parsed flags, in DeepSpeed's config too.
+
+    Raises:
+        ValueError: if that config has numbers of its own for them.
+    """
+    content = read_json_flag("deepspeed", training.deepspeed)
+    fixed = [key for key in _DEEPSPEED_BATCH if content.get(key, "auto") != "auto"]
+    if fixed:
+        raise ValueError(
+            f"--deepspeed {training.deepspeed} sets {fixed[0]} to {content[fixed[0]]}, and --fit auto would train "
+            f'batches of {batch}; write "auto" there, or pass --fit off'
+        )
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = batch, accumulation
+    if training.deepspeed:  # as transformers does in its search for hyperparameters
+        from accelerate.utils import DeepSpeedPlugin
+        from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+        training.hf_deepspeed_config = HfTrainerDeepSpeedConfig(training.deepspeed)
+        training.hf_deepspeed_config.trainer_config_process(training)
+        training.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=training.hf_deepspeed_config)
 
 
 def _check_accelerator_config(config: str | dict | None) -> None:
