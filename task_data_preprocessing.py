@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from llava.data.table.read import Columns, TableError, TableRow, read_table
+from llava.data.table.bad_rows import TableError
+from llava.data.table.options import add_table_flags, table_options
+from llava.data.table.read import TableRow, read_table
 from llava.data.table.write import (
-    COCO_IMAGE_NAME,
     QUESTION_FIELDS,
     RECORD_FIELDS,
-    build_image_namer,
     check_images,
     format_questions_jsonl,
     format_training_json,
@@ -61,16 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", metavar="CSV", help=f"table to read (default: {train[0]}; with --mode infer: {infer[0]})")
     add("--output", metavar="FILE", help=f"file to write (default: {train[1]}; with --mode infer: {infer[1]})")
     add(
-        "--image_name",
-        metavar="TEMPLATE",
-        type=_image_name_template,
-        default=COCO_IMAGE_NAME,
-        help="file name of an image; {id} stands for its number (default: %(default)s)",
-    )
-    for field, name in Columns()._asdict().items():
-        default = None if field == "answer" else name  # None: the flag was not given
-        add(f"--{field}_column", metavar="NAME", default=default, help=f"column with the {field} (default: {name})")
-    add(
         "--keep",
         metavar="COLUMN",
         nargs="+",
@@ -86,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val_output", metavar="FILE", help="file for the validation share (default: --output with _val in its name)")
     add("--seed", type=int, help="decides which images --val_share takes (default: 0)")
     add("--check_images", metavar="DIR", help="folder in which every image must be a file (default: not checked)")
+    add_table_flags(parser)
     return parser
 
 
@@ -100,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse(argv)
     try:
-        rows = read_table(args.input, args.columns, args.keep)
+        table = read_table(args.input, table_options(args, keep=args.keep, has_answers=args.mode == "train"))
         if args.check_images is not None:
-            check_images(rows, build_image_namer(args.image_name), args.check_images, args.input)
-        outputs = _divide(rows, args)
+            check_images(table.rows, args.check_images, args.input)
+        outputs = _divide(table.rows, args)
     except TableError as error:
         report_error(f"{error}\nNothing was written.")
         return 1
@@ -137,8 +128,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         output = Path(args.output)
         args.val_output = str(output.with_name(f"{output.name.removesuffix(output.suffix)}_val{output.suffix}"))
     args.seed = args.seed or 0
-    answer = None if args.mode == "infer" else args.answer_column or Columns().answer
-    args.columns = Columns(args.image_id_column, args.question_column, args.question_id_column, answer)
     outputs = {"--output": args.output, "--val_output": args.val_output}
     written = {flag: output_file(path) for flag, path in outputs.items() if path is not None}
     if message := find_overwrite(written, {"--input": args.input}):
@@ -147,14 +136,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if bad := [name for name in args.keep if name in reserved or args.keep.count(name) > 1]:
         parser.error(f"--keep {bad[0]}: every record has that key already; rename the column or leave it out")
     return args
-
-
-def _image_name_template(text: str) -> str:
-    try:
-        build_image_namer(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 def _share(text: str) -> float:
@@ -175,11 +156,10 @@ def _divide(rows: list[TableRow], args: argparse.Namespace) -> list[tuple[str, l
 def _write(outputs: Sequence[tuple[str, list[TableRow]]], args: argparse.Namespace) -> None:
     """Write all files or, when one of them fails, none."""
     format_rows = format_questions_jsonl if args.mode == "infer" else format_training_json
-    name_image = build_image_namer(args.image_name)
     with ExitStack() as stack:
         for path, rows in outputs:
             stream = stack.enter_context(atomic_write(path))
-            stream.writelines(format_rows(rows, name_image, args.keep))
+            stream.writelines(format_rows(rows, args.keep))
             stream.flush()
             os.fsync(stream.fileno())  # all content is on disk before the first file takes its place
 

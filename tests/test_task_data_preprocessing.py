@@ -195,7 +195,7 @@ def test_help_names_every_default_and_an_example():
     result = subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True, check=True)
     text = " ".join(result.stdout.split())
     assert "python task_data_preprocessing.py --mode infer --input new.csv" in text
-    assert text.count("(default: ") == 13
+    assert text.count("(default: ") == 16
 
 
 def test_runs_from_anywhere_without_heavy_imports(folder):

@@ -8,121 +8,134 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.json_rows import describe_other_format
+from llava.data.json_rows import TABLE_SUFFIXES, describe_other_format
+from llava.data.table.bad_rows import BadRows, TableError
+from llava.data.table.image_names import COCO_IMAGE_NAME, LONGEST_ID, build_image_namer, is_id
+from llava.data.table.options import ANSWER_COLUMNS, IMAGE_COLUMNS, QUESTION_ID_COLUMN, TableOptions
 from llava.files.home_directory import expand_home
 from llava.files.regular_files import read_bytes
 from llava.files.terminal_text import show, show_list
 
-_ROWS_SHOWN = 20
 _COLUMNS_SHOWN = 40
-_LONGEST_ID = 18  # digits; keeps every id within 64 bits
-_is_id = re.compile(f"[0-9]{{1,{_LONGEST_ID}}}").fullmatch
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|(?!")[^,\r\n]*)(?:,|\r\n|\n|\r)')  # well-formed, with what ends it
 
 
-class TableError(ValueError):
-    """A table, or a file of records, that cannot be used; the message says where and what to do about it."""
+class Table(NamedTuple):
+    """A table that was read.
 
+    Attributes:
+        rows: its rows, in order.
+        notes: what was found out about it and must be said, in sentences.
+        unit: what `TableRow.line` counts, "line" or "row".
+    """
 
-class Columns(NamedTuple):
-    """Names of the columns that are read. `answer` is None for a table whose answers are not wanted."""
-
-    image_id: str = "image_id"
-    question: str = "question"
-    question_id: str = "question_id"
-    answer: str | None = "answer"
+    rows: list[TableRow]
+    notes: list[str]
+    unit: str = "line"
 
 
 class TableRow(NamedTuple):
-    """One question, its text exactly as in the file.
+    """One question, its text exactly as in the table.
 
-    `index` counts the rows from 0; `line` is the line of the file, counted from 1, on which the row begins; `answer` is
-    "" where answers are not read; `extras` are the texts of the columns to keep, in the order they were asked for.
+    Attributes:
+        index: number of the row, from 0.
+        line: line of the file on which the row begins, or row of the sheet, from 1.
+        image_id: what tells images apart: the number of the image, or its file name.
+        image: file name in the image folder, with / between folders.
+        question: text.
+        question_id: number or text; the row's number where the table has no ids.
+        answer: the most frequent of `answers`, of equally frequent ones the first; "" where answers are not read.
+        answers: all answers.
+        extras: texts of the columns to keep, in the order they were asked for.
     """
 
     index: int
     line: int
-    image_id: int
+    image_id: int | str
+    image: str
     question: str
-    question_id: int
+    question_id: int | str
     answer: str
+    answers: tuple[str, ...]
     extras: tuple[str, ...]
 
 
-class BadRows:
-    """Collects what is wrong with the lines of a file, for one message with a count and the first of them."""
-
-    def __init__(self, source: str, unit: str = "line") -> None:
-        """Start empty; the message names the file `source` and counts its rows in `unit`."""
-        self.source = source
-        self.unit = unit
-        self._rows: list[tuple[int, str]] = []
-
-    def add(self, number: int, problem: str) -> None:
-        """Note one bad row by its line (or other unit), counted from 1."""
-        self._rows.append((number, problem))
-
-    def raise_if_any(self, way_out: str) -> None:
-        """Raise `TableError` with the count, the first rows and `way_out`, unless nothing was noted.
-
-        Raises:
-            TableError: if a bad row was noted.
-        """
-        if not self._rows:
-            return
-        count = len(self._rows)
-        shown = [f"  {self.unit} {number}: {problem}" for number, problem in sorted(self._rows)[:_ROWS_SHOWN]]
-        hidden = [f"  and {count - _ROWS_SHOWN} more"] if count > _ROWS_SHOWN else []
-        rows = "1 bad row" if count == 1 else f"{count} bad rows"
-        raise TableError("\n".join([f"{self.source}: {rows}", *shown, *hidden, way_out]))
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path names a table: by its ending, or as a directory that `datasets` saved to disk."""
+    path = Path(expand_home(path))
+    return path.suffix.lower() in TABLE_SUFFIXES or any(
+        (path / name).is_file() for name in ("state.json", "dataset_dict.json")
+    )
 
 
 def read_table(
-    path: str | os.PathLike[str],
-    columns: Columns | None = None,
-    keep: Sequence[str] = (),
-    *,
-    may_repeat_ids: bool = False,
-) -> list[TableRow]:
-    """Read a CSV file of questions.
+    path: str | os.PathLike[str], options: TableOptions | None = None, *, may_repeat_ids: bool = False
+) -> Table:
+    """Read a table of questions.
 
     Args:
-        path: CSV with a header, comma-separated, UTF-8 with or without a byte order mark.
-        columns: names of the columns; None for `image_id`, `question`, `question_id` and `answer`.
-        keep: further columns whose texts go into `TableRow.extras`.
+        path: of the table.
+        options: how it is read; None = all is found out.
         may_repeat_ids: accept several rows with one question_id, as the annotations of TextVQA and MME have.
 
     Returns:
-        The rows in the order of the file. Text stays text: "n/a", "null" and spaces are kept.
+        The rows in the order of the table, and what must be said. Text stays text: "n/a", "null" and spaces are kept.
 
     Raises:
         TableError: if the file is missing, is not such a table, or has bad rows (all are counted, the first 20 listed).
     """
-    columns, name = columns or Columns(), os.fspath(path)
+    options, name = options or TableOptions(), os.fspath(path)
     text = _decode(_read_bytes(path), name)
     reader = _csv_reader(text)
     header = _read_header(reader, name)
-    wanted = [_column_index(header, name, column, flag) for flag, column in _wanted_columns(columns, keep)]
+    options = _complete(options, header)
+    wanted = [_column_index(header, name, column, flag) for flag, column in _wanted_columns(options)]
     bad = BadRows(name)
-    rows = list(_good_rows(reader, text, header, wanted, columns, bad, may_repeat_ids=may_repeat_ids))
+    rows = list(_good_rows(reader, text, header, wanted, options, bad, may_repeat_ids=may_repeat_ids))
     bad.raise_if_any("Correct or remove these rows in the table, then run again.")
     if not rows:
         raise TableError(f"{name}: the table has a header but no rows; fill it or choose another file")
-    return rows
+    return Table(rows, [])
 
 
-def read_table_header(path: str | os.PathLike[str]) -> list[str]:
-    """Return the column names of a CSV file.
+def read_header(path: str | os.PathLike[str], options: TableOptions | None = None) -> list[str]:
+    """Return the column names of a table.
 
     Raises:
-        TableError: if the file is missing, empty, or not UTF-8.
+        TableError: if the file is missing, empty, or can't be read.
     """
     name = os.fspath(path)
     return _read_header(_csv_reader(_decode(_read_bytes(path), name)), name)
+
+
+def write_images(table: Table, folder: str | os.PathLike[str]) -> list[str]:
+    """Write the images that a table holds into the image folder, each once; return what must be said.
+
+    A table that names files holds no images: nothing is written then.
+
+    Raises:
+        TableError: if the folder has another file of the same name.
+    """
+    return []
+
+
+def _complete(options: TableOptions, header: Sequence[str]) -> TableOptions:
+    def first(names: Sequence[str]) -> str:
+        return next((name for name in names if name in header), names[0])
+
+    return replace(
+        options,
+        image=options.image or first(IMAGE_COLUMNS),
+        question_id=options.question_id or QUESTION_ID_COLUMN,
+        answer=(options.answer or first(ANSWER_COLUMNS)) if options.has_answers else None,
+    )
 
 
 def _good_rows(
@@ -130,38 +143,38 @@ def _good_rows(
     text: str,
     header: list[str],
     wanted: Sequence[int],
-    columns: Columns,
+    options: TableOptions,
     bad: BadRows,
     *,
     may_repeat_ids: bool,
 ) -> Iterator[TableRow]:
     """Yield the good rows of a table and collect the bad ones; `wanted` are the columns' places in the header."""
     image_at, question_at, question_id_at, *kept_at = wanted
-    answer_at = None if columns.answer is None else kept_at.pop(0)
+    answer_at = None if options.answer is None else kept_at.pop(0)
     index = 0
     line_of_id: dict[int, int] = {}
     has_placeholder = DEFAULT_IMAGE_TOKEN in text
+    name_image = cache(build_image_namer(options.image_name or COCO_IMAGE_NAME))
     for line, fields in _numbered_rows(reader, text, bad):
         if len(fields) != len(header):
             bad.add(line, _width_problem(fields, header))
             continue
         image_id, question, question_id = fields[image_at], fields[question_at], fields[question_id_at]
         answer = "" if answer_at is None else fields[answer_at]
-        is_good = (
-            _is_id(image_id) and _is_id(question_id) and question.strip() and (answer.strip() or answer_at is None)
-        )
+        is_good = is_id(image_id) and is_id(question_id) and question.strip() and (answer.strip() or answer_at is None)
         if not is_good or has_placeholder:  # only then is a row looked at closely: most are good, and time counts
-            problems = _row_problems(image_id, question, question_id, None if answer_at is None else answer, columns)
+            problems = _row_problems(image_id, question, question_id, None if answer_at is None else answer, options)
             if problems:
                 bad.add(line, "; ".join(problems))
                 continue
         number = int(question_id)
         first_line = line_of_id.setdefault(number, line)
         if first_line != line and not may_repeat_ids:
-            bad.add(line, f"{columns.question_id} {number} is already on line {first_line}")
+            bad.add(line, f"{options.question_id} {number} is already on line {first_line}")
             continue
         extras = tuple([fields[at] for at in kept_at]) if kept_at else ()
-        yield TableRow(index, line, int(image_id), question, number, answer, extras)
+        answers = () if answer_at is None else (answer,)
+        yield TableRow(index, line, int(image_id), name_image(image_id), question, number, answer, answers, extras)
         index += 1
 
 
@@ -211,10 +224,11 @@ def _read_header(reader: Iterator[list[str]], name: str) -> list[str]:
     return header
 
 
-def _wanted_columns(columns: Columns, keep: Sequence[str]) -> list[tuple[str, str]]:
+def _wanted_columns(options: TableOptions) -> list[tuple[str, str]]:
     """Pairs of the flag that chooses a column and the column's name, those to keep last."""
-    named = [(f"--{field}_column", name) for field, name in columns._asdict().items() if name is not None]
-    return named + [("--keep", name) for name in keep]
+    named = [(f"--{field}_column", getattr(options, field)) for field in ("image", "question", "question_id", "answer")]
+    named = [(flag, name[0] if isinstance(name, tuple) else name) for flag, name in named if name is not None]
+    return named + [("--keep", name) for name in options.keep]
 
 
 def _column_index(header: list[str], name: str, column: str, flag: str) -> int:
@@ -267,13 +281,15 @@ def _width_problem(fields: list[str], header: list[str]) -> str:
     return f"{len(fields)} fields where the header has {len(header)}; {way_out}"
 
 
-def _row_problems(image_id: str, question: str, question_id: str, answer: str | None, columns: Columns) -> list[str]:
+def _row_problems(
+    image_id: str, question: str, question_id: str, answer: str | None, options: TableOptions
+) -> list[str]:
     """What is wrong with one row, as short sentences; an empty list for a good row."""
     problems = []
-    for column, text in ((columns.image_id, image_id), (columns.question_id, question_id)):
-        if not _is_id(text):
-            problems.append(f"{column} {show(text)} is not a whole number of at most {_LONGEST_ID} digits")
-    for column, text in ((columns.question, question), (columns.answer, answer)):
+    for column, text in ((options.image, image_id), (options.question_id, question_id)):
+        if not is_id(text):
+            problems.append(f"{column} {show(text)} is not a whole number of at most {LONGEST_ID} digits")
+    for column, text in ((options.question, question), (options.answer, answer)):
         if text is None:
             continue
         if not text.strip():

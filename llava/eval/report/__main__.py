@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llava.data.table.read import Columns, TableError
+from llava.data.table.bad_rows import TableError
+from llava.data.table.options import TableOptions
 from llava.data.worker_processes import usable_cores
 from llava.eval.report.gallery import Row, build_rows, choose_images, complete_references, key_questions
 from llava.eval.report.page import Page, render_page
@@ -33,7 +34,7 @@ from llava.eval.scoring.annotations import (
 )
 from llava.eval.scoring.evaluate import Evaluation, compare_ids, evaluate
 from llava.eval.scoring.question_keys import QuestionKey
-from llava.eval.vqa_score import add_annotation_arguments, name_files, parse_columns
+from llava.eval.vqa_score import add_annotation_arguments, name_files, parse_table_options
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
@@ -84,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "answers", "questions", "images", "output", "annotations")
     _check_flags(parser, args)
-    columns = parse_columns(parser, args)
+    options = parse_table_options(parser, args)
     try:
-        page = _collect(args, columns)
+        page = _collect(args, options)
         with atomic_write(args.output) as stream:
             for piece in render_page(page):
                 stream.write(piece)
@@ -118,7 +119,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(message)
 
 
-def _collect(args: argparse.Namespace, columns: Columns) -> Page:
+def _collect(args: argparse.Namespace, options: TableOptions) -> Page:
     """Read everything and return the page."""
     questions = key_questions(read_questions(args.questions))
     texts = {key: question.text for key, question in questions.items()}
@@ -128,7 +129,7 @@ def _collect(args: argparse.Namespace, columns: Columns) -> Page:
         raise ValueError(f"--images {args.images} is not a directory; give the directory of the images")
     references = None
     if args.annotations is not None:
-        found = read_references(args.annotations, columns, args.kind_key)
+        found = read_references(args.annotations, options, args.kind_key)
         references = complete_references(pair_references(found, texts), questions)
     evaluation = None if references is None else evaluate(files, references, args.unanimous)
     rows = _build_rows(questions, files, references, evaluation)
