@@ -195,7 +195,7 @@ def test_help_names_every_default_and_an_example():
     result = subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True, check=True)
     text = " ".join(result.stdout.split())
     assert "python task_data_preprocessing.py --mode infer --input new.csv" in text
-    assert text.count("(default: ") == 16
+    assert text.count("(default: ") == 17
 
 
 def test_runs_from_anywhere_without_heavy_imports(folder):
@@ -204,7 +204,7 @@ def test_runs_from_anywhere_without_heavy_imports(folder):
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"try: runpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "assert not {'torch', 'transformers', 'numpy', 'pandas', 'PIL'} & sys.modules.keys()"
+        "assert not {'torch', 'transformers', 'numpy', 'pandas', 'PIL', 'pyarrow', 'python_calamine'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert json.loads((folder / "o.json").read_text())[0] == RECORD_0

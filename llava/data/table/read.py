@@ -1,30 +1,25 @@
-"""Read and check a CSV table of questions about images; the error lists its bad rows."""
+"""Read and check a table of questions about images; the error lists its bad rows."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.json_rows import TABLE_SUFFIXES, describe_other_format
+from llava.data.table.answers import join_answers, most_frequent
 from llava.data.table.bad_rows import BadRows, TableError
-from llava.data.table.image_names import COCO_IMAGE_NAME, LONGEST_ID, build_image_namer, is_id
-from llava.data.table.options import ANSWER_COLUMNS, IMAGE_COLUMNS, QUESTION_ID_COLUMN, TableOptions
-from llava.files.home_directory import expand_home
-from llava.files.regular_files import read_bytes
-from llava.files.terminal_text import show, show_list
+from llava.data.table.columns import Columns, choose_columns
+from llava.data.table.embedded_images import EmbeddedImages, name_embedded_images
+from llava.data.table.grid import Grid, Problems
+from llava.data.table.image_names import LONGEST_ID, is_id, is_plain_id, name_images
+from llava.data.table.open_grid import open_grid
+from llava.data.table.options import TableOptions
+from llava.files.terminal_text import show
 
-_COLUMNS_SHOWN = 40
-_LINE_END = re.compile(r"\r\n|\n|\r")
-_FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|(?!")[^,\r\n]*)(?:,|\r\n|\n|\r)')  # well-formed, with what ends it
+_WAY_OUT = "Correct or remove these rows in the table, then run again."
 
 
 class Table(NamedTuple):
@@ -34,11 +29,13 @@ class Table(NamedTuple):
         rows: its rows, in order.
         notes: what was found out about it and must be said, in sentences.
         unit: what `TableRow.line` counts, "line" or "row".
+        images: the images that the table itself holds, for `write_images`; None where it names files.
     """
 
     rows: list[TableRow]
     notes: list[str]
     unit: str = "line"
+    images: EmbeddedImages | None = None
 
 
 class TableRow(NamedTuple):
@@ -67,21 +64,13 @@ class TableRow(NamedTuple):
     extras: tuple[str, ...]
 
 
-def is_table(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path names a table: by its ending, or as a directory that `datasets` saved to disk."""
-    path = Path(expand_home(path))
-    return path.suffix.lower() in TABLE_SUFFIXES or any(
-        (path / name).is_file() for name in ("state.json", "dataset_dict.json")
-    )
-
-
 def read_table(
     path: str | os.PathLike[str], options: TableOptions | None = None, *, may_repeat_ids: bool = False
 ) -> Table:
     """Read a table of questions.
 
     Args:
-        path: of the table.
+        path: of the table; its ending says which kind of file it is.
         options: how it is read; None = all is found out.
         may_repeat_ids: accept several rows with one question_id, as the annotations of TextVQA and MME have.
 
@@ -92,17 +81,22 @@ def read_table(
         TableError: if the file is missing, is not such a table, or has bad rows (all are counted, the first 20 listed).
     """
     options, name = options or TableOptions(), os.fspath(path)
-    text = _decode(_read_bytes(path), name)
-    reader = _csv_reader(text)
-    header = _read_header(reader, name)
-    options = _complete(options, header)
-    wanted = [_column_index(header, name, column, flag) for flag, column in _wanted_columns(options)]
     bad = BadRows(name)
-    rows = list(_good_rows(reader, text, header, wanted, options, bad, may_repeat_ids=may_repeat_ids))
-    bad.raise_if_any("Correct or remove these rows in the table, then run again.")
-    if not rows:
+    grid = open_grid(path, options, bad)
+    bad.unit = grid.unit
+    columns, said = choose_columns(grid.header, options, name, grid.image_columns)
+    notes = grid.notes  # a column that is read may add to them
+    notes += said
+    if not grid.lines:
+        bad.raise_if_any(_WAY_OUT)
         raise TableError(f"{name}: the table has a header but no rows; fill it or choose another file")
-    return Table(rows, [])
+    problems = Problems(list)
+    rows, images = _read_rows(grid, columns, options, name, problems, notes, may_repeat_ids=may_repeat_ids)
+    for row, texts in problems.items():
+        bad.add(grid.lines[row], "; ".join(texts))
+    empty = any("empty" in text for texts in problems.values() for text in texts)
+    bad.raise_if_any(f"{grid.empty_hint}\n{_WAY_OUT}" if empty and grid.empty_hint else _WAY_OUT)
+    return Table(rows, list(dict.fromkeys(notes)), grid.unit, images)
 
 
 def read_header(path: str | os.PathLike[str], options: TableOptions | None = None) -> list[str]:
@@ -111,8 +105,7 @@ def read_header(path: str | os.PathLike[str], options: TableOptions | None = Non
     Raises:
         TableError: if the file is missing, empty, or can't be read.
     """
-    name = os.fspath(path)
-    return _read_header(_csv_reader(_decode(_read_bytes(path), name)), name)
+    return open_grid(path, options or TableOptions(), BadRows(os.fspath(path))).header
 
 
 def write_images(table: Table, folder: str | os.PathLike[str]) -> list[str]:
@@ -121,179 +114,107 @@ def write_images(table: Table, folder: str | os.PathLike[str]) -> list[str]:
     A table that names files holds no images: nothing is written then.
 
     Raises:
-        TableError: if the folder has another file of the same name.
+        TableError: if the folder has another file of the same name; nothing is written then.
+        OSError: if an image can't be written; those written before are complete.
     """
-    return []
+    return [] if table.images is None else table.images.write(Path(folder))
 
 
-def _complete(options: TableOptions, header: Sequence[str]) -> TableOptions:
-    def first(names: Sequence[str]) -> str:
-        return next((name for name in names if name in header), names[0])
-
-    return replace(
-        options,
-        image=options.image or first(IMAGE_COLUMNS),
-        question_id=options.question_id or QUESTION_ID_COLUMN,
-        answer=(options.answer or first(ANSWER_COLUMNS)) if options.has_answers else None,
-    )
-
-
-def _good_rows(
-    reader: csv.reader,
-    text: str,
-    header: list[str],
-    wanted: Sequence[int],
+def _read_rows(
+    grid: Grid,
+    columns: Columns,
     options: TableOptions,
-    bad: BadRows,
+    source: str,
+    problems: Problems,
+    notes: list[str],
     *,
     may_repeat_ids: bool,
-) -> Iterator[TableRow]:
-    """Yield the good rows of a table and collect the bad ones; `wanted` are the columns' places in the header."""
-    image_at, question_at, question_id_at, *kept_at = wanted
-    answer_at = None if options.answer is None else kept_at.pop(0)
-    index = 0
-    line_of_id: dict[int, int] = {}
-    has_placeholder = DEFAULT_IMAGE_TOKEN in text
-    name_image = cache(build_image_namer(options.image_name or COCO_IMAGE_NAME))
-    for line, fields in _numbered_rows(reader, text, bad):
-        if len(fields) != len(header):
-            bad.add(line, _width_problem(fields, header))
-            continue
-        image_id, question, question_id = fields[image_at], fields[question_at], fields[question_id_at]
-        answer = "" if answer_at is None else fields[answer_at]
-        is_good = is_id(image_id) and is_id(question_id) and question.strip() and (answer.strip() or answer_at is None)
-        if not is_good or has_placeholder:  # only then is a row looked at closely: most are good, and time counts
-            problems = _row_problems(image_id, question, question_id, None if answer_at is None else answer, options)
-            if problems:
-                bad.add(line, "; ".join(problems))
-                continue
-        number = int(question_id)
-        first_line = line_of_id.setdefault(number, line)
-        if first_line != line and not may_repeat_ids:
-            bad.add(line, f"{options.question_id} {number} is already on line {first_line}")
-            continue
-        extras = tuple([fields[at] for at in kept_at]) if kept_at else ()
-        answers = () if answer_at is None else (answer,)
-        yield TableRow(index, line, int(image_id), name_image(image_id), question, number, answer, answers, extras)
-        index += 1
+) -> tuple[list[TableRow], EmbeddedImages | None]:
+    """Return the rows and the table's own images; add to `problems` and `notes`."""
+    images, count, header = None, len(grid.lines), grid.header
 
+    def read(number: int) -> list:
+        return grid.read_column(number, problems)
 
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return read_bytes(expand_home(path))
-    except FileNotFoundError as error:
-        raise TableError(f"{path}: no such file; give the path of the table") from error
-    except OSError as error:
-        raise TableError(f"{path}: cannot be read ({error.strerror}); give the path of a readable CSV file") from error
-
-
-def _decode(content: bytes, name: str) -> str:
-    if (kind := describe_other_format(content)) is not None:
-        raise TableError(f"{name}: not a CSV table, but {kind}")
-    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content
-    encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
-    way_out = (
-        "save the table as 'CSV UTF-8', or convert it if you know its encoding, "
-        f"for example: iconv -f {encoding} -t UTF-8 table.csv > table-utf8.csv"
-    )
-    try:
-        text = content[start:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = start + error.start
-        where = f"byte 0x{content[offset]:02x} at offset {offset} (line {content.count(10, 0, offset) + 1})"
-        raise TableError(f"{name}: not UTF-8: {where}; {way_out}") from error
-    if (nul := content.find(b"\0")) >= 0:
-        where = f"zero byte at offset {nul} (line {content.count(10, 0, nul) + 1})"
-        raise TableError(f"{name}: not UTF-8 text: {where}; {way_out}")
-    return text
-
-
-def _csv_reader(text: str) -> csv.reader:
-    # decoded piece by piece: a StringIO of the whole text takes 4 bytes for every character
-    return csv.reader(io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8", newline=""), strict=True)
-
-
-def _read_header(reader: Iterator[list[str]], name: str) -> list[str]:
-    try:
-        header = next((fields for fields in reader if fields), None)
-    except csv.Error as error:
-        raise TableError(f"{name}: the header has an unbalanced quote ({error}); correct its quotes") from error
-    if header is None:
-        raise TableError(f"{name}: the file is empty; a table needs a header and rows")
-    return header
-
-
-def _wanted_columns(options: TableOptions) -> list[tuple[str, str]]:
-    """Pairs of the flag that chooses a column and the column's name, those to keep last."""
-    named = [(f"--{field}_column", getattr(options, field)) for field in ("image", "question", "question_id", "answer")]
-    named = [(flag, name[0] if isinstance(name, tuple) else name) for flag, name in named if name is not None]
-    return named + [("--keep", name) for name in options.keep]
-
-
-def _column_index(header: list[str], name: str, column: str, flag: str) -> int:
-    if header.count(column) == 1:
-        return header.index(column)
-    if column in header:
-        raise TableError(
-            f"{name}: {header.count(column)} columns are called {column!r}; rename one, or choose with {flag}"
+    if columns.image in grid.image_columns:
+        if options.image_name is not None:
+            raise TableError(f"{source}: {header[columns.image]} holds images, on which --image_name has no effect")
+        images = name_embedded_images(grid.image_columns[columns.image], header[columns.image], grid.lines, problems)
+        image_ids = names = images.names
+        notes += images.notes
+    else:
+        image_ids, names, said = name_images(
+            read(columns.image), header[columns.image], options.image_name, problems, source
         )
-    if re.match(r"\s*[\[{]", header[0]):
-        raise TableError(f"{name}: not a CSV table, but JSON; export the table as CSV, with the columns' names first")
-    found = show_list(header, _COLUMNS_SHOWN)
-    separator = next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None)
-    way_out = f"name the right one with {flag}"
-    if separator is not None:
-        way_out = f"the table looks separated by {separator!r}: save it with commas"
-    raise TableError(f"{name}: no column {column!r}; the header has {found}; {way_out}")
+        notes += said
+    ids: Sequence[int | str] = range(count)
+    if columns.question_id is not None:
+        ids, said = _read_ids(read(columns.question_id), header[columns.question_id], problems)
+        notes += said
+    questions = read(columns.question)
+    _check_filled(questions, header[columns.question], problems)
+    has_placeholder = grid.may_contain(DEFAULT_IMAGE_TOKEN)
+    if has_placeholder:
+        _check_placeholders(questions, header[columns.question], problems)
+    answers, texts = [()] * count, [""] * count
+    if columns.answers:
+        answer_names = [header[number] for number in columns.answers]
+        cells = [read(number) for number in columns.answers]
+        answers, said = join_answers(cells, answer_names, problems, may_be_lists=grid.may_contain("["))
+        notes += said
+        if has_placeholder:
+            _check_placeholders(list(map("\n".join, answers)), " or ".join(answer_names), problems)
+        texts = list(map(most_frequent, answers))
+    if columns.question_id is not None and not may_repeat_ids:
+        _check_unique(ids, grid, header[columns.question_id], problems)
+    kept = [read(number) for number in columns.keep]
+    extras = zip(*kept, strict=True) if kept else repeat(())
+    parts = (range(count), grid.lines, image_ids, names, questions, ids, texts, answers, extras)
+    return list(map(TableRow, *parts)), images
 
 
-def _numbered_rows(reader: csv.reader, text: str, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row with the line on which it begins; empty lines are no rows, unbalanced quotes end the reading."""
-    line = reader.line_num + 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        opened = _malformed_field_line(text, line)
-        bad.add(
-            opened,
-            f"unbalanced quote: the quoted field that begins here is not closed properly ({error}, line "
-            f'{reader.line_num}); a quote inside a quoted field is written twice (""); later rows were not read',
-        )
+def _read_ids(texts: Sequence[str], column: str, problems: Problems) -> tuple[Sequence[int | str], list[str]]:
+    """Return ids and what must be said of them: numbers if most of them are, the others being bad; else texts.
+
+    Ids with leading zeros are texts: as numbers they could not be found again in the table.
+    """
+    if all(map(is_plain_id, texts)):
+        return list(map(int, texts)), []
+    is_numeric = 2 * sum(map(bool, map(is_id, texts))) >= sum(map(bool, texts))
+    for row, text in enumerate(texts):
+        if is_numeric and not is_id(text):
+            problems[row].append(f"{column} {show(text)} is not a whole number of at most {LONGEST_ID} digits")
+        elif not text.strip():
+            problems[row].append(f"{column} is empty")
+    reason = "has leading zeros" if is_numeric else f"holds texts ({show(texts[0])})"
+    return texts, [f"{column} {reason}: ids are kept as texts"]
 
 
-def _malformed_field_line(text: str, row_line: int) -> int:
-    """Line on which the first malformed (or endless) field begins in the row that begins on `row_line`."""
-    position = 0
-    for _ in range(row_line - 1):
-        position = _LINE_END.search(text, position).end()
-    row_start = position
-    while (field := _FIELD.match(text, position)) and len(field[1]) <= csv.field_size_limit():
-        position = field.end()
-    return row_line + len(_LINE_END.findall(text, row_start, position))
-
-
-def _width_problem(fields: list[str], header: list[str]) -> str:
-    way_out = "a comma inside a text needs quotes around the text" if len(fields) > len(header) else "fill the row up"
-    return f"{len(fields)} fields where the header has {len(header)}; {way_out}"
-
-
-def _row_problems(
-    image_id: str, question: str, question_id: str, answer: str | None, options: TableOptions
-) -> list[str]:
-    """What is wrong with one row, as short sentences; an empty list for a good row."""
-    problems = []
-    for column, text in ((options.image, image_id), (options.question_id, question_id)):
-        if not is_id(text):
-            problems.append(f"{column} {show(text)} is not a whole number of at most {LONGEST_ID} digits")
-    for column, text in ((options.question, question), (options.answer, answer)):
-        if text is None:
+def _check_unique(ids: Sequence[int | str], grid: Grid, column: str, problems: Problems) -> None:
+    """Note rows whose id an earlier good row has; "7" and "007" are one id to whoever joins answers with the table."""
+    if not problems and not isinstance(ids[0], str) and len(set(ids)) == len(ids):
+        return
+    first_line: dict[int | str, int] = {}
+    for row, (line, key) in enumerate(zip(grid.lines, map(_canonical, ids), strict=True)):
+        if row in problems:
             continue
-        if not text.strip():
-            problems.append(f"{column} is empty")
+        first = first_line.setdefault(key, line)
+        if first != line:
+            problems[row].append(f"{column} {key} is already on {grid.unit} {first}")
+
+
+def _canonical(question_id: int | str) -> int | str:
+    return int(question_id) if isinstance(question_id, str) and is_id(question_id) else question_id
+
+
+def _check_filled(texts: Sequence[str], column: str, problems: Problems) -> None:
+    if not all(map(str.strip, texts)):
+        for row, text in enumerate(texts):
+            if not text.strip():
+                problems[row].append(f"{column} is empty")
+
+
+def _check_placeholders(texts: Sequence[str], column: str, problems: Problems) -> None:
+    for row, text in enumerate(texts):
         if DEFAULT_IMAGE_TOKEN in text:
-            problems.append(f"{column} contains {DEFAULT_IMAGE_TOKEN!r}, which would stand for a second image")
-    return problems
+            problems[row].append(f"{column} contains {DEFAULT_IMAGE_TOKEN!r}, which would stand for a second image")

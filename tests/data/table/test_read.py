@@ -194,26 +194,31 @@ def test_quote_inside_an_unquoted_field_is_text():
         (b"", "t.csv: the file is empty; a table needs a header and rows"),
         (b"\n\n", "t.csv: the file is empty; a table needs a header and rows"),
         (HEADER, "t.csv: the table has a header but no rows; fill it or choose another file"),
-        (b"image_id,question,qid,answer\n1,q,2,yes\n",
-         "t.csv: no column 'question_id'; the header has 'image_id', 'question', 'qid', 'answer'; "
-         "name the right one with --question_id_column"),
-        (b"image_id;question;question_id;answer\n", "t.csv: no column 'image_id'; the header has "
-         "'image_id;question;question_id;answer'; the table looks separated by ';': save it with commas"),
+        (b"image_id,q,question_id,answer\n1,q,2,yes\n",
+         "t.csv: no column 'question'; the header has 'image_id', 'q', 'question_id', 'answer'; "
+         "name the right one with --question_column"),
+        ("фото,вопрос\n1,q\n".encode(), "t.csv: no columns 'image_id', 'question', 'answer'; the header has 'фото', "
+         "'вопрос'; name the right ones with --image_column, --question_column and --answer_column"),
         (b"image_id,question,question_id,answer,answer\n",
          "t.csv: 2 columns are called 'answer'; rename one, or choose with --answer_column"),
         (b'image_id,"question\n',
          "t.csv: the header has an unbalanced quote (unexpected end of data); correct its quotes"),
-        (HEADER + b"1,caf\xe9,2,yes\n", "t.csv: not UTF-8: byte 0xe9 at offset 42 (line 2); save the table as 'CSV "
-         "UTF-8', or convert it if you know its encoding, for example: iconv -f WINDOWS-1252 -t UTF-8 table.csv > "
-         "table-utf8.csv"),
-        (b"\xef\xbb\xbf" + HEADER + b"1,caf\xe9", "t.csv: not UTF-8: byte 0xe9 at offset 45 (line 2); save the table "
-         "as 'CSV UTF-8', or convert it if you know its encoding, for example: iconv -f WINDOWS-1252 -t UTF-8 "
-         "table.csv > table-utf8.csv"),
-        ("é,\n".encode("utf-16-le"), "t.csv: not UTF-8: byte 0xe9 at offset 0 (line 1); save the table as 'CSV UTF-8', "
-         "or convert it if you know its encoding, for example: iconv -f UTF-16 -t UTF-8 table.csv > table-utf8.csv"),
-        ("a,\n".encode("utf-16-le"), "t.csv: not UTF-8 text: zero byte at offset 1 (line 1); save the table as 'CSV "
-         "UTF-8', or convert it if you know its encoding, for example: iconv -f UTF-16 -t UTF-8 table.csv > "
-         "table-utf8.csv"),
+        (b"a;b,c\n", "t.csv: the header may be divided by commas (columns 'a;b', 'c'), or by semicolons (columns 'a', "
+         "'b,c'); pass --delimiter comma or --delimiter semicolon"),
+        (HEADER + b"1,caf\xe9,2,yes\n", "t.csv: not UTF-8: byte 0xe9 at offset 42 (line 2); it looks like cp1252 "
+         "('café'): pass --encoding cp1252"),
+        (b"\xef\xbb\xbf" + HEADER + b"1,caf\xe9", "t.csv: not UTF-8: byte 0xe9 at offset 45 (line 2); it looks like "
+         "cp1252 ('café'): pass --encoding cp1252"),
+        (HEADER + "1,Какой цвет?,2,да\n".encode("cp1251"), "t.csv: not UTF-8: byte 0xca at offset 39 (line 2); it looks "
+         "like cp1251 ('Какой цвет да'): pass --encoding cp1251"),
+        (HEADER + b"1,\x81\xff\x8d,2,yes\n", "t.csv: not UTF-8: byte 0x81 at offset 39 (line 2); save the table as "
+         "'CSV UTF-8', or pass --encoding if you know its encoding, for example: --encoding cp1252"),
+        (HEADER + "1,Какой цвет?,2,да".encode() + b"\xff\n", "t.csv: not UTF-8: byte 0xff at offset 66 (line 2); the "
+         "rest is UTF-8: correct this text in the table, and save it as 'CSV UTF-8'"),
+        ("é,\n".encode("utf-16-le"), "t.csv: not UTF-8: byte 0xe9 at offset 0 (line 1); it looks like utf-16-le "
+         "('é'): pass --encoding utf-16-le"),
+        ("a,\n".encode("utf-16-le"), "t.csv: not UTF-8 text: zero byte at offset 1 (line 1); it looks like utf-16-le "
+         "('a'): pass --encoding utf-16-le"),
     ],
 )  # fmt: skip
 def test_unusable_table(content, message):
@@ -227,7 +232,10 @@ def test_missing_kept_column_names_its_flag():
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(TableError, match=r"none.csv: no such file; give the path of the table$"):
         read_table(tmp_path / "none.csv")
-    with pytest.raises(TableError, match=r"cannot be read \(.*\); give the path of a readable CSV file$"):
+    with pytest.raises(TableError, match=r" is a folder; give the path of the table; it holds no table$"):
+        read_header(tmp_path)
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(TableError, match=r" is a folder; give the path of the table, such as a.csv in it$"):
         read_header(tmp_path)
 
 
@@ -351,7 +359,8 @@ def test_real_table(shared_path):
     [
         (b"\x1f\x8b\x08\0", "a gzip archive; unpack it"),
         (b"PK\x03\x04\x14", "a zip archive or an .xlsx table; unpack or export it"),
-        (b"PAR1\x15\x04", "a Parquet table; export it"),
+        (b"PAR1\x15\x04", "a table of another kind; rename it so that it ends in .parquet"),
+        (b"\xd0\xcf\x11\xe0", "a table of another kind; rename it so that it ends in .xls"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer; fetch the file itself with git lfs pull"),
         (b"<!DOCTYPE html>", "a web page (HTML); the download went wrong, fetch the file itself"),
         (b'[{"image_id": 1}]', "JSON; export the table as CSV, with the columns' names first"),
