@@ -40,9 +40,7 @@ def join_answers(
         if is_listed:
             notes.append(f"{name} holds lists of answers: {_RULE}")
     if len(columns) > 1:
-        notes.append(
-            f"{len(columns)} columns hold answers; of each row the most frequent one counts, of equals the first"
-        )
+        notes.append(f"{len(columns)} columns hold answers: {_RULE}")
     if len(lists) == 1 and not notes:
         joined = lists[0]
         is_filled = all(map(str.strip, columns[0]))

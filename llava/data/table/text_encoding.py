@@ -8,8 +8,10 @@ whether words mix alphabets, or capitals with small letters, as no word does.
 from __future__ import annotations
 
 import codecs
+import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from llava.data.table.bad_rows import TableError
@@ -17,13 +19,47 @@ from llava.files.terminal_text import show
 
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _BYTES_SCORED = 1_000_000
-_LEAST_SCORE = 0.6
+_LEAST_SCORE = 0.75
 _LEAST_LETTERS = 2
 _WORDS_SHOWN = 3
 _BEYOND_ASCII = re.compile(rb"[\x80-\xff]")
 _WORD = re.compile(r"[^\W\d_]+")
 _CYRILLIC = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфіїєґўјљњћђџѓќѕё"
-_FREQUENT_CYRILLIC = frozenset("оеаинтсрвлкмдпу")
+_RUSSIAN_PERMILLE = {
+    "о": 110,
+    "е": 85,
+    "а": 80,
+    "и": 74,
+    "н": 67,
+    "т": 63,
+    "с": 55,
+    "р": 47,
+    "в": 45,
+    "л": 44,
+    "к": 35,
+    "м": 32,
+    "д": 30,
+    "п": 28,
+    "у": 26,
+    "я": 20,
+    "ы": 19,
+    "ь": 17,
+    "г": 17,
+    "з": 16,
+    "б": 16,
+    "ч": 14,
+    "й": 12,
+    "х": 10,
+    "ж": 9,
+    "ш": 7,
+    "ю": 6,
+    "ц": 5,
+    "щ": 4,
+    "э": 3,
+    "ф": 3,
+}
+_RARE_PERMILLE = 1
+_CAPITAL_LOSS = 0.6  # of a letter's log-probability: of two readings, one in small letters is likelier
 _ALPHABETS = {  # encoding -> letters and signs beyond ASCII that its languages use
     "cp1251": _CYRILLIC,
     "koi8-r": _CYRILLIC,
@@ -32,12 +68,11 @@ _ALPHABETS = {  # encoding -> letters and signs beyond ASCII that its languages 
     "cp1252": "éèàçñöüäßáíóúêâôîûãõåøæëïùœÿý",
     "cp1254": "şığçöüâîû",
     "cp1250": "ąćęłńśźżóáčďéěíňřšťúůýžőűöüäâăîşţđ",
-    "cp1253": "αβγδεζηθικλμνξοπρστυφχψωςάέήίόύώϊϋ",
     "shift_jis": "",
     "gb18030": "",
 }
 """The first of equally plausible ones is named."""
-_SIGNS = frozenset("’‘“”„–—…«»°№€\u00a0")
+_SIGNS = frozenset("’‘“”„–—…«»°№€¿¡\u00a0")
 _COMMON_HAN = frozenset(
     "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种"
     "什么图片颜色几多少哪谁怎样吗没红蓝白黑绿黄车狗猫男女孩手头左右边看见请问答案动物天气食水果树花山"
@@ -84,6 +119,7 @@ def decode_table(content: bytes, name: str, encoding: str | None = None) -> tupl
 
 def guess_encoding(content: bytes) -> Guess | None:
     """Return the encoding in which a text that is not UTF-8 has plausible letters; None if none is sure."""
+    content = content.removeprefix(codecs.BOM_UTF8)
     if b"\0" in content[:_BYTES_SCORED]:
         return _guess_utf16(content[:_BYTES_SCORED])
     first = _BEYOND_ASCII.search(content)
@@ -152,19 +188,28 @@ def _score(sample: bytes, encoding: str) -> float:
         return _score_east_asian(text, letters, encoding)
     alphabet = frozenset(_ALPHABETS[encoding] + _ALPHABETS[encoding].upper())
     if letters == 0:  # quotation marks and dashes alone: the same in all of Windows' encodings
-        return 0.7 if encoding == "cp1252" else 0.0
+        return 0.8 if encoding == "cp1252" else 0.0
     known = sum(count for character, count in beyond.items() if character in alphabet)
     score = known / letters * _share_of_sound_words(text, alphabet)
     if _ALPHABETS[encoding] is _CYRILLIC:
-        frequent = sum(count for character, count in beyond.items() if character.lower() in _FREQUENT_CYRILLIC)
-        score *= min(1.0, 0.4 + frequent / letters)
+        score *= _rate_letters({character: count for character, count in beyond.items() if character in alphabet})
     return score
+
+
+def _rate_letters(counts: Mapping[str, int]) -> float:
+    """Return how frequent letters are in Russian: about 1 for Russian, 0.8 for its letters confused with each other."""
+    total = sum(
+        count
+        * (math.log(_RUSSIAN_PERMILLE.get(letter.lower(), _RARE_PERMILLE) / 1000) - _CAPITAL_LOSS * letter.isupper())
+        for letter, count in counts.items()
+    )
+    return max(0.0, (total / max(1, sum(counts.values())) + 7) / 4)
 
 
 def _share_of_sound_words(text: str, alphabet: frozenset[str]) -> float:
     """Return the share of words with a letter beyond ASCII that are written as words are: one alphabet, capitals first.
 
-    Latin letters beyond ASCII stand among ASCII letters, Cyrillic and Greek ones never do.
+    Latin letters beyond ASCII stand among ASCII letters, Cyrillic ones never do.
     """
     mixes_ascii = any("\xc0" <= letter <= "\u024f" for letter in alphabet)
     words = [word for word in _WORD.findall(text) if not word.isascii()]
@@ -172,7 +217,7 @@ def _share_of_sound_words(text: str, alphabet: frozenset[str]) -> float:
     for word in words:
         is_cased = word.islower() or word.isupper() or word[1:].islower()
         n_ascii = sum(letter.isascii() for letter in word)
-        is_one_script = n_ascii * 3 >= len(word) or len(word) <= _LEAST_LETTERS if mixes_ascii else n_ascii == 0
+        is_one_script = n_ascii * 3 >= len(word) or len(word) == 1 if mixes_ascii else n_ascii == 0
         sound += is_cased and is_one_script
     return sound / len(words) if words else 0.0
 

@@ -209,10 +209,10 @@ def test_quote_inside_an_unquoted_field_is_text():
          "('café'): pass --encoding cp1252"),
         (b"\xef\xbb\xbf" + HEADER + b"1,caf\xe9", "t.csv: not UTF-8: byte 0xe9 at offset 45 (line 2); it looks like "
          "cp1252 ('café'): pass --encoding cp1252"),
-        (HEADER + "1,Какой цвет?,2,да\n".encode("cp1251"), "t.csv: not UTF-8: byte 0xca at offset 39 (line 2); it looks "
-         "like cp1251 ('Какой цвет да'): pass --encoding cp1251"),
-        (HEADER + b"1,\x81\xff\x8d,2,yes\n", "t.csv: not UTF-8: byte 0x81 at offset 39 (line 2); save the table as "
-         "'CSV UTF-8', or pass --encoding if you know its encoding, for example: --encoding cp1252"),
+        (HEADER + "1,Какой цвет?,2,да\n".encode("cp1251"), "t.csv: not UTF-8: byte 0xca at offset 39 (line 2); it "
+         "looks like cp1251 ('Какой цвет да'): pass --encoding cp1251"),
+        (HEADER + "1,圖片中的車,2,yes\n".encode("big5"), "t.csv: not UTF-8: byte 0xb9 at offset 39 (line 2); save the "
+         "table as 'CSV UTF-8', or pass --encoding if you know its encoding, for example: --encoding cp1252"),
         (HEADER + "1,Какой цвет?,2,да".encode() + b"\xff\n", "t.csv: not UTF-8: byte 0xff at offset 66 (line 2); the "
          "rest is UTF-8: correct this text in the table, and save it as 'CSV UTF-8'"),
         ("é,\n".encode("utf-16-le"), "t.csv: not UTF-8: byte 0xe9 at offset 0 (line 1); it looks like utf-16-le "
