@@ -23,6 +23,12 @@ _STARTS = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xd0\xcf\x11\xe0": ".xls"
 _JSON_WAY_OUT = "export the table as CSV, with the columns' names first"
 
 
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path names a table: by its ending, or as a directory that `datasets` saved to disk."""
+    path = Path(expand_home(path))
+    return path.suffix.lower() in TABLE_SUFFIXES or is_saved_dataset(path)
+
+
 def open_grid(path: str | os.PathLike[str], options: TableOptions, bad: BadRows) -> Grid:
     """Open a table; what its rows lack is noted in `bad`.
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.json_rows import TABLE_SUFFIXES
 from llava.data.table.answers import join_answers, most_frequent
-from llava.data.table.arrow_grid import is_saved_dataset
 from llava.data.table.bad_rows import BadRows, TableError
 from llava.data.table.columns import Columns, choose_columns
 from llava.data.table.embedded_images import EmbeddedImages, name_embedded_images
@@ -19,7 +17,6 @@ from llava.data.table.grid import Grid, Problems
 from llava.data.table.image_names import LONGEST_ID, is_id, is_plain_id, name_images
 from llava.data.table.open_grid import open_grid
 from llava.data.table.options import TableOptions
-from llava.files.home_directory import expand_home
 from llava.files.terminal_text import show
 
 _WAY_OUT = "Correct or remove these rows in the table, then run again."
@@ -65,12 +62,6 @@ class TableRow(NamedTuple):
     answer: str
     answers: tuple[str, ...]
     extras: tuple[str, ...]
-
-
-def is_table(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path names a table: by its ending, or as a directory that `datasets` saved to disk."""
-    path = Path(expand_home(path))
-    return path.suffix.lower() in TABLE_SUFFIXES or is_saved_dataset(path)
 
 
 def read_table(

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from llava.data.table.bad_rows import TableError
+from llava.data.table.open_grid import is_table
 from llava.data.table.options import TableOptions
-from llava.data.table.read import is_table, read_table, write_images
+from llava.data.table.read import read_table, write_images
 
 
 def encode(color: str, kind: str = "JPEG") -> bytes:
