@@ -35,9 +35,9 @@ _EXAMPLE = """examples:
       the default paths: {train[0]} -> {train[1]}
   python task_data_preprocessing.py --input my.csv --output my.json --image_name "{{id}}.jpg" --val_share 0.05
       your own table and image names; 5 % of the images, with all their questions, go to my_val.json
-  python task_data_preprocessing.py --input вопросы.csv --encoding cp1251 --output data.json \\
-      --image_column фото --question_column вопрос --answer_column ответ
-      Excel's CSV in Russian, with file names such as "фото 1.jpg" in its column фото
+  python task_data_preprocessing.py --input survey.csv --encoding cp1251 --output data.json \\
+      --image_column photo --question_column text --answer_column reply
+      Excel's CSV in Russian, columns divided by semicolons, with file names of images and without ids
   python task_data_preprocessing.py --input questions.xlsx --sheet Train --output data.json
       a sheet of a spreadsheet
   python task_data_preprocessing.py --input vqa.parquet --output vqa/data.json --image_folder vqa/images

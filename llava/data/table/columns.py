@@ -82,11 +82,9 @@ def _refuse_missing(flags: Sequence[tuple[str, str]], header: Sequence[str], sou
         names = show_list([name for _, name in missing], _COLUMNS_SHOWN)
         *most, last = dict.fromkeys(flag for flag, _ in missing)
         which = f"{', '.join(most)} and {last}" if most else last
-        columns, right = ("column", "right one") if len(missing) == 1 else ("columns", "right ones")
-        raise TableError(
-            f"{source}: no {columns} {names}; the header has {show_list(header, _COLUMNS_SHOWN)}; "
-            f"name the {right} with {which}"
-        )
+        s = "" if len(missing) == 1 else "s"
+        found = show_list(header, _COLUMNS_SHOWN)
+        raise TableError(f"{source}: no column{s} {names}; the header has {found}; name the right one{s} with {which}")
     for flag, name in flags:
         if header.count(name) > 1:
             raise TableError(

@@ -87,10 +87,8 @@ def name_images(
         TableError: if no text is a number or has a file ending.
     """
     unique = dict.fromkeys(texts)
-    notes = []
     has_numbers = _are_mostly_numbers(unique)
-    if template is None and not has_numbers:
-        notes += _check_endings(unique, column, source)
+    notes = [] if has_numbers or template is not None else _check_endings(unique, column, source)
     chosen = template or (COCO_IMAGE_NAME if has_numbers else "{id}")
     if template is not None and not needs_number(template) and (padded := _find_leading_zero(unique)):
         notes.append(f"{column} has leading zeros ({show(padded)}), which stay in the file names")
@@ -102,18 +100,18 @@ def name_images(
         if is_id(text) and (wants_number or template is not None):
             ids[text], names[text] = int(text), name_image(text)
             continue
-        problem = f"{show(text)} is not a whole number of at most {LONGEST_ID} digits" if wants_number else None
-        name = "" if problem else name_image(text).replace("\\", "/")
-        problem = problem or find_name_problem(text, name, is_as_it_is=template is None)
+        name = "" if wants_number else name_image(text).replace("\\", "/")
+        problem = find_name_problem(text, name, is_as_it_is=template is None)
+        if wants_number:
+            problem = f"{show(text)} is not a whole number of at most {LONGEST_ID} digits"
         if problem is not None:
             bad[text] = f"{column} {problem}"
         ids[text] = names[text] = name
     if not wants_number and any("\\" in text for text in unique):
         notes.append(f"folders in {column} are divided by \\, which is written as / into the file names")
-    if bad:
-        for row, text in enumerate(texts):
-            if text in bad:
-                problems[row].append(bad[text])
+    for row, text in enumerate(texts if bad else ()):
+        if text in bad:
+            problems[row].append(bad[text])
     return NamedImages(list(map(ids.__getitem__, texts)), list(map(names.__getitem__, texts)), notes)
 
 

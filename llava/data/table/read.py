@@ -14,7 +14,7 @@ from llava.data.table.bad_rows import BadRows, TableError
 from llava.data.table.columns import Columns, choose_columns
 from llava.data.table.embedded_images import EmbeddedImages, name_embedded_images
 from llava.data.table.grid import Grid, Problems
-from llava.data.table.image_names import LONGEST_ID, is_id, is_plain_id, name_images
+from llava.data.table.image_names import LONGEST_ID, NamedImages, is_id, is_plain_id, name_images
 from llava.data.table.open_grid import open_grid
 from llava.data.table.options import TableOptions
 from llava.files.terminal_text import show
@@ -131,46 +131,49 @@ def _read_rows(
     may_repeat_ids: bool,
 ) -> tuple[list[TableRow], EmbeddedImages | None]:
     """Return the rows and the table's own images; add to `problems` and `notes`."""
-    images, count, header = None, len(grid.lines), grid.header
+    header = grid.header
 
-    def read(number: int) -> list:
+    def read(number: int) -> list[str]:
         return grid.read_column(number, problems)
 
-    if columns.image in grid.image_columns:
-        if options.image_name is not None:
-            raise TableError(f"{source}: {header[columns.image]} holds images, on which --image_name has no effect")
-        images = name_embedded_images(grid.image_columns[columns.image], header[columns.image], grid.lines, problems)
-        image_ids = names = images.names
-        notes += images.notes
-    else:
-        image_ids, names, said = name_images(
-            read(columns.image), header[columns.image], options.image_name, problems, source
-        )
-        notes += said
-    ids: Sequence[int | str] = range(count)
+    named, images = _name_images(grid, columns.image, options, source, problems)
+    ids, said = range(len(grid.lines)), []
     if columns.question_id is not None:
         ids, said = _read_ids(read(columns.question_id), header[columns.question_id], problems)
-        notes += said
+    notes += named.notes + said
     questions = read(columns.question)
     _check_filled(questions, header[columns.question], problems)
     has_placeholder = grid.may_contain(DEFAULT_IMAGE_TOKEN)
     if has_placeholder:
         _check_placeholders(questions, header[columns.question], problems)
-    answers, texts = [()] * count, [""] * count
+    answers = [()] * len(questions)
     if columns.answers:
-        answer_names = [header[number] for number in columns.answers]
+        names = [header[number] for number in columns.answers]
         cells = [read(number) for number in columns.answers]
-        answers, said = join_answers(cells, answer_names, problems, may_be_lists=grid.may_contain("["))
+        answers, said = join_answers(cells, names, problems, may_be_lists=grid.may_contain("["))
         notes += said
         if has_placeholder:
-            _check_placeholders(list(map("\n".join, answers)), " or ".join(answer_names), problems)
-        texts = list(map(most_frequent, answers))
+            _check_placeholders(list(map("\n".join, answers)), " or ".join(names), problems)
     if columns.question_id is not None and not may_repeat_ids:
         _check_unique(ids, grid, header[columns.question_id], problems)
     kept = [read(number) for number in columns.keep]
     extras = zip(*kept, strict=True) if kept else repeat(())
-    parts = (range(count), grid.lines, image_ids, names, questions, ids, texts, answers, extras)
+    numbers, texts = range(len(questions)), map(most_frequent, answers)
+    parts = (numbers, grid.lines, named.ids, named.names, questions, ids, texts, answers, extras)
     return list(map(TableRow, *parts)), images
+
+
+def _name_images(
+    grid: Grid, number: int, options: TableOptions, source: str, problems: Problems
+) -> tuple[NamedImages, EmbeddedImages | None]:
+    """Return the image of each row, and the images that the column itself holds."""
+    column, template = grid.header[number], options.image_name
+    if number not in grid.image_columns:
+        return name_images(grid.read_column(number, problems), column, template, problems, source), None
+    if template is not None:
+        raise TableError(f"{source}: {column} holds images, on which --image_name has no effect; leave it out")
+    images = name_embedded_images(grid.image_columns[number], column, grid.lines, problems)
+    return NamedImages(images.names, images.names, images.notes), images
 
 
 def _read_ids(texts: Sequence[str], column: str, problems: Problems) -> tuple[Sequence[int | str], list[str]]:
