@@ -8,20 +8,25 @@ import importlib
 import importlib.util
 import inspect
 import io
+import json
 import re
 import runpy
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENGLISH, RUSSIAN = ROOT / "README.md", ROOT / "README.ru.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ENGLISH, RUSSIAN, ROOT / "CONTRIBUTING.md", *PAGES]
 SHELL_SCRIPTS = [
     ROOT / "inference.sh",
     ROOT / ".ci/run",
@@ -42,6 +47,7 @@ PROGRAMS = (
     "-m llava.eval.vqa_score",
     "-m llava.eval.report",
     "-m llava.serve.cli",
+    "-m llava.serve.web",
 )
 WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/train/train_mem.py"} | {
     f"scripts/v1_5/{path.name}": "llava/train/train_mem.py" for path in (ROOT / "scripts/v1_5").glob("*.sh")
@@ -119,30 +125,88 @@ def test_shell_script_parses_and_its_flags_exist(script: Path) -> None:
             assert re.search(rf"{flag}\b", help_text(program)), f"{script.name}: {flag}"
 
 
-def test_messages_of_the_checkpoint_page_are_those_of_the_code() -> None:
+@pytest.mark.parametrize(
+    ("name", "section", "column", "at_least"),
+    [("checkpoints", "## Messages", 0, 12), ("models", "## What does not load", 1, 8)],
+)
+def test_messages_of_a_page_are_those_of_the_code(name: str, section: str, column: int, at_least: int) -> None:
     sources = [
         path.read_text(encoding="utf-8") for folder in ("llava", "scripts") for path in (ROOT / folder).rglob("*.py")
     ]
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # texts written in several pieces, joined
-    page = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`.*?) \|", page.partition("## Messages")[2], re.MULTILINE)
-    assert len(rows) > 12
-    for message in re.findall(r"`(.*?)`", " ".join(rows)):
+    page = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8").partition(section)[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > at_least
+    for message in re.findall(r"`(.*?)`", " ".join(row[column] for row in rows)):
         for piece in re.split(r"\(?\.\.\.\)?|\b[A-Z]\b|[\d.]+ GB|model-\S+|\([A-Z].*\)", message):
             assert piece.strip(" ,;:") in code, message
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def links(path: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), target
+    for link in links(path):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def code_blocks(path: Path) -> list[str]:
+    return re.findall(r"```.*?```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def numbers(text: str) -> Counter[str]:
+    """The numbers of a text without separators: 1,234.5 is written 1 234,5 in Russian, with a no-break space."""
+    return Counter(re.findall(r"\d+", re.sub(r"(?<=\d)[.,\u00a0](?=\d)", "", text)))
+
+
+def test_both_readmes_have_the_same_commands_links_and_numbers() -> None:
+    assert code_blocks(RUSSIAN) == code_blocks(ENGLISH)
+    other = {ENGLISH.name, RUSSIAN.name}
+    english, russian = (
+        [link for link in links(path) if link[0] != "#" and link not in other] for path in (ENGLISH, RUSSIAN)
+    )
+    assert Counter(russian) == Counter(english)  # the order of words differs, and so may that of links
+    assert numbers(RUSSIAN.read_text("utf-8")) == numbers(ENGLISH.read_text("utf-8"))
+    levels = [re.findall(r"^#+(?= )", path.read_text("utf-8"), re.MULTILINE) for path in (ENGLISH, RUSSIAN)]
+    assert levels[0] == levels[1]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_each_page_says_for_whom_it_is_and_is_in_the_index(path: Path) -> None:
+    title, _, text = path.read_text("utf-8").partition("\n\n")
+    assert title.startswith("# ")
+    assert text.startswith("For ")
+    if path.name != "README.md":
+        assert path.name in links(ROOT / "docs/README.md")
+
+
+def test_images_of_documents_are_small_and_used() -> None:
+    shown = {(path.parent / link).resolve() for path in DOCUMENTS for link in links(path)}
+    for image in (ROOT / "docs/images").iterdir():
+        assert image.stat().st_size <= 200_000, image
+        assert image in shown, f"{image} is shown nowhere; remove it"
 
 
 def place_of(module: str) -> bool:
     """Whether a dotted name is a module, a package, or a name in a module."""
     *folders, name = module.split(".")
     folder = ROOT.joinpath(*folders)
-    return (folder / name).is_dir() or (folder / f"{name}.py").is_file() or folder.with_suffix(".py").is_file()
+    in_package = folders == ["llava"] and f"\ndef {name}(" in (folder / "__init__.py").read_text(encoding="utf-8")
+    is_module = (folder / name).is_dir() or (folder / f"{name}.py").is_file()
+    return is_module or folder.with_suffix(".py").is_file() or in_package
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -203,14 +267,53 @@ def test_programs_pass_arguments_that_exist(folder: str) -> None:
             bind(*(argument for argument in call.args if not isinstance(argument, ast.Starred)), **named)
 
 
+def python_block(word: str) -> str:
+    """The README's Python that holds a word."""
+    blocks = re.findall(r"```python\n(.*?)```", ENGLISH.read_text(encoding="utf-8"), re.DOTALL)
+    return next(block for block in blocks if word in block)
+
+
 def test_python_of_the_readme_runs(goldens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    block = block.replace('"llava_merged_model"', repr(str(goldens / "llava-v1.5-golden")))
+    block = python_block("eval_model").replace('"llava_merged_model"', repr(str(goldens / "llava-v1.5-golden")))
     block = block.replace('"man.jpg"', repr(str(goldens / "images/landscape.jpg"))).replace(": 512", ": 4")
     names: dict[str, object] = {}
     exec(block, names)
     assert isinstance(names["answer"], str)
     assert capsys.readouterr().out == f"{names['answer']}\n"
+
+
+def test_python_of_the_readme_makes_a_table_of_vqav2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_program: Callable[[str], Any]
+) -> None:
+    """The official files' keys, with texts that a table must quote."""
+    texts = {262_000: 'Is it "red", or not?', 262_001: "What's this?"}
+    entries = [{"image_id": 262, "question": text, "question_id": key} for key, text in texts.items()]
+    right = [{"question_id": key, "multiple_choice_answer": "yes, 2", "answers": []} for key in reversed(texts)]
+    (tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": entries}))
+    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": right}))
+    (tmp_path / "playground/data_train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    exec(python_block("multiple_choice_answer"), {})
+    table, records = "playground/data_train/Train_Qs.csv", "playground/data_train/data.json"
+    assert load_program("task_data_preprocessing.py").main(["--input", table, "--output", records]) == 0
+    found = json.loads(Path(records).read_text(encoding="utf-8"))
+    assert [record["image"] for record in found] == ["COCO_val2014_000000000262.jpg"] * 2
+    assert [record["conversations"][0]["value"] for record in found] == [f"<image>\n{text}" for text in texts.values()]
+    assert {record["conversations"][1]["value"] for record in found} == {"yes, 2"}
+
+
+def test_the_record_of_the_readme_is_what_preprocessing_writes(
+    tmp_path: Path, load_program: Callable[[str], Any]
+) -> None:
+    text = ENGLISH.read_text(encoding="utf-8").partition("## Get the data")[2]
+    lines = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    table = "\n".join(",".join(row) for row in (cells[0], *cells[2:])) + "\n"
+    (tmp_path / "table.csv").write_text(table, encoding="utf-8")
+    words = ["--input", str(tmp_path / "table.csv"), "--output", str(tmp_path / "data.json")]
+    assert load_program("task_data_preprocessing.py").main(words) == 0
+    shown = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    assert json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))[0] == shown
 
 
 def test_documents_and_code_name_no_machine_of_ours() -> None:

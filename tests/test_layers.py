@@ -71,8 +71,11 @@ def test_module_imports_only_the_layers_it_may(path):
     names, banned = read_imports(path.read_text(encoding="utf-8"))
     assert banned == []
     layer = layer_of(path)
-    if layer == "__init__":  # the package hands on the original's names lazily
-        assert names == ["llava.library_noise", "llava.original_names"]
+    if layer == "__init__":  # hands on the original's names lazily; `load` imports when it is called
+        assert set(names) - {"llava.inference.loaded_model", "llava.inference.session"} == {
+            "llava.library_noise",
+            "llava.original_names",
+        }
         return
     rows_above = itertools.takewhile(lambda row: layer not in row, LAYERS)
     allowed = {layer, *itertools.chain(*rows_above), ALSO_MAY_IMPORT.get(path.relative_to(PACKAGE).as_posix())}

@@ -12,7 +12,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,6 +145,14 @@ def _draw(logits: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
 def _shift_right(values: Tensor, count: int) -> Tensor:
     """Shift int64 right, filling with zeros."""
     return (values >> count) & ((1 << (64 - count)) - 1)
+
+
+class TokenScore(NamedTuple):
+    """Log-probability of a chosen token, the likeliest other token, and that one's log-probability."""
+
+    logprob: float
+    runner_up: int
+    runner_up_logprob: float
 
 
 def score_tokens(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from llava.inference.chat.kv_cache import ChatKVCache
 from llava.inference.detokenizer import AnswerStream
 from llava.inference.engine.device_to_host import HostCopy
 from llava.inference.prompts import ending_ids, next_turn_ids
-from llava.inference.sampler import Sampling, draw_key, select_tokens
+from llava.inference.sampler import Sampling, TokenScore, draw_key, score_tokens, select_tokens
 from llava.inference.session import Prompt, Session
 
 
@@ -24,9 +24,11 @@ class Chat:
         session: model and template.
         sampling: how tokens are chosen; None = greedy.
         cache: empty KV cache; None = the fastest that the model allows.
+        with_scores: also note the log-probabilities of each token, in `scores`.
 
     Attributes:
         turns: question and clean answer of each turn.
+        scores: of each token of the latest answer; empty unless requested.
         ids: the whole conversation as the model reads it, answers as generated, `IMAGE_TOKEN_INDEX` per image.
         computed_positions: positions that the model computed for the latest turn, in tokens and image patches.
         is_pipelined: launch the next decode step before the token just chosen has reached the CPU; if the answer ends
@@ -41,8 +43,16 @@ class Chat:
         ...     print(piece, end="", flush=True)
     """
 
-    def __init__(self, session: Session, sampling: Sampling | None = None, cache: ChatKVCache | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        sampling: Sampling | None = None,
+        cache: ChatKVCache | None = None,
+        *,
+        with_scores: bool = False,
+    ) -> None:
         self.session = session
+        self.with_scores = with_scores
         self.sampling = sampling or Sampling(max_new_tokens=512)
         if self.sampling.num_beams != 1:
             raise ValueError(f"num_beams is {self.sampling.num_beams}, but a chat streams its answers; use 1")
@@ -54,9 +64,22 @@ class Chat:
         """Forget the conversation, its images included."""
         self.turns: list[tuple[str, str]] = []
         self.ids: list[int] = []
+        self.scores: list[TokenScore] = []
         self.computed_positions = 0
         self._cached = 0  # positions of the KV cache that belong to the conversation
         self._pending = Prompt([], [])  # the end of `ids`, which is not in the KV cache yet
+        self._before: list[tuple[list[int], int, Prompt]] = []  # ids, cached and pending before each turn
+
+    def undo(self) -> None:
+        """Forget the latest turn; its positions stay in the KV cache until others take their place.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not self.turns:
+            raise ValueError("the conversation has no turn to undo")
+        self.turns, self.scores = self.turns[:-1], []
+        self.ids, self._cached, self._pending = self._before.pop()
 
     def reply(self, question: str, images: Sequence[Image.Image] = (), *, request_id: Any = None) -> Iterator[str]:
         """Ask a question, and return an iterator over the pieces of its answer.
@@ -91,7 +114,7 @@ class Chat:
         """Yield text from tokens until the answer ends, then record the turn."""
         answer = AnswerStream(self.session.tokenizer, self.session.template.stop_text)
         stop_ids, stops_on_text = self.session.stop_ids, self.session.stops_on_text
-        is_ended, self.computed_positions = False, 0
+        is_ended, self.computed_positions, self.scores = False, 0, []
         try:
             for token in tokens:
                 piece = answer.push(token)
@@ -118,30 +141,34 @@ class Chat:
         """
         cache, model, sampling = self._cache, self.session.model, self.sampling.seeded()
 
-        def choose(logits: Tensor, step: int) -> Tensor:
+        def choose(logits: Tensor, step: int) -> list[Tensor]:
             keys = None if sampling.temperature == 0 else [draw_key(sampling.seed, request_id, step)]
-            return select_tokens(logits, sampling, keys)
+            token = select_tokens(logits, sampling, keys)
+            return [token, *score_tokens(logits, token)] if self.with_scores else [token]
 
         cache.truncate(self._cached)
         input_ids = torch.tensor([prompt.input_ids], device=model.device)  # (1, T)
         embeds = model.splice(input_ids, prompt.pixel_values).inputs_embeds[0]  # (S, D)
-        token = choose(cache.prefill(embeds, room=n_tokens), 0)  # (1,)
+        chosen = choose(cache.prefill(embeds, room=n_tokens), 0)  # (1,) each
         for step in range(1, n_tokens + 1):
             is_last = step == n_tokens
-            copy = HostCopy([token])
+            copy = HostCopy(chosen)
             if self.is_pipelined and not is_last:
-                token = choose(cache.decode(token), step)
-            [[chosen]] = copy.wait()
-            yield chosen
+                chosen = choose(cache.decode(chosen[0]), step)
+            [token], *score = copy.wait()
+            if score:
+                self.scores.append(TokenScore(*(value for [value] in score)))
+            yield token
             if not self.is_pipelined and not is_last:
-                token = choose(cache.decode(token), step)
+                chosen = choose(cache.decode(chosen[0]), step)
 
     def _record_turn(self, question: str, turn: Prompt, answer: AnswerStream, computed: int, is_ended: bool) -> None:
         end = [] if is_ended else ending_ids(self.session.template, self.session.tokenizer)
         turns, ids = [*self.turns, (question, answer.text)], [*self.ids, *turn.input_ids, *answer.ids, *end]
         pending, cached = Prompt(answer.ids[-1:] + end, []), self._cached + computed
+        before = [*self._before, (self.ids, self._cached, self._pending)]
         # One statement, so that an interruption hardly ever leaves the turn half recorded.
-        self.turns, self.ids, self._pending, self._cached = turns, ids, pending, cached
+        self.turns, self.ids, self._pending, self._cached, self._before = turns, ids, pending, cached, before
         self.computed_positions = computed
 
 

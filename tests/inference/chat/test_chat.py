@@ -238,3 +238,24 @@ def test_a_seed_repeats_the_answer(session):
 
 def test_endings_are_the_templates(session):
     assert ending_ids(session.template, session.tokenizer) == [END]
+
+
+def test_an_undone_turn_leaves_nothing_behind(session, images):
+    chat, expected = Chat(session, GREEDY), Chat(session, GREEDY)
+    say(chat, "Is there railing?", images[:1])
+    say(expected, "Is there railing?", images[:1])
+    say(chat, "and now?")
+    chat.undo()
+    assert (chat.turns, chat.ids) == (expected.turns, expected.ids)
+    assert say(chat, "why?") == say(expected, "why?")
+    assert (chat.turns, chat.ids, chat.computed_positions) == (
+        expected.turns,
+        expected.ids,
+        expected.computed_positions,
+    )
+    chat.undo()
+    chat.undo()
+    assert (chat.turns, chat.ids) == ([], [])
+    with pytest.raises(ValueError, match="no turn to undo"):
+        chat.undo()
+    assert say(chat, "Is there railing?", images[:1]) == expected.turns[0][1]

@@ -1,0 +1,236 @@
+"""`LoadedModel`: a model for Python and notebooks, with `ask`, `ask_many` and `chat`; made by `llava.load`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from llava.files.home_directory import expand_home
+from llava.image_files.decode import to_rgb
+from llava.inference.batch.answer_batch import answer_batch
+from llava.inference.batch.answers_file import Answer
+from llava.inference.chat.chat import Chat
+from llava.inference.load_image import load_image
+from llava.inference.question_rows import read_question_rows
+from llava.inference.sampler import Sampling
+from llava.inference.session import Session
+
+ImageSource = str | os.PathLike[str] | Image.Image
+"""A path, an http(s) address or an image."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Answer to one question; `str()` of it is the text.
+
+    Attributes:
+        text: the clean answer.
+        probability: of the whole answer, under the model without temperature.
+        runner_up: the likeliest other first token, as text.
+        runner_up_probability: of that token.
+    """
+
+    text: str
+    probability: float
+    runner_up: str
+    runner_up_probability: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def latest_reply(chat: Chat) -> Reply:
+    """Return the latest answer of a chat with scores.
+
+    Raises:
+        ValueError: if it has no answer yet.
+    """
+    if not chat.turns:
+        raise ValueError("this chat has no answer yet; call ask or stream first")
+    first = chat.scores[0]
+    return Reply(
+        chat.turns[-1][1],
+        math.exp(sum(score.logprob for score in chat.scores)),
+        chat.session.tokenizer.decode([first.runner_up]),
+        math.exp(first.runner_up_logprob),
+    )
+
+
+class ImageChat:
+    """Conversation about images, whose KV cache is kept from turn to turn.
+
+    Args:
+        chat: a new one, with scores.
+        images: sent with the first question.
+
+    Example:
+        >>> chat = llava.load("llava_merged_model").chat("man.jpg")
+        >>> print(chat.ask("What is he holding?"))
+        >>> for piece in chat.stream("What color is it?"):
+        ...     print(piece, end="", flush=True)
+    """
+
+    def __init__(self, chat: Chat, images: Sequence[Image.Image]) -> None:
+        self._chat, self._images = chat, list(images)
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """Question and answer of each turn."""
+        return list(self._chat.turns)
+
+    def ask(self, question: str) -> Reply:
+        """Ask a question and return the whole answer.
+
+        Raises:
+            ValueError: if the question is empty or the context is full.
+        """
+        for _ in self.stream(question):
+            pass
+        return self.latest()
+
+    def stream(self, question: str) -> Iterator[str]:
+        """Ask a question, and return an iterator over the pieces of the answer; `latest` has its probability.
+
+        Raises:
+            ValueError: as `ask`.
+        """
+        return self._chat.reply(question, [] if self._chat.turns else self._images)
+
+    def latest(self) -> Reply:
+        """Return the latest answer.
+
+        Raises:
+            ValueError: if nothing was asked yet.
+        """
+        return latest_reply(self._chat)
+
+    def reset(self) -> None:
+        """Start a new conversation about the same images."""
+        self._chat.reset()
+
+
+class LoadedModel:
+    """A loaded model that answers questions about images.
+
+    Args:
+        session: model, tokenizer, image processor and prompt template.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __repr__(self) -> str:
+        model = self.session.model
+        return f"LoadedModel({model.config._name_or_path or 'unnamed'}, {model.device}, {model.dtype})"
+
+    def ask(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        question: str,
+        *,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        max_new_tokens: int = 128,
+        seed: int | None = None,
+    ) -> Reply:
+        """Ask one question.
+
+        Args:
+            image: a path, an http(s) address, a Pillow image, a list of these, or None for a question without image.
+            question: text; its `<image>` marks say where the images go, without any they go first.
+            temperature: 0 = the likeliest token at each step (greedy); above 0, tokens are drawn.
+            top_p: draw among the likeliest tokens that together have this probability; None = among all.
+            max_new_tokens: longest answer, in tokens.
+            seed: of the draws; None = a random one.
+
+        Raises:
+            ValueError: if the question, an image or an option can't be used.
+
+        Example:
+            >>> model.ask("man.jpg", "What is he holding?").text
+        """
+        chat = self.chat(image, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+        return chat.ask(question)
+
+    def chat(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        max_new_tokens: int = 512,
+        seed: int | None = None,
+    ) -> ImageChat:
+        """Start a conversation about an image; arguments as in `ask`.
+
+        Raises:
+            ValueError: if an image or an option can't be used.
+        """
+        sampling = Sampling(temperature, top_p, 1, max_new_tokens, seed)
+        return ImageChat(Chat(self.session, sampling, with_scores=True), _read_images(image))
+
+    def ask_many(
+        self,
+        rows: Any,
+        image_folder: str | os.PathLike[str] = "",
+        *,
+        question_column: str | None = None,
+        image_column: str = "image",
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        max_new_tokens: int = 128,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Ask many questions through the batch engine: each image is encoded once for all its questions.
+
+        Args:
+            rows: a list of dictionaries, a pandas or polars DataFrame, or the path of a question file.
+            image_folder: holds the images that the rows name; "" = names are paths.
+            question_column: key of the question; None = "question", or "text" where rows lack it.
+            image_column: key of the image's name, or of a list of names; a row without it is asked without image.
+            temperature: as in `ask`, as are `top_p`, `max_new_tokens` and `seed`.
+            progress: show a progress bar, in a terminal or a notebook.
+
+        Returns:
+            The rows in their order, of the kind that came in, with `answer`, `probability` and `error`: a text or
+            None. A row that can't be answered (a missing image, say) has an error and an empty answer.
+
+        Raises:
+            TypeError: if `rows` is of another kind.
+            ValueError: if a row has no question, or already has an `answer`, `probability` or `error`.
+
+        Example:
+            >>> model.ask_many([{"image": "man.jpg", "question": "What is he holding?"}], "photos")
+            [{'image': 'man.jpg', 'question': ..., 'answer': 'umbrella', 'probability': 0.97, 'error': None}]
+        """
+        table = read_question_rows(rows, question_column, image_column)
+        sampling = Sampling(temperature, top_p, 1, max_new_tokens, seed)
+        questions = table.questions
+        found = answer_batch(self.session, questions, os.fspath(image_folder), sampling, with_scores=True)
+        bar = tqdm(found, total=len(questions), unit="question", disable=not progress)
+        answers = {answer.question.question_id: answer for answer in bar}
+        return table.with_columns(_columns([answers[row] for row in range(len(questions))]))
+
+
+def _columns(answers: Sequence[Answer]) -> dict[str, list[Any]]:
+    """Return the columns that `ask_many` adds."""
+    return {
+        "answer": [answer.text for answer in answers],
+        "probability": [math.exp(answer.scores["logprob"]) if answer.scores else None for answer in answers],
+        "error": [answer.message if answer.error else None for answer in answers],
+    }
+
+
+def _read_images(source: ImageSource | Sequence[ImageSource] | None) -> list[Image.Image]:
+    """Return the images of a question, upright and in RGB."""
+    if source is None:
+        return []
+    sources = [source] if isinstance(source, str | os.PathLike | Image.Image) else source
+    return [to_rgb(image) if isinstance(image, Image.Image) else load_image(expand_home(image)) for image in sources]
