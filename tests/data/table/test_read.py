@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.data.table.bad_rows import BadRows, TableError
@@ -91,6 +91,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 NUMBER = st.integers(0, 10**18 - 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(NUMBER, TEXT, NUMBER, TEXT), min_size=1, unique_by=lambda row: row[2]))
 def test_whatever_csv_writes_comes_back(table):
     stream = io.StringIO()
@@ -117,6 +118,7 @@ def test_whatever_csv_writes_comes_back(table):
     ]
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_are_read_or_refused(content):
     for table in (content, HEADER + content):
@@ -291,6 +293,7 @@ def test_image_name_without_id():
         build_image_namer("a.jpg")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 30), min_size=2).filter(lambda ids: len(set(ids)) > 1),
     st.floats(0.001, 0.999),

@@ -1,7 +1,7 @@
 """The encoding of a table that is not UTF-8 is named by its letters; what is named decodes the text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.data.table.bad_rows import TableError
@@ -21,6 +21,7 @@ def write(words: list[str], mark: str) -> str:
 
 
 @pytest.mark.parametrize("encoding", ["cp1251", "koi8-r", "cp866"])
+@settings(deadline=None)
 @given(words=st.lists(st.sampled_from(RUSSIAN), min_size=6, unique=True), mark=st.sampled_from(",;\t"))
 def test_russian_is_never_taken_for_another_encoding(encoding, words, mark):
     text = write(words, mark)
@@ -31,6 +32,7 @@ def test_russian_is_never_taken_for_another_encoding(encoding, words, mark):
 
 
 @pytest.mark.parametrize(("encoding", "vocabulary"), [("cp1252", FRENCH), ("cp1250", POLISH)])
+@settings(deadline=None)
 @given(data=st.data())
 def test_latin_letters_are_decoded_as_they_were(encoding, vocabulary, data):
     words = [*data.draw(st.permutations(vocabulary)), *data.draw(st.lists(st.sampled_from(vocabulary)))]
