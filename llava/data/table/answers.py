@@ -15,7 +15,7 @@ from llava.files.terminal_text import show
 _RULE = "the most frequent one of a question is trained on, the first of equals; all are kept"
 _ANSWER_KEY = "answer"
 _NO_LIST = "is not a list of texts, as other rows have"
-_NO_COMMA = re.compile(r"""(?<=['"])\s+(?=['"])""")  # between the texts of an array that numpy printed
+_LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def join_answers(
@@ -83,7 +83,7 @@ def _parse_list(cell: str) -> tuple[str, ...] | None:
     """Return the answers in a cell; None if it is not a list of texts."""
     if not cell.startswith("["):
         return None
-    for parse, written in ((json.loads, cell), (ast.literal_eval, _NO_COMMA.sub(", ", cell))):
+    for parse, written in ((json.loads, cell), (ast.literal_eval, _add_commas(cell))):
         try:
             values = parse(written)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -91,3 +91,9 @@ def _parse_list(cell: str) -> tuple[str, ...] | None:
         texts = [value.get(_ANSWER_KEY) if isinstance(value, dict) else value for value in values]
         return tuple(texts) if all(isinstance(text, str) for text in texts) else None
     return None
+
+
+def _add_commas(cell: str) -> str:
+    """Return a list with commas between its texts; an array that numpy printed has none, and Python joins them."""
+    between = _LITERAL.sub("", cell)
+    return cell if "," in between or "{" in between else _LITERAL.sub(lambda text: f"{text[0]},", cell)

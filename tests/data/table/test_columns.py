@@ -159,6 +159,12 @@ def test_lists_of_answers(read, cell):
     assert table.notes[-1] == f"answers holds lists of answers: {RULE}"
 
 
+@pytest.mark.parametrize("answers", [["it's", "b' 'c"], ["x"], ['say "a" "b"', "y"]])
+def test_lists_as_python_prints_them(read, answers):
+    quoted = str(answers).replace('"', '""')
+    assert read("image,question,answer", f'1.jpg,q,"{quoted}"').rows[0].answers == tuple(answers)
+
+
 @pytest.mark.parametrize("text", ["[12, 40]", "[sic]", "[", "[]x", "[1.5]"])
 def test_other_brackets_are_text(read, text):
     row = read("image,question,answer", f'1.jpg,q,"{text}"').rows[0]
