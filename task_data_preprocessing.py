@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from llava.data.table.read import Columns, TableError, TableRow, read_table
+from llava.data.table.bad_rows import TableError
+from llava.data.table.options import add_table_flags, table_options
+from llava.data.table.read import Table, TableRow, read_table, write_images
 from llava.data.table.write import (
-    COCO_IMAGE_NAME,
     QUESTION_FIELDS,
     RECORD_FIELDS,
-    build_image_namer,
     check_images,
     format_questions_jsonl,
     format_training_json,
@@ -35,18 +35,26 @@ _EXAMPLE = """examples:
       the default paths: {train[0]} -> {train[1]}
   python task_data_preprocessing.py --input my.csv --output my.json --image_name "{{id}}.jpg" --val_share 0.05
       your own table and image names; 5 % of the images, with all their questions, go to my_val.json
+  python task_data_preprocessing.py --input survey.csv --encoding cp1251 --output data.json \\
+      --image_column photo --question_column text --answer_column reply
+      Excel's CSV in Russian, columns divided by semicolons, with file names of images and without ids
+  python task_data_preprocessing.py --input questions.xlsx --sheet Train --output data.json
+      a sheet of a spreadsheet
+  python task_data_preprocessing.py --input vqa.parquet --output vqa/data.json --image_folder vqa/images
+      a table that holds its images (Hugging Face): they are written into the folder once
   python task_data_preprocessing.py --mode infer --input new.csv --output questions.jsonl --keep kind
       questions without answers for inference; the column `kind` is kept
 
-The table is a UTF-8 CSV file with a header and the columns image_id, question, question_id and (for training) answer.
-A table with bad rows is refused, and nothing is written.
+The table is a .csv or .tsv file in UTF-8 (columns divided by commas, semicolons or tabs), a spreadsheet (.xlsx, .xls,
+.ods), a .parquet or .arrow file, or a directory that `datasets` saved to disk. What is found out about it is printed;
+docs/tables.md describes it all. A table with bad rows is refused, and nothing is written.
 """.format(**_DEFAULT_PATHS)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Convert a CSV table of questions about images to training records or inference questions.",
+        description="Convert a table of questions about images to training records or inference questions.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,18 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="train",
         help="train: questions with answers; infer: questions alone (default: train)",
     )
-    add("--input", metavar="CSV", help=f"table to read (default: {train[0]}; with --mode infer: {infer[0]})")
+    add("--input", metavar="TABLE", help=f"table to read (default: {train[0]}; with --mode infer: {infer[0]})")
     add("--output", metavar="FILE", help=f"file to write (default: {train[1]}; with --mode infer: {infer[1]})")
-    add(
-        "--image_name",
-        metavar="TEMPLATE",
-        type=_image_name_template,
-        default=COCO_IMAGE_NAME,
-        help="file name of an image; {id} stands for its number (default: %(default)s)",
-    )
-    for field, name in Columns()._asdict().items():
-        default = None if field == "answer" else name  # None: the flag was not given
-        add(f"--{field}_column", metavar="NAME", default=default, help=f"column with the {field} (default: {name})")
     add(
         "--keep",
         metavar="COLUMN",
@@ -86,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val_output", metavar="FILE", help="file for the validation share (default: --output with _val in its name)")
     add("--seed", type=int, help="decides which images --val_share takes (default: 0)")
     add("--check_images", metavar="DIR", help="folder in which every image must be a file (default: not checked)")
+    add(
+        "--image_folder",
+        metavar="DIR",
+        help="folder into which images that the table holds are written (default: images beside --output)",
+    )
+    add_table_flags(parser)
     return parser
 
 
@@ -100,17 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse(argv)
     try:
-        rows = read_table(args.input, args.columns, args.keep)
-        if args.check_images is not None:
-            check_images(rows, build_image_namer(args.image_name), args.check_images, args.input)
-        outputs = _divide(rows, args)
+        table = read_table(args.input, table_options(args, keep=args.keep, has_answers=args.mode == "train"))
+        for note in table.notes:
+            print_text(f"{args.input}: {note}")
+        outputs = _divide(_checked_rows(table, args), args)
+        places = folder = args.image_folder or str(Path(args.output).with_name("images"))
+        for note in write_images(table, folder):
+            print_text(note)
+        places = " and ".join(path for path, _ in outputs)
+        _write(outputs, args)
     except TableError as error:
         report_error(f"{error}\nNothing was written.")
         return 1
-    try:
-        _write(outputs, args)
     except OSError as error:
-        places = " and ".join(path for path, _ in outputs)
         report_error(
             f"cannot write {places}: {error.strerror or error}. Existing files are unchanged; "
             "free disk space, or choose another path with --output."
@@ -121,10 +127,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _checked_rows(table: Table, args: argparse.Namespace) -> list[TableRow]:
+    """Return the rows of a table after the checks that depend on the program's own flags.
+
+    Raises:
+        TableError: if a flag has no effect, or keys or images collide or are missing.
+    """
+    if args.image_folder is not None and table.images is None:
+        raise TableError(f"{args.input} names files and holds no images: --image_folder has no effect; leave it out")
+    if "answers" in args.keep and any(len(row.answers) > 1 for row in table.rows):
+        raise TableError(f"{args.input}: --keep answers: records with several answers have that key already")
+    if args.check_images is not None:
+        held = () if table.images is None else table.images.digests
+        check_images([row for row in table.rows if row.image not in held], args.check_images, args.input)
+    return table.rows
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, fill in defaults that depend on other flags, and refuse flags that contradict."""
     parser = build_parser()
-    args = expand_homes(parser.parse_args(argv), "input", "output", "val_output", "check_images")
+    args = expand_homes(parser.parse_args(argv), "input", "output", "val_output", "check_images", "image_folder")
     default_input, default_output = _DEFAULT_PATHS[args.mode]
     args.input, args.output = args.input or default_input, args.output or default_output
     if args.mode == "infer":
@@ -137,8 +159,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         output = Path(args.output)
         args.val_output = str(output.with_name(f"{output.name.removesuffix(output.suffix)}_val{output.suffix}"))
     args.seed = args.seed or 0
-    answer = None if args.mode == "infer" else args.answer_column or Columns().answer
-    args.columns = Columns(args.image_id_column, args.question_column, args.question_id_column, answer)
     outputs = {"--output": args.output, "--val_output": args.val_output}
     written = {flag: output_file(path) for flag, path in outputs.items() if path is not None}
     if message := find_overwrite(written, {"--input": args.input}):
@@ -147,14 +167,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if bad := [name for name in args.keep if name in reserved or args.keep.count(name) > 1]:
         parser.error(f"--keep {bad[0]}: every record has that key already; rename the column or leave it out")
     return args
-
-
-def _image_name_template(text: str) -> str:
-    try:
-        build_image_namer(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 def _share(text: str) -> float:
@@ -175,11 +187,10 @@ def _divide(rows: list[TableRow], args: argparse.Namespace) -> list[tuple[str, l
 def _write(outputs: Sequence[tuple[str, list[TableRow]]], args: argparse.Namespace) -> None:
     """Write all files or, when one of them fails, none."""
     format_rows = format_questions_jsonl if args.mode == "infer" else format_training_json
-    name_image = build_image_namer(args.image_name)
     with ExitStack() as stack:
         for path, rows in outputs:
             stream = stack.enter_context(atomic_write(path))
-            stream.writelines(format_rows(rows, name_image, args.keep))
+            stream.writelines(format_rows(rows, args.keep))
             stream.flush()
             os.fsync(stream.fileno())  # all content is on disk before the first file takes its place
 

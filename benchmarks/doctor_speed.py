@@ -48,15 +48,14 @@ def _core_seconds() -> float:
 def make_data(table: Path, directory: Path) -> int:
     """Write `data.json` and an empty file for each image into a directory; return the number of rows."""
     from llava.data.table.read import read_table
-    from llava.data.table.write import COCO_IMAGE_NAME, build_image_namer, format_training_json
+    from llava.data.table.write import format_training_json
 
-    name_image = build_image_namer(COCO_IMAGE_NAME)
-    rows = read_table(table)
+    rows = read_table(table).rows
     with (directory / "data.json").open("w", encoding="utf-8") as stream:
-        stream.writelines(format_training_json(rows, name_image))
+        stream.writelines(format_training_json(rows))
     (directory / "images").mkdir()
-    for image_id in {row.image_id for row in rows}:
-        (directory / "images" / name_image(image_id)).touch()
+    for name in {row.image for row in rows}:
+        (directory / "images" / name).touch()
     return len(rows)
 
 

@@ -54,17 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(build_parser(__doc__, runs=9), argv)
     sys.path.insert(0, str(ROOT))
     from llava.data.table.read import read_table
-    from llava.data.table.write import COCO_IMAGE_NAME, build_image_namer, format_training_json
+    from llava.data.table.write import format_training_json
 
-    name_image = build_image_namer(COCO_IMAGE_NAME)
-    rows = read_table(args.input)
+    rows = read_table(args.input).rows
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, str(ROOT / "task_data_preprocessing.py")]
         command += ["--input", str(args.input), "--output", str(Path(directory) / "data.json")]
         actions = {
             "whole program": lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
             "core: csv -> rows": lambda: read_table(args.input),
-            "core: rows -> json": lambda: list(format_training_json(rows, name_image)),
+            "core: rows -> json": lambda: list(format_training_json(rows)),
         }
         print(f"{args.input}: {len(rows):,} rows; Python {platform.python_version()}, {os.cpu_count()} CPUs")
         for name, action in actions.items():

@@ -144,7 +144,7 @@ def test_flags_of_the_programs_that_write_checkpoints(home):
 
 
 def test_python_functions(home, goldens, capsys):
-    assert read_table("~/table.csv")[0].question == "What?"
+    assert read_table("~/table.csv").rows[0].question == "What?"
     assert read_questions("~/questions.jsonl") == [Question(1, "What?", ("tiny.png",))]
     assert read_records("~/data.json") == [ROW]
     assert [file.path for file in read_files(split_paths("~/data.json"))] == [str(home / "data.json")]

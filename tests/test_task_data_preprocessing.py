@@ -2,14 +2,18 @@
 
 import errno
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pandas
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "task_data_preprocessing.py"
@@ -180,6 +184,9 @@ def test_full_disk_keeps_every_previous_output(main, folder, capsys, monkeypatch
         (["--keep", "image"], "--keep image: every record has that key already; rename the column or leave it out"),
         (["--keep", "k", "k"], "--keep k: every record has that key already"),
         (["--mode", "infer", "--keep", "text"], "--keep text: every record has that key already"),
+        (["--delimiter", "ab"], "--delimiter: 'ab' is not a character between columns; use ',' ';' '|' or tab"),
+        (["--encoding", "cp12"], "--encoding: 'cp12' is not an encoding; use one such as utf-8, cp1251 or utf-16"),
+        (["--encoding", "base64"], "--encoding: 'base64' is not an encoding; use one such as utf-8"),
         (["--image_name", "a.jpg"], "--image_name: 'a.jpg' gives every image one name; write it like"),
     ],
 )  # fmt: skip
@@ -195,7 +202,7 @@ def test_help_names_every_default_and_an_example():
     result = subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True, check=True)
     text = " ".join(result.stdout.split())
     assert "python task_data_preprocessing.py --mode infer --input new.csv" in text
-    assert text.count("(default: ") == 13
+    assert text.count("(default: ") == 17
 
 
 def test_runs_from_anywhere_without_heavy_imports(folder):
@@ -204,7 +211,8 @@ def test_runs_from_anywhere_without_heavy_imports(folder):
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"try: runpy.run_path({str(PROGRAM)!r}, run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "assert not {'torch', 'transformers', 'numpy', 'pandas', 'PIL'} & sys.modules.keys()"
+        "heavy = {'torch', 'transformers', 'numpy', 'pandas', 'PIL', 'pyarrow', 'python_calamine'}\n"
+        "assert not heavy & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert json.loads((folder / "o.json").read_text())[0] == RECORD_0
@@ -220,3 +228,123 @@ def test_real_table(main, folder, shared_path):
     assert records[0] == RECORD_0
     assert records[14364]["conversations"][1] == {"from": "gpt", "value": "n/a"}
     assert [record["id"] for record in records] == [str(row) for row in range(66_668)]
+
+
+@pytest.fixture
+def russian(folder) -> Path:
+    """A table as Excel in Russian exports it: cp1251, semicolons, image names with spaces, no ids, empty rows."""
+    text = (
+        "фото;вопрос;ответ\r\nфото 1.jpg;Какого цвета, машина?;красная\r\nфото 2.jpg;Сколько людей?;2\r\n;;\r\n;;\r\n"
+    )
+    (folder / "вопросы.csv").write_bytes(text.encode("cp1251"))
+    return folder
+
+
+RUSSIAN_COLUMNS = ["--image_column", "фото", "--question_column", "вопрос", "--answer_column", "ответ"]
+
+
+def test_each_message_about_a_russian_table_leads_to_the_next_flag(main, russian, capsys):
+    command = ["--input", "вопросы.csv", "--output", "o.json"]
+    assert main(command) == 1
+    assert capsys.readouterr().err == (
+        "error: вопросы.csv: not UTF-8: byte 0xf4 at offset 0 (line 1); it looks like cp1251 ('фото вопрос ответ'): "
+        "pass --encoding cp1251\nNothing was written.\n"
+    )
+    command += ["--encoding", "cp1251"]
+    assert main(command) == 1
+    assert capsys.readouterr().err == (
+        "error: вопросы.csv: no columns 'image_id', 'question', 'answer'; the header has 'фото', 'вопрос', 'ответ'; "
+        "name the right ones with --image_column, --question_column and --answer_column\nNothing was written.\n"
+    )
+    assert main([*command, *RUSSIAN_COLUMNS]) == 0
+    assert capsys.readouterr().out == (
+        "вопросы.csv: columns are divided by semicolons\n"
+        "вопросы.csv: no column 'question_id': the ids of the questions are row numbers, from 0\n"
+        "вопросы.csv: фото holds file names ('фото 1.jpg'), which are taken as they are\n"
+        "wrote o.json: 2 rows, 2 images, 1.00 questions per image (at most 1)\n"
+    )
+    assert json.loads((russian / "o.json").read_text(encoding="utf-8"))[0] == {
+        "id": "0",
+        "image": "фото 1.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nКакого цвета, машина?"},
+            {"from": "gpt", "value": "красная"},
+        ],
+        "question_id": 0,
+    }
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.parquet", "t.tsv"])
+def test_one_table_in_any_format_gives_the_same_files(main, folder, name):
+    frame = pandas.read_csv(folder / "t.csv", dtype=str, keep_default_na=False)
+    {"t.xlsx": frame.to_excel, "t.parquet": frame.to_parquet, "t.tsv": partial(frame.to_csv, sep="\t")}[name](
+        folder / name, index=False
+    )
+    for mode in ("train", "infer"):
+        outputs = []
+        for table in ("t.csv", name):
+            assert main(["--mode", mode, "--input", table, "--output", "o", "--keep", "kind"]) == 0
+            outputs.append((folder / "o").read_bytes())
+        assert outputs[0] == outputs[1]
+
+
+def save_image_table(path: Path, *, answer: str = "a") -> bytes:
+    """A parquet table with an image called a.jpg; returns the image."""
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "JPEG")
+    frame = {"image": [{"bytes": stream.getvalue(), "path": "a.jpg"}], "question": ["q"], "answer": [answer]}
+    pandas.DataFrame(frame).to_parquet(path)
+    return stream.getvalue()
+
+
+def test_images_of_a_table_are_written_beside_the_output(main, folder, capsys):
+    image = save_image_table(folder / "t.parquet")
+    assert main(["--input", "t.parquet", "--output", "new/o.json", "--check_images", "."]) == 0
+    assert listing(folder) == ["new/images/a.jpg", "new/o.json", "t.csv", "t.parquet"]
+    assert (folder / "new/images/a.jpg").read_bytes() == image
+    assert "\nwrote 1 images into new/images\nwrote new/o.json: 1 rows" in capsys.readouterr().out
+    assert main(["--input", "t.parquet", "--output", "o.json", "--image_folder", "pics"]) == 0
+    assert (folder / "pics/a.jpg").read_bytes() == image
+
+
+def test_nothing_is_written_where_an_image_would_replace_another(main, folder, capsys):
+    save_image_table(folder / "t.parquet")
+    (folder / "images").mkdir()
+    (folder / "images/a.jpg").write_bytes(b"mine")
+    assert main(["--input", "t.parquet", "--output", "o.json"]) == 1
+    assert "image 'a.jpg' of the table is another file than the one there" in capsys.readouterr().err
+    assert listing(folder) == ["images/a.jpg", "t.csv", "t.parquet"]
+
+
+def test_no_image_of_a_table_with_a_bad_row_is_written(main, folder):
+    save_image_table(folder / "t.parquet", answer=" ")
+    assert main(["--input", "t.parquet", "--output", "o.json"]) == 1
+    assert listing(folder) == ["t.csv", "t.parquet"]
+
+
+def test_an_image_that_cannot_be_written_names_the_folder(main, folder, capsys):
+    save_image_table(folder / "t.parquet")
+    (folder / "images").touch()
+    assert main(["--input", "t.parquet", "--output", "o.json"]) == 1
+    assert capsys.readouterr().err.startswith("error: cannot write images: ")
+    assert listing(folder) == ["images", "t.csv", "t.parquet"]
+
+
+def test_flags_without_effect_on_this_table(main, folder, capsys):
+    assert main(["--input", "t.csv", "--output", "o.json", "--image_folder", "x"]) == 1
+    assert capsys.readouterr().err == (
+        "error: t.csv names files and holds no images: --image_folder has no effect; leave it out\n"
+        "Nothing was written.\n"
+    )
+    (folder / "l.csv").write_text('image,question,answers\n1.jpg,q,"[""a"",""b""]"\n')
+    assert main(["--input", "l.csv", "--output", "o.json", "--keep", "answers"]) == 1
+    assert "--keep answers: records with several answers have that key already" in capsys.readouterr().err
+
+
+def test_all_answers_are_kept_beside_the_most_frequent(main, folder):
+    (folder / "l.csv").write_text('image,question,answers\n1.jpg,q,"[""no"",""yes"",""yes""]"\n1.jpg,q,"[""x""]"\n')
+    assert main(["--input", "l.csv", "--output", "o.json"]) == 0
+    first, second = json.loads((folder / "o.json").read_text())
+    assert first["conversations"][1]["value"] == "yes"
+    assert first["answers"] == ["no", "yes", "yes"]
+    assert "answers" not in second

@@ -14,7 +14,7 @@ from llava.files.regular_files import read_bytes
 from llava.files.terminal_text import show, show_list
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet", ".feather", ".arrow")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".parquet", ".arrow")
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 _MAGIC = {
     b"PK\x03\x04": "a zip archive or an .xlsx table; unpack or export it",

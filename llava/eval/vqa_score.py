@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llava.data.table.read import Columns, TableError
+from llava.data.table.bad_rows import TableError
+from llava.data.table.options import TableOptions, add_table_flags, given_table_flags, table_options
 from llava.eval.scoring.annotations import pair_answers, read_answers, read_references
 from llava.eval.scoring.evaluate import Evaluation, compare_ids, evaluate
 from llava.eval.scoring.text import format_evaluation
@@ -79,20 +80,19 @@ def add_annotation_arguments(parser: argparse.ArgumentParser, *, required: bool)
     add = parser.add_argument
     add("--annotations", required=required, metavar="FILE", help=_ANNOTATIONS_HELP)
     add("--kind-key", metavar="NAME", help=_KIND_HELP)
-    for field, name in Columns()._asdict().items():
-        add(f"--{field}_column", metavar="NAME", help=f"column of a .csv with the {field} (default: {name})")
+    add_table_flags(parser)
     add("--unanimous", choices=("normalize", "verbatim"), default="normalize", help=_UNANIMOUS_HELP)
 
 
-def parse_columns(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Columns:
-    """Return the columns given by the flags of `add_annotation_arguments`; exit if they have no effect."""
-    given = {field: name for field in Columns._fields if (name := getattr(args, f"{field}_column")) is not None}
+def parse_table_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TableOptions:
+    """Return the options given by the flags of `add_annotation_arguments`; exit if they have no effect."""
+    given = given_table_flags(args)
     if given and Path(args.annotations or "").suffix.lower() != ".csv":
-        flags = ", ".join(f"--{field}_column" for field in given)
+        flags = ", ".join(given)
         parser.error(
             f"{flags} has no effect for --annotations {args.annotations}, which is not a .csv file; leave it out"
         )
-    return Columns(**given)
+    return table_options(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,12 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_terminal()
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "answers_file", "annotations", "json")
-    columns = parse_columns(parser, args)
+    options = parse_table_options(parser, args)
     inputs = {"--answers-file": args.answers_file, "--annotations": args.annotations}
     if args.json is not None and (message := find_overwrite({"--json": output_file(args.json)}, inputs)):
         parser.error(message)
     try:
-        references = read_references(args.annotations, columns, args.kind_key)
+        references = read_references(args.annotations, options, args.kind_key)
         texts = {key: references.questions.get(key, "") for key in references.answers}
         paths = name_files(args.answers_file)
         answers = {name: pair_answers(path, read_answers(path), texts) for name, path in paths.items()}

@@ -14,6 +14,10 @@ _DECODABLE = (
     (b"\xff\x4f\xff\x51", "JPEG 2000"), (b"\0\0\0\x0cjP  ", "JPEG 2000"),
 )  # fmt: skip
 """First bytes of formats that are decoded: a file that begins so and is refused is damaged."""
+_SUFFIXES = {
+    "JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "JPEG 2000": ".jp2", "WEBP": ".webp",
+    "PPM": ".ppm",
+}  # fmt: skip
 _OTHERS = (
     (b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"8BPS", "Photoshop"), (b"%PDF", "PDF"),
     (b"%!PS", "PostScript"), (b"\xc5\xd0\xd3\xc6", "PostScript"), (b"\0\0\x01\0", "Windows icon"),
@@ -69,6 +73,12 @@ def describe_content(data: bytes) -> tuple[str, str]:
     if not data.strip():
         return "nothing but spaces and line ends", _FETCH
     return _describe_text(data)
+
+
+def find_suffix(data: bytes) -> str | None:
+    """Return the ending of a file name for an image that can be decoded, by its first bytes; None for other content."""
+    brand = _BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
+    return ".avif" if brand == "AVIF" else _SUFFIXES.get(_find_decodable(data) or "")
 
 
 def _find_decodable(data: bytes) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.data.table.read import TableError
+from llava.data.table.bad_rows import TableError
 from llava.eval import model_vqa_loader
 from llava.eval.model_vqa_loader import main
 from llava.inference.batch.answer_batch import answer_batch

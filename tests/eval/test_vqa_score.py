@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.data.table.read import Columns, TableError
+from llava.data.table.bad_rows import TableError
+from llava.data.table.options import TableOptions
 from llava.eval.scoring.accuracy import score_answer
 from llava.eval.scoring.annotations import (
     GivenAnswer,
@@ -172,7 +173,7 @@ def test_references_from_a_table(write):
     assert read_references(typed).types == {1: "yes/no", 3: "yes/no"}
     assert read_references(typed).kinds == {1: "exist", 2: "count", 3: "exist"}
     assert read_references(path, kind_key="answer").kinds == {1: "yes", 2: "two", 3: "n/a"}
-    assert read_references(path, Columns(answer="kind")).answers[1] == ("exist",)
+    assert read_references(path, TableOptions(answer="kind")).answers[1] == ("exist",)
     plain = write("p.csv", TABLE.replace("kind", "x"))
     assert read_references(plain).kinds == {1: "is it?", 2: "how many?", 3: "is it?"}
 

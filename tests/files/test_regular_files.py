@@ -11,7 +11,8 @@ import pytest
 from llava.data.data_files import read_files
 from llava.data.doctor.__main__ import main as doctor
 from llava.data.doctor.check_cache import load_result, store_result
-from llava.data.table.read import TableError, read_table, read_table_header
+from llava.data.table.bad_rows import TableError
+from llava.data.table.read import read_header, read_table
 from llava.eval import model_vqa_loader, vqa_score
 from llava.eval.report import __main__ as report
 from llava.eval.scoring.annotations import read_answers, read_references
@@ -64,7 +65,7 @@ READERS = {
     "index of weights": (read_index, "model.safetensors.index.json", OSError),
     "vocabulary": (read_vocabulary, "tokenizer.model", OSError),
     "table": (read_table, "a.csv", TableError),
-    "header of a table": (read_table_header, "a.csv", TableError),
+    "header of a table": (read_header, "a.csv", TableError),
     "records": (lambda path: read_files([str(path)]), "a.json", OSError),
     "lines of records": (lambda path: read_files([str(path)]), "a.jsonl", OSError),
     "questions": (read_questions, "a.jsonl", TableError),

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.data.table.read import Columns, TableError
+from llava.data.table.bad_rows import TableError
+from llava.data.table.options import TableOptions
 from llava.eval.report.gallery import (
     SMALLEST_SIZE,
     Row,
@@ -36,7 +37,7 @@ from llava.eval.scoring.annotations import (
 )
 from llava.eval.scoring.evaluate import Evaluation, compare_ids, evaluate
 from llava.eval.scoring.question_keys import QuestionKey
-from llava.eval.vqa_score import add_annotation_arguments, name_files, parse_columns
+from llava.eval.vqa_score import add_annotation_arguments, name_files, parse_table_options
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
@@ -91,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "answers", "questions", "images", "output", "annotations")
     _check_flags(parser, args)
-    columns = parse_columns(parser, args)
+    options = parse_table_options(parser, args)
 
     from llava.eval.report.page import render_page  # takes a second: flags are parsed first
 
     try:
-        page = _collect(args, columns)
+        page = _collect(args, options)
         with atomic_write(args.output) as stream:
             for piece in render_page(page):
                 stream.write(piece)
@@ -128,7 +129,7 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(message)
 
 
-def _collect(args: argparse.Namespace, columns: Columns) -> Page:
+def _collect(args: argparse.Namespace, options: TableOptions) -> Page:
     """Read everything and return the page."""
     from llava.eval.report.page import Page
 
@@ -140,7 +141,7 @@ def _collect(args: argparse.Namespace, columns: Columns) -> Page:
         raise ValueError(f"--images {args.images} is not a directory; give the directory of the images")
     references = None
     if args.annotations is not None:
-        found = read_references(args.annotations, columns, args.kind_key)
+        found = read_references(args.annotations, options, args.kind_key)
         references = complete_references(pair_references(found, texts), questions)
     evaluation = None if references is None else evaluate(files, references, args.unanimous)
     rows = _build_rows(questions, files, references, evaluation)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.data.table.read import BadRows, Columns, TableError, read_table, read_table_header
+from llava.data.table.bad_rows import BadRows, TableError
+from llava.data.table.options import TableOptions
+from llava.data.table.read import read_header, read_table
 from llava.eval.scoring.calibration import find_confidence_problem
 from llava.eval.scoring.question_keys import Keys, QuestionKey, pair_lines
 from llava.files.home_directory import expand_home
@@ -99,14 +102,14 @@ def pair_answers(
 
 
 def read_references(
-    path: str | os.PathLike[str], columns: Columns | None = None, kind_key: str | None = None
+    path: str | os.PathLike[str], options: TableOptions | None = None, kind_key: str | None = None
 ) -> References:
     """Read the true answers from a table (.csv), from lines (.jsonl) or from VQAv2's annotations (.json).
 
     Args:
         path: a table of questions with answers; lines `{question_id, answer}` or `{question_id, answers: […]}`; or
             `{"annotations": [{question_id, answers: [{"answer": …} x 10], …}]}`.
-        columns: names of the table's columns, for .csv only.
+        options: of the table, for .csv only.
         kind_key: column or key with the kind of a question; None for `kind`, else `question_type`, else the question's
             first two words, rare ones (below 1 %) together as "other".
 
@@ -119,7 +122,7 @@ def read_references(
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
-        return _read_reference_table(path, columns or Columns(), kind_key)
+        return _read_reference_table(path, options or TableOptions(), kind_key)
     bad = BadRows(os.fspath(path), unit="line" if suffix == ".jsonl" else "annotation")
     if suffix == ".jsonl":
         records = list(_read_json_lines(path, bad))
@@ -144,22 +147,23 @@ def derive_kinds(questions: Mapping[QuestionKey, str]) -> dict[QuestionKey, str]
     return {question_id: start if counts[start] >= least else OTHER_KIND for question_id, start in starts.items()}
 
 
-def _read_reference_table(path: str | os.PathLike[str], columns: Columns, kind_key: str | None) -> References:
-    header = read_table_header(path)
+def _read_reference_table(path: str | os.PathLike[str], options: TableOptions, kind_key: str | None) -> References:
+    header = read_header(path, options)
     if kind_key is None:
         kind_key = next((key for key in _KIND_KEYS if key in header), None)
     elif kind_key not in header:
         found = ", ".join(map(show, header))
         raise TableError(f"{path}: no column {kind_key!r}; the header has {found}; name another with --kind-key")
     type_key = _TYPE_KEY if _TYPE_KEY in header else None
-    keep = [key for key in (type_key, kind_key) if key is not None]
+    keep = tuple(key for key in (type_key, kind_key) if key is not None)
     ids = Keys()
-    rows = {ids.add(row.question_id): row for row in read_table(path, columns, keep, may_repeat_ids=True)}
+    table = read_table(path, replace(options, keep=keep), may_repeat_ids=True)
+    rows = {ids.add(row.question_id): row for row in table.rows}
     questions = {key: row.question for key, row in rows.items()}
     kinds = derive_kinds(questions) if kind_key is None else {key: row.extras[-1] for key, row in rows.items()}
     types = {key: row.extras[0] for key, row in rows.items() if type_key is not None and row.extras[0]}
     images = {key: str(row.image_id) for key, row in rows.items()}
-    return References({key: (row.answer,) for key, row in rows.items()}, kinds, types, images, questions)
+    return References({key: row.answers for key, row in rows.items()}, kinds, types, images, questions)
 
 
 def _collect_references(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from llava.data.table.read import TableError
+from llava.data.table.bad_rows import TableError
 from llava.eval.scoring.accuracy import Confusion, count_confusion, derive_answer_type, order_answer_types, score_answer
 from llava.eval.scoring.annotations import GivenAnswer, References
 from llava.eval.scoring.calibration import Calibration, answer_confidence, calibrate

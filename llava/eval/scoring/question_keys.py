@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TypeVar
 
-from llava.data.table.read import TableError
+from llava.data.table.bad_rows import TableError
 from llava.files.terminal_text import shorten
 
 QuestionId = int | str

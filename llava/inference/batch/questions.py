@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from llava.data.doctor.warnings import find_marks
 from llava.data.foreign_records import IMAGE_KEYS_NOT_READ, RECORD_KEYS
 from llava.data.json_rows import RowsFileError, UnreadableLine, read_rows_file
-from llava.data.table.read import BadRows, TableError
+from llava.data.table.bad_rows import BadRows, TableError
 from llava.files.home_directory import expand_home
 from llava.files.terminal_text import show
 

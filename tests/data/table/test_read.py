@@ -8,20 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.data.table.read import (
-    BadRows,
-    Columns,
-    TableError,
-    TableRow,
-    read_table,
-    read_table_header,
-)
+from llava.data.table.bad_rows import BadRows, TableError
+from llava.data.table.image_names import COCO_IMAGE_NAME, build_image_namer
+from llava.data.table.options import TableOptions
+from llava.data.table.read import TableRow, read_header, read_table
 from llava.data.table.write import (
-    COCO_IMAGE_NAME,
-    build_image_namer,
     check_images,
     format_questions_jsonl,
     format_training_json,
@@ -43,7 +37,8 @@ def _working_directory(tmp_path_factory):
 def read_content(content: bytes, **options: object) -> list[TableRow]:
     """The rows of a file t.csv with this content."""
     Path("t.csv").write_bytes(content)
-    return read_table("t.csv", **options)
+    may_repeat_ids = options.pop("may_repeat_ids", False)
+    return read_table("t.csv", TableOptions(**options), may_repeat_ids=may_repeat_ids).rows
 
 
 def refusal(content: bytes, **options: object) -> str:
@@ -63,15 +58,15 @@ def bad_rows(content: bytes, **options: object) -> str:
 def test_reads_the_columns_by_name_in_any_order():
     content = b",answer,question_id,kind,question,image_id\n7,yes,51,is there,Is there railing?,5\n"
     assert read_content(content, keep=["kind", ""]) == [
-        TableRow(index=0, line=2, image_id=5, question="Is there railing?", question_id=51, answer="yes",
-                 extras=("is there", "7"))
+        TableRow(index=0, line=2, image_id=5, image="COCO_val2014_000000000005.jpg", question="Is there railing?",
+                 question_id=51, answer="yes", answers=("yes",), extras=("is there", "7"))
     ]  # fmt: skip
 
 
 def test_other_column_names_and_no_answers():
-    columns = Columns(image_id="img", question="q", question_id="id", answer=None)
-    rows = read_content(b"img,q,id\n007,What?,1\n", columns=columns)
-    assert rows == [TableRow(0, 2, 7, "What?", 1, "", ())]
+    columns = {"image": "img", "question": "q", "question_id": "id", "has_answers": False}
+    rows = read_content(b"img,q,id\n007,What?,1\n", **columns)
+    assert rows == [TableRow(0, 2, 7, "COCO_val2014_000000000007.jpg", "What?", 1, "", (), ())]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +91,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 NUMBER = st.integers(0, 10**18 - 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(NUMBER, TEXT, NUMBER, TEXT), min_size=1, unique_by=lambda row: row[2]))
 def test_whatever_csv_writes_comes_back(table):
     stream = io.StringIO()
@@ -106,23 +102,23 @@ def test_whatever_csv_writes_comes_back(table):
     lines = io.StringIO(stream.getvalue(), newline="").readlines()
     assert all(lines[row.line - 1].startswith(f'"{row.image_id}","') for row in rows)
 
-    name_image = build_image_namer("{id}.jpg")
-    assert json.loads("".join(format_training_json(rows, name_image))) == [
+    assert json.loads("".join(format_training_json(rows))) == [
         {
             "id": str(index),
-            "image": f"{image_id}.jpg",
+            "image": f"COCO_val2014_{image_id:012d}.jpg",
             "conversations": [{"from": "human", "value": "<image>\n" + question}, {"from": "gpt", "value": answer}],
             "question_id": question_id,
         }
         for index, (image_id, question, question_id, answer) in enumerate(table)
     ]
-    lines = "".join(format_questions_jsonl(rows, name_image)).split("\n")
+    lines = "".join(format_questions_jsonl(rows)).split("\n")
     assert [json.loads(line) for line in lines[:-1]] == [
-        {"question_id": question_id, "image": f"{image_id}.jpg", "text": question}
+        {"question_id": question_id, "image": f"COCO_val2014_{image_id:012d}.jpg", "text": question}
         for image_id, question, question_id, _ in table
     ]
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_are_read_or_refused(content):
     for table in (content, HEADER + content):
@@ -159,9 +155,8 @@ def test_bad_row(row, problem):
 
 
 def test_ignored_answers_may_be_bad():
-    columns = Columns(answer=None)
-    assert len(read_content(HEADER + b"1,q,1,\n1,q,2,<image>\n", columns=columns)) == 2
-    assert bad_rows(b"1,<image>,1,\n", columns=columns).startswith("t.csv: 1 bad row\n  line 2: question contains")
+    assert len(read_content(HEADER + b"1,q,1,\n1,q,2,<image>\n", has_answers=False)) == 2
+    assert bad_rows(b"1,<image>,1,\n", has_answers=False).startswith("t.csv: 1 bad row\n  line 2: question contains")
 
 
 def test_all_bad_rows_are_counted_and_twenty_listed():
@@ -201,26 +196,31 @@ def test_quote_inside_an_unquoted_field_is_text():
         (b"", "t.csv: the file is empty; a table needs a header and rows"),
         (b"\n\n", "t.csv: the file is empty; a table needs a header and rows"),
         (HEADER, "t.csv: the table has a header but no rows; fill it or choose another file"),
-        (b"image_id,question,qid,answer\n1,q,2,yes\n",
-         "t.csv: no column 'question_id'; the header has 'image_id', 'question', 'qid', 'answer'; "
-         "name the right one with --question_id_column"),
-        (b"image_id;question;question_id;answer\n", "t.csv: no column 'image_id'; the header has "
-         "'image_id;question;question_id;answer'; the table looks separated by ';': save it with commas"),
+        (b"image_id,q,question_id,answer\n1,q,2,yes\n",
+         "t.csv: no column 'question'; the header has 'image_id', 'q', 'question_id', 'answer'; "
+         "name the right one with --question_column"),
+        ("фото,вопрос\n1,q\n".encode(), "t.csv: no columns 'image_id', 'question', 'answer'; the header has 'фото', "
+         "'вопрос'; name the right ones with --image_column, --question_column and --answer_column"),
         (b"image_id,question,question_id,answer,answer\n",
          "t.csv: 2 columns are called 'answer'; rename one, or choose with --answer_column"),
         (b'image_id,"question\n',
          "t.csv: the header has an unbalanced quote (unexpected end of data); correct its quotes"),
-        (HEADER + b"1,caf\xe9,2,yes\n", "t.csv: not UTF-8: byte 0xe9 at offset 42 (line 2); save the table as 'CSV "
-         "UTF-8', or convert it if you know its encoding, for example: iconv -f WINDOWS-1252 -t UTF-8 table.csv > "
-         "table-utf8.csv"),
-        (b"\xef\xbb\xbf" + HEADER + b"1,caf\xe9", "t.csv: not UTF-8: byte 0xe9 at offset 45 (line 2); save the table "
-         "as 'CSV UTF-8', or convert it if you know its encoding, for example: iconv -f WINDOWS-1252 -t UTF-8 "
-         "table.csv > table-utf8.csv"),
-        ("é,\n".encode("utf-16-le"), "t.csv: not UTF-8: byte 0xe9 at offset 0 (line 1); save the table as 'CSV UTF-8', "
-         "or convert it if you know its encoding, for example: iconv -f UTF-16 -t UTF-8 table.csv > table-utf8.csv"),
-        ("a,\n".encode("utf-16-le"), "t.csv: not UTF-8 text: zero byte at offset 1 (line 1); save the table as 'CSV "
-         "UTF-8', or convert it if you know its encoding, for example: iconv -f UTF-16 -t UTF-8 table.csv > "
-         "table-utf8.csv"),
+        (b"a;b,c\n", "t.csv: the header may be divided by commas (columns 'a;b', 'c'), or by semicolons (columns 'a', "
+         "'b,c'); pass --delimiter comma or --delimiter semicolon"),
+        (HEADER + b"1,caf\xe9,2,yes\n", "t.csv: not UTF-8: byte 0xe9 at offset 42 (line 2); it looks like cp1252 "
+         "('café'): pass --encoding cp1252"),
+        (b"\xef\xbb\xbf" + HEADER + b"1,caf\xe9", "t.csv: not UTF-8: byte 0xe9 at offset 45 (line 2); it looks like "
+         "cp1252 ('café'): pass --encoding cp1252"),
+        (HEADER + "1,Какой цвет?,2,да\n".encode("cp1251"), "t.csv: not UTF-8: byte 0xca at offset 39 (line 2); it "
+         "looks like cp1251 ('Какой цвет да'): pass --encoding cp1251"),
+        (HEADER + "1,圖片中的車,2,yes\n".encode("big5"), "t.csv: not UTF-8: byte 0xb9 at offset 39 (line 2); save the "
+         "table as 'CSV UTF-8', or pass --encoding if you know its encoding, for example: --encoding cp1252"),
+        (HEADER + "1,Какой цвет?,2,да".encode() + b"\xff\n", "t.csv: not UTF-8: byte 0xff at offset 66 (line 2); the "
+         "rest is UTF-8: correct this text in the table, and save it as 'CSV UTF-8'"),
+        ("é,\n".encode("utf-16-le"), "t.csv: not UTF-8: byte 0xe9 at offset 0 (line 1); it looks like utf-16-le "
+         "('é'): pass --encoding utf-16-le"),
+        ("a,\n".encode("utf-16-le"), "t.csv: not UTF-8 text: zero byte at offset 1 (line 1); it looks like utf-16-le "
+         "('a'): pass --encoding utf-16-le"),
     ],
 )  # fmt: skip
 def test_unusable_table(content, message):
@@ -234,13 +234,16 @@ def test_missing_kept_column_names_its_flag():
 def test_missing_file_and_directory(tmp_path):
     with pytest.raises(TableError, match=r"none.csv: no such file; give the path of the table$"):
         read_table(tmp_path / "none.csv")
-    with pytest.raises(TableError, match=r"cannot be read \(.*\); give the path of a readable CSV file$"):
-        read_table_header(tmp_path)
+    with pytest.raises(TableError, match=r" is a folder; give the path of the table; it holds no table$"):
+        read_header(tmp_path)
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(TableError, match=r" is a folder; give the path of the table, such as a.csv in it$"):
+        read_header(tmp_path)
 
 
 def test_header(tmp_path):
     (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbfa,"b,c",\n')
-    assert read_table_header(tmp_path / "t.csv") == ["a", "b,c", ""]
+    assert read_header(tmp_path / "t.csv") == ["a", "b,c", ""]
 
 
 def test_bad_rows_in_another_unit():
@@ -252,12 +255,13 @@ def test_bad_rows_in_another_unit():
 
 
 def make_rows(image_ids: list[int]) -> list[TableRow]:
-    return [TableRow(n, n + 2, image_id, "q", n, "a", ()) for n, image_id in enumerate(image_ids)]
+    return [TableRow(n, n + 2, i, f"{i}.jpg", "q", n, "a", ("a",), ()) for n, i in enumerate(image_ids)]
 
 
 def test_training_json_text():
-    rows = [TableRow(0, 2, 104406, 'Is there "railing"?\n', 104406001, "é", ("x",))]
-    text = "".join(format_training_json(rows, build_image_namer(COCO_IMAGE_NAME), keep=["kind"]))
+    image = build_image_namer(COCO_IMAGE_NAME)("104406")
+    rows = [TableRow(0, 2, 104406, image, 'Is there "railing"?\n', 104406001, "é", ("é",), ("x",))]
+    text = "".join(format_training_json(rows, keep=["kind"]))
     assert text == (
         '[\n{"id": "0", "image": "COCO_val2014_000000104406.jpg", "conversations": [{"from": "human", "value": '
         '"<image>\\nIs there \\"railing\\"?\\n"}, {"from": "gpt", "value": "é"}], "question_id": 104406001, '
@@ -267,15 +271,15 @@ def test_training_json_text():
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 2000])
 def test_training_json_is_whole_at_the_borders_of_its_pieces(count):
-    text = "".join(format_training_json(make_rows(list(range(count))), build_image_namer("{id}.jpg")))
+    text = "".join(format_training_json(make_rows(list(range(count)))))
     assert [record["id"] for record in json.loads(text)] == [str(row) for row in range(count)]
     assert text.count("\n") == count + 2
 
 
 def test_image_names():
-    assert build_image_namer(COCO_IMAGE_NAME)(7) == "COCO_val2014_000000000007.jpg"
-    assert build_image_namer(COCO_IMAGE_NAME)(1234567890123) == "COCO_val2014_1234567890123.jpg"
-    assert build_image_namer("train/{id}.png")(7) == "train/7.png"
+    assert build_image_namer(COCO_IMAGE_NAME)("7") == "COCO_val2014_000000000007.jpg"
+    assert build_image_namer(COCO_IMAGE_NAME)("1234567890123") == "COCO_val2014_1234567890123.jpg"
+    assert build_image_namer("train/{id}.png")("7") == "train/7.png"
 
 
 @pytest.mark.parametrize("template", ["{name}.jpg", "{}.jpg", "{id", "{id:s}", "{id.x}", "{id[0]}"])
@@ -289,6 +293,7 @@ def test_image_name_without_id():
         build_image_namer("a.jpg")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 30), min_size=2).filter(lambda ids: len(set(ids)) > 1),
     st.floats(0.001, 0.999),
@@ -325,27 +330,30 @@ def test_missing_images_are_listed_once_each(tmp_path):
     for name in ("1.jpg", "3.JPEG"):
         (tmp_path / name).touch()
     there = "its folder has 2 images, such as '1.jpg'"
-    rows, name_image = make_rows([1, 2, 1, 2, 3]), build_image_namer("{id}.jpg")
+    rows = make_rows([1, 2, 1, 2, 3])
     with pytest.raises(TableError) as caught:
-        check_images(rows, name_image, str(tmp_path), "t.csv")
+        check_images(rows, str(tmp_path), "t.csv")
     assert str(caught.value) == (
         f"t.csv: 2 bad rows\n  line 3: image '2.jpg' not found under {tmp_path}, {there}\n"
         f"  line 6: image '3.jpg' not found under {tmp_path}, but {tmp_path / '3.JPEG'} is there\n"
         "Put the images there, or correct --check_images or --image_name."
     )
-    check_images(make_rows([1]), name_image, str(tmp_path), "t.csv")
+    check_images(make_rows([1]), str(tmp_path), "t.csv")
 
 
 def test_real_table(shared_path):
     path = shared_path("data/Train_Qs.csv")
-    rows = read_table(path)
+    rows = read_table(path).rows
     with path.open(encoding="utf-8", newline="") as stream:
         expected = list(csv.DictReader(stream))
     assert len(rows) == 66_668
     assert [(str(r.image_id), r.question, str(r.question_id), r.answer) for r in rows] == [
         (e["image_id"], e["question"], e["question_id"], e["answer"]) for e in expected
     ]
-    assert rows[14364] == TableRow(14364, 14366, 361830, "Why does the stop sign look pixelated?", 361830000, "n/a", ())
+    assert rows[14364] == TableRow(
+        14364, 14366, 361830, "COCO_val2014_000000361830.jpg", "Why does the stop sign look pixelated?", 361830000,
+        "n/a", ("n/a",), (),
+    )  # fmt: skip
     assert len({row.image_id for row in rows}) == 15_703
 
 
@@ -354,7 +362,8 @@ def test_real_table(shared_path):
     [
         (b"\x1f\x8b\x08\0", "a gzip archive; unpack it"),
         (b"PK\x03\x04\x14", "a zip archive or an .xlsx table; unpack or export it"),
-        (b"PAR1\x15\x04", "a Parquet table; export it"),
+        (b"PAR1\x15\x04", "a table of another kind; rename it so that it ends in .parquet"),
+        (b"\xd0\xcf\x11\xe0", "a table of another kind; rename it so that it ends in .xls"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer; fetch the file itself with git lfs pull"),
         (b"<!DOCTYPE html>", "a web page (HTML); the download went wrong, fetch the file itself"),
         (b'[{"image_id": 1}]', "JSON; export the table as CSV, with the columns' names first"),

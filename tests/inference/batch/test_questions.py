@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from llava.data.table.read import TableError
+from llava.data.table.bad_rows import TableError
 from llava.inference.batch.questions import Question, digest_questions, read_questions, split_chunk
 
 
