@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from functools import cache
@@ -12,6 +13,7 @@ from PIL import Image
 
 from llava.data.doctor.__main__ import main
 from llava.data.row_errors import UNUSABLE, WARNINGS
+from llava.data.table.options import add_table_flags
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")
@@ -46,6 +48,13 @@ def test_every_code_is_explained():
     first_columns = re.findall(r"^\| (`.*?) \| ", tables, re.MULTILINE)
     named = [code for column in first_columns for code in re.findall(r"`([a-z_]+)`", column)]
     assert sorted(named) == sorted([*UNUSABLE, *WARNINGS])
+
+
+def test_every_flag_of_a_table_is_explained():
+    parser = argparse.ArgumentParser(add_help=False)
+    add_table_flags(parser)
+    table = TEXT[TEXT.index("| flag | the table |") : TEXT.index("- **Same rows, same result.**")]
+    assert sorted(re.findall(r"`(--\w+)`", table)) == sorted(f"--{action.dest}" for action in parser._actions)
 
 
 @cache

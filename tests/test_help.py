@@ -90,7 +90,7 @@ TINY = "playground/llava-tiny"
         ([*TRAINING, "--deepspeed", "no-such.json"], "--deepspeed no-such.json can't be read"),
         ([*TRAINING, "--version", "v9"], "unknown conversation template 'v9'"),
         ([*TRAINING, "--output_dir", TINY, "--model_name_or_path", TINY], "would write over"),
-        (TRAINING[:3], "--data_path is missing; make data.json with task_data_preprocessing.py"),
+        (TRAINING[:3], "--data_path is missing; name a table, or data.json of task_data_preprocessing.py"),
         (["-m", "llava.serve.cli", *MODEL, "--temperature", "-1"], "--temperature is -1.0; choose 0 (greedy)"),
         (["-m", "llava.serve.cli", *MODEL, "--device", "gpu"], "device 'gpu' is unknown; choose cpu, cuda, cuda:1"),
         (["-m", "llava.model.plan", *MODEL, "--batch", "0"], "--batch is 0; choose a positive number"),

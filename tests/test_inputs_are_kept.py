@@ -54,6 +54,13 @@ CASES = [  # program, command line, part of its message
         ["--data_path", "data.json", "--model_name_or_path", "base", "--json", "base/config.json"],
         "--json base/config.json would write over config.json of --model_name_or_path base; choose another --json",
     ),
+    (doctor, ["--data_path", "T.csv", "--json", "T.csv"], "--json T.csv would write over --data_path T.csv; choose"),
+    (
+        doctor,
+        ["--data_path", "saved", "--json", "saved/state.json"],
+        "--json saved/state.json would write over --data_path saved/state.json; choose another --json",
+    ),
+    (train, [*TRAIN, "--data_path", "saved", "--output_dir", "saved"], "would write over --data_path saved; choose"),
     (train, [*TRAIN, "--output_dir", "base"], "--output_dir base would write over --model_name_or_path base; choose"),
     (train, [*TRAIN, "--output_dir", "images"], "--output_dir images would write over --image_folder images; choose"),
     (
@@ -122,6 +129,11 @@ CASES = [  # program, command line, part of its message
         [*ASK, "q.jsonl", "--answers-file", "q.jsonl", "--overwrite"],
         "--answers-file q.jsonl would write over --question-file q.jsonl; choose another --answers-file",
     ),
+    (
+        model_vqa_loader,
+        [*ASK, "saved", "--answers-file", "saved/data.arrow", "--overwrite"],
+        "--answers-file saved/data.arrow would write over --question-file saved/data.arrow; choose another",
+    ),
     (model_vqa_loader, [*ASK, "q.jsonl", "--answers-file", "hard.jsonl"], f"--question-file q.jsonl {LINKED}"),
     (model_vqa_loader, [*ASK, "q.jsonl", "--answers-file", "images/x.jpg", "--overwrite"], "images/x.jpg is an image"),
     (
@@ -141,6 +153,7 @@ CASES = [  # program, command line, part of its message
     ),
     (vqa_score, ["--annotations", "T.csv", "--answers-file", "a.jsonl", "--json", "T.csv"], "over --annotations T.csv"),
     (report, [*REPORT, "-o", "T.csv"], "--output T.csv would write over --annotations T.csv; choose another --output"),
+    (report, [*REPORT, "--questions", "saved", "-o", "saved/state.json"], "over --questions saved/state.json; choose"),
     (report, [*REPORT, "-o", "other.jsonl"], "--output other.jsonl would write over --answers other.jsonl"),
     (report, [*REPORT, "-o", "images/x.jpg"], "--output images/x.jpg is an image"),
     (plan, ["--model-path", "base", "--json", "base/config.json"], "would write over config.json of --model-path base"),
@@ -168,6 +181,8 @@ def folder(tmp_path, monkeypatch):
         "a.jsonl": json.dumps({"question_id": 1, "text": "red"}) + "\n",
         "a.jsonl.journal": "{}\n",
         "choices.txt": "yes\nno\n",
+        "saved/state.json": "{}",
+        "saved/data.arrow": "rows",
         "base/config.json": "{}",
         "base/model.safetensors": "weights",
         "lora/adapter_config.json": json.dumps({"base_model_name_or_path": "base"}),

@@ -65,7 +65,6 @@ def read_rows_file(
     path: str | Path,
     *,
     row_keys: Sequence[str],
-    table_way_out: str,
     is_lines: bool | None = None,
     convert: Callable[[Any], Any] = lambda row: row,
 ) -> RowsFile:
@@ -74,22 +73,16 @@ def read_rows_file(
     Args:
         path: the file.
         row_keys: an object alone in its file is one row if it has any of these keys.
-        table_way_out: for messages about tables: how a .csv becomes such a file, `{}` standing for its path.
         is_lines: the file should hold one object per line; None = if its name says so.
         convert: what becomes of each row, line by line where a row is a line, so that a large file is not held twice.
 
     Raises:
         OSError: if the file can't be read.
-        RowsFileError: if it is a folder, a table or otherwise not JSON, or JSON without rows.
+        RowsFileError: if it is a folder or otherwise not JSON, or JSON without rows.
     """
     path = Path(path)
     if path.is_dir():
         raise RowsFileError(f"{path} is a folder; name a file{_list_json_files(path)}")
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        is_csv = path.suffix.lower() == ".csv"
-        way_out = table_way_out.format(path if is_csv else path.with_suffix(".csv"))
-        export = "" if is_csv else "save it as .csv with commas, then "
-        raise RowsFileError(f"{path} is a table ({path.suffix}), not JSON; {export}{way_out}")
     content = read_bytes(path)
     kind = describe_other_format(content)
     if kind is not None:

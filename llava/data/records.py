@@ -19,6 +19,7 @@ from llava.data.foreign_records import IMAGE_KEYS_NOT_READ, MARKS_NOT_READ, RECO
 from llava.data.json_rows import RowsFileError, UnreadableLine, read_rows_file
 from llava.data.row_errors import RowError, with_fix
 from llava.data.supervision import ASSISTANT, NO_ANSWER, encode_example, find_turn_errors, without_opening
+from llava.data.table.open_grid import is_table
 from llava.files.home_directory import expand_home
 from llava.files.regular_files import is_file
 from llava.files.terminal_text import show, show_list
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # for annotations: it imports transformers
 logger = logging.getLogger(__name__)
 
 _REMEMBERED_TEXTS = 1 << 16
-_TABLE_WAY_OUT = "make records of it: python task_data_preprocessing.py --input {} --output data.json"
 
 
 class DataError(ValueError):
@@ -67,8 +67,11 @@ def read_rows(path: str | Path) -> list[Any]:
         raise FileNotFoundError(
             f"data file {path} not found; make it with task_data_preprocessing.py or pass --data_path"
         )
+    if is_table(path):
+        way_out = f"make records of it: python task_data_preprocessing.py --input {path} --output data.json"
+        raise DataError(f"{path} is a table, not JSON; {way_out}")
     try:
-        found = read_rows_file(path, row_keys=RECORD_KEYS, table_way_out=_TABLE_WAY_OUT)
+        found = read_rows_file(path, row_keys=RECORD_KEYS)
     except RowsFileError as error:
         raise DataError(str(error)) from error
     if not found.rows:

@@ -45,6 +45,14 @@ WARNINGS = {
 """Codes of rows that are trained on and that somebody should look at, and how to fix them."""
 
 
+class Place(NamedTuple):
+    """Where a row is: the data file, the row counted from 0 and, of a table, its line counted from 1."""
+
+    file: str
+    row: int
+    line: int | None = None
+
+
 class RowError(NamedTuple):
     """One reason why a row can't be trained on, or should be looked at.
 
@@ -53,12 +61,14 @@ class RowError(NamedTuple):
         message: what is wrong; once it has its place, also how to fix it.
         file: the data file; "" while the rows of all files are counted together.
         row: counted from 0 in that file.
+        line: of a table: the line on which the row begins, counted from 1.
     """
 
     code: str
     message: str
     file: str = ""
     row: int = 0
+    line: int | None = None
 
     @property
     def is_unusable(self) -> bool:
@@ -76,14 +86,22 @@ def with_fix(code: str, message: str) -> str:
     return f"{message}; {fix}" if fix else message
 
 
-def locate_errors(errors: Sequence[RowError], places: Sequence[tuple[str, int]]) -> list[RowError]:
-    """Return errors of rows counted over all files with their file and row; `places` comes from `locate_rows`."""
-    return [error._replace(file=places[error.row][0], row=places[error.row][1]) for error in errors]
+def describe_row(row: int, line: int | None) -> str:
+    """Return how messages call a row: by its number in the file and, of a table, by its line."""
+    return f"row {row}" if line is None else f"row {row} (line {line})"
+
+
+def locate_errors(errors: Sequence[RowError], places: Sequence[Place]) -> list[RowError]:
+    """Return errors of rows counted over all files with their place in a file; `places` comes from `locate_rows`."""
+    return [error._replace(**places[error.row]._asdict()) for error in errors]
 
 
 def list_errors(errors: Sequence[RowError], *, shown: int = SHOWN_ROWS, name_file: bool = True) -> list[str]:
     """Return one line for each of the first errors, and how many more there are."""
-    lines = [f"  {f'{error.file}, ' if name_file else ''}row {error.row}: {error.message}" for error in errors[:shown]]
+    lines = [
+        f"  {f'{error.file}, ' if name_file else ''}{describe_row(error.row, error.line)}: {error.message}"
+        for error in errors[:shown]
+    ]
     return lines + ([f"  ... and {len(errors) - shown} more"] if len(errors) > shown else [])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import SWITCH
+from llava.data.data_files import extract_table_images, find_unused_flags, list_files
+from llava.data.table.options import add_table_flags, given_table_flags, table_options
 from llava.files.home_directory import expand_home, expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
 from llava.files.regular_files import MAX_SETTINGS_BYTES, is_file, read_text
@@ -19,7 +22,7 @@ from llava.files.terminal_text import print_text, report_error, show
 from llava.image_files.errors import NOT_READ
 from llava.image_files.paths import describe_lost_folder
 from llava.inference.batch.answers_file import JOURNAL_SUFFIX, RUN_SUFFIX, AnswersFile
-from llava.inference.batch.questions import Question, digest_questions, read_questions, split_chunk
+from llava.inference.batch.questions import Question, digest_questions, read_question_file, split_chunk
 from llava.inference.command_line import (
     INTERRUPTED,
     REFUSED,
@@ -40,16 +43,19 @@ if TYPE_CHECKING:  # for annotations: it imports torch
 
 __getattr__ = lazy_names(__name__)
 
+logger = logging.getLogger(__name__)
+
 _SEED = 0
 _EXAMPLE = """example:
   python -m llava.eval.model_vqa_loader --model-path llava_merged_model --image-folder playground/data_infer/images \\
       --question-file playground/data_infer/questions.jsonl --answers-file answers.jsonl
 
 Each line of the question file is {"question_id": ..., "image": name, list of names or null, "text": question}; further
-keys are allowed. The answers have the same order. They are kept in FILE.journal until all are there: after an
-interruption the same command resumes from the journal. A question that can't be answered gets an empty text and its
-reason under "error" and "metadata"; those whose images could not be read (image_missing) are answered when the same
-command runs again. With a temperature above 0 a sampled answer depends on --seed and the question only.
+keys are allowed. A table (.csv, .xlsx, .parquet) is taken as it is. The answers have the same order. They are kept in
+FILE.journal until all are there: after an interruption the same command resumes from the journal. A question that
+can't be answered gets an empty text and its reason under "error" and "metadata"; those whose images could not be read
+(image_missing) are answered when the same command runs again. With a temperature above 0 a sampled answer depends on
+--seed and the question only.
 
 Several GPUs: torchrun --nproc_per_node 4 -m llava.eval.model_vqa_loader ... (or accelerate launch). All
 processes must see the directory of the answers file.
@@ -69,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image-folder", default="", metavar="DIR", help="directory of the images (default: the current one)")
-    add("--question-file", required=True, metavar="FILE", help="questions, JSON lines")
+    add("--question-file", required=True, metavar="FILE", help="questions: JSON lines, or a table")
     add("--answers-file", required=True, metavar="FILE", help="answers, JSON lines; written when all are complete")
     add("--num-chunks", type=int, default=1, help="chunks the questions are split into (default: %(default)s)")
     add("--chunk-idx", type=int, default=0, help="chunk to answer, counted from 0 (default: %(default)s)")
@@ -84,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N",
         help="worker processes that read images, 0: threads (default: by device)")  # fmt: skip
     add("--overwrite", action="store_true", help="discard existing answers and start from the first question")
+    add_table_flags(parser, with_answers=False)
     return parser
 
 
@@ -144,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--workers is {args.workers}; choose 0 or more")
     if message := _find_overwrite(args):
         parser.error(message)
+    if message := find_unused_flags(given_table_flags(args), {"--question-file": args.question_file}):
+        parser.error(message)
     sampling = parse_sampling(parser, args)
     if (args.choices or args.with_scores) and sampling.num_beams > 1:
         parser.error("--num_beams does not go with --choices and --with-scores; leave it out")
@@ -155,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _find_overwrite(args: argparse.Namespace) -> str | None:
     inputs = {
-        "--question-file": args.question_file,
+        "--question-file": list_files(args.question_file),
         "--choices": args.choices and args.choices.file,
         "--model-path": args.model_path,
         "--model-base": args.model_base,
@@ -169,7 +178,11 @@ def _find_overwrite(args: argparse.Namespace) -> str | None:
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
     if rank.rank == 0:
         print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
-    questions = split_chunk(read_questions(args.question_file), args.num_chunks, args.chunk_idx)[: args.limit]
+    found = read_question_file(args.question_file, table_options(args))
+    questions = split_chunk(found.questions, args.num_chunks, args.chunk_idx)[: args.limit]
+    written = extract_table_images(args.question_file, found.table, args.image_folder, "--image-folder")
+    for note in (*found.notes, *written) if rank.rank == 0 else ():
+        logger.warning("%s", note)
     if any(question.images for question in questions) and (reason := describe_lost_folder(args.image_folder)):
         raise ValueError(f"--image-folder {args.image_folder} {reason}; give the one that holds the images")
     args.device = rank.device(args.device)

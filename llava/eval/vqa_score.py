@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from llava.data.data_files import find_unused_flags, list_files
 from llava.data.table.bad_rows import TableError
 from llava.data.table.options import TableOptions, add_table_flags, given_table_flags, table_options
 from llava.eval.scoring.annotations import pair_answers, read_answers, read_references
@@ -39,7 +40,7 @@ _INTERVALS = (
     "Bonett and Price's of paired differences, McNemar's exact test"
 )
 _ANNOTATIONS_HELP = (
-    "true answers: a table (.csv), lines {question_id, answer} or {question_id, answers} (.jsonl), "
+    "true answers: a table (.csv, .xlsx, .parquet), lines {question_id, answer} or {question_id, answers} (.jsonl), "
     "or VQAv2's annotations (.json)"
 )
 _KIND_HELP = (
@@ -80,18 +81,25 @@ def add_annotation_arguments(parser: argparse.ArgumentParser, *, required: bool)
     add = parser.add_argument
     add("--annotations", required=required, metavar="FILE", help=_ANNOTATIONS_HELP)
     add("--kind-key", metavar="NAME", help=_KIND_HELP)
-    add_table_flags(parser)
     add("--unanimous", choices=("normalize", "verbatim"), default="normalize", help=_UNANIMOUS_HELP)
+    add_table_flags(parser)
 
 
-def parse_table_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TableOptions:
-    """Return the options given by the flags of `add_annotation_arguments`; exit if they have no effect."""
+def parse_table_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, files: Mapping[str, str | None]
+) -> TableOptions:
+    """Return the options given by the flags of tables; exit if a flag has no effect.
+
+    Args:
+        parser: prints the usage error.
+        args: parsed flags.
+        files: flag -> file that may be a table, None where the flag was not given.
+    """
     given = given_table_flags(args)
-    if given and Path(args.annotations or "").suffix.lower() != ".csv":
-        flags = ", ".join(given)
-        parser.error(
-            f"{flags} has no effect for --annotations {args.annotations}, which is not a .csv file; leave it out"
-        )
+    of_answers = [flag for flag in given if flag == "--answer_column"]
+    message = find_unused_flags(of_answers, {"--annotations": args.annotations}) or find_unused_flags(given, files)
+    if message:
+        parser.error(message)
     return table_options(args)
 
 
@@ -107,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_to_terminal()
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "answers_file", "annotations", "json")
-    options = parse_table_options(parser, args)
-    inputs = {"--answers-file": args.answers_file, "--annotations": args.annotations}
+    options = parse_table_options(parser, args, {"--annotations": args.annotations})
+    inputs = {"--answers-file": args.answers_file, "--annotations": list_files(args.annotations)}
     if args.json is not None and (message := find_overwrite({"--json": output_file(args.json)}, inputs)):
         parser.error(message)
     try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.data.data_files import DataFile, join_rows, locate_rows, read_files, split_paths
+from llava.data.data_files import DataFile, extract_images, has_tables, join_rows, locate_rows, read_files, split_paths
 from llava.data.doctor.check_cache import cache_places, describe_inputs, load_result, store_result
 from llava.data.doctor.checks import Examination, examine, rows_of_encoded
 from llava.data.doctor.images import check_images
@@ -100,7 +100,10 @@ def load_data(
         FileNotFoundError: if a data file is missing.
         DataError: if rows are unusable and `--on_bad_row` is not "skip", or no row is left.
     """
-    files = read_files(split_paths(data_args.data_path))
+    files = read_files(split_paths(data_args.data_path), data_args.table_options())
+    with training_args.main_process_first(local=False):  # the others find the images there
+        for note in extract_images(files, data_args.image_folder) if has_tables(files) else ():
+            logger.info("%s", note)
     places = locate_rows(files)
     settings = {
         "template": base.config.conversation_template,
@@ -114,9 +117,9 @@ def load_data(
     if data_args.skip_data_check:
         row_errors = locate_errors(errors, places)
     else:
-        row_errors = _recall_or_examine(files, rows, errors, settings, training_args).unusable
+        row_errors = _recall_or_examine(files, rows, errors, settings, data_args, training_args).unusable
     unusable = {(error.file, error.row) for error in row_errors}
-    kept = [record for row, record in zip(rows, encoded, strict=True) if places[row.index] not in unusable]
+    kept = [record for row, record in zip(rows, encoded, strict=True) if places[row.index][:2] not in unusable]
     if row_errors:
         message = describe_unusable([file.path for file in files], row_errors, len(places))
         if not kept:
@@ -132,10 +135,12 @@ def _recall_or_examine(
     rows: Sequence[UsableRow],
     errors: Sequence[RowError],
     settings: Mapping[str, Any],
+    data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> Examination:
     images = [path for row in rows for path in row.images]
-    inputs = describe_inputs([file.path for file in files], images, errors, **settings)
+    options = data_args.table_options() if has_tables(files) else None
+    inputs = describe_inputs([file.path for file in files], images, errors, options=options, **settings)
     places = cache_places(files[0].path, training_args.output_dir)
     with training_args.main_process_first(local=False):  # the others load its result
         known = load_result(places, inputs)

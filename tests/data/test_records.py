@@ -90,8 +90,8 @@ def test_reads_json_and_jsonl_alike(tmp_path):
         (
             "data.tsv",
             b"a\tb",
-            r"data.tsv is a table \(.tsv\), not JSON; save it as .csv with commas, then make records of "
-            r"it: python task_data_preprocessing.py --input \S*data.csv --output data.json$",
+            r"data.tsv is a table, not JSON; make records of it: python task_data_preprocessing.py --input "
+            r"\S*data.tsv --output data.json$",
         ),
         ("data.json", b"BZh91AY", r"data.json is not JSON, but a bzip2 archive; unpack it$"),
         (
@@ -99,7 +99,7 @@ def test_reads_json_and_jsonl_alike(tmp_path):
             b"\n<!DOCTYPE html>",
             r"is not JSON, but a web page \(HTML\); the download went wrong, fetch the",
         ),
-        ("data.csv", b"a,b", r"data.csv is a table \(.csv\), not JSON; make records of it: python task_data_prep"),
+        ("data.xlsx", b"PK", r"data.xlsx is a table, not JSON; make records of it: python task_data_preprocessing"),
         (
             "data.json",
             b"PK\x03\x04\x00",

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from llava.data.row_errors import UNUSABLE, WARNINGS, RowError, describe_unusable, list_errors, locate_errors, with_fix
+from llava.data.row_errors import (
+    UNUSABLE,
+    WARNINGS,
+    Place,
+    RowError,
+    describe_unusable,
+    list_errors,
+    locate_errors,
+    with_fix,
+)
 
 
 def error(row, file="data.json"):
@@ -40,7 +49,10 @@ def test_the_fix_follows_the_message_unless_it_is_there():
 
 
 def test_errors_of_joined_files_get_their_file_and_row():
-    places = [("a.json", 0), ("a.json", 1), ("b.jsonl", 0)]
+    places = [Place("a.json", 0), Place("a.json", 1), Place("b.csv", 0, 2)]
     error = RowError("empty_turn", "it is empty").at(2)
     assert error == RowError("empty_turn", "it is empty; write its text, or remove the row", row=2)
-    assert locate_errors([error], places) == [error._replace(file="b.jsonl", row=0)]
+    assert locate_errors([error], places) == [error._replace(file="b.csv", row=0, line=2)]
+    assert list_errors(locate_errors([error], places)) == [
+        "  b.csv, row 0 (line 2): it is empty; write its text, or remove the row"
+    ]

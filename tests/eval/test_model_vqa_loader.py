@@ -1,5 +1,6 @@
 """`model_vqa_loader` answers every line in order, goes on after any interruption, and says what it could not do."""
 
+import csv
 import dataclasses
 import functools
 import json
@@ -95,6 +96,57 @@ def test_one_answer_per_line_in_order(program, capsys):
     assert capsys.readouterr().out == f"wrote {program.answers}: 5 of 5 questions answered\n"
 
 
+TABLE = [
+    ("image", "вопрос", "другой"),
+    ("square.png", "Что это?", "Кто это?"),
+    ("tiny.png", "Где это?", "Где он?"),
+    ("square.png", "Что это?", "Что там?"),
+]
+
+
+def test_a_table_is_answered_as_its_lines_and_resumed_only_as_it_was(program, tmp_path, capsys):
+    table = tmp_path / "t.csv"
+    with table.open("w", encoding="cp1251", newline="") as stream:
+        csv.writer(stream, delimiter=";").writerows(TABLE)
+    write_questions(
+        program.questions,
+        [{"question_id": key, "image": image, "text": text} for key, (image, text, _) in enumerate(TABLE[1:])],
+    )
+    assert program() == 0
+    from_lines = program.answers.read_bytes()
+    columns = ["--encoding", "cp1251", "--question_column", "вопрос"]
+    capsys.readouterr()
+    assert program(*columns, question_file=table) == 0  # nothing is left to do
+    assert "3 of 3 answers exist already" in capsys.readouterr().err
+    assert program(*columns, "--overwrite", question_file=table) == 0
+    assert program.answers.read_bytes() == from_lines
+    capsys.readouterr()
+    assert program(*columns[:3], "другой", question_file=table) == 2
+    assert f"{program.answers} belongs to another run (questions was '" in capsys.readouterr().err
+    assert program.answers.read_bytes() == from_lines
+
+
+def test_images_inside_a_table_are_written_into_the_image_folder(program, goldens, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    names = ["square.png", "tiny.png", "square.png"]
+    images = [{"bytes": (goldens / "images" / name).read_bytes(), "path": name} for name in names]
+    table = pyarrow.table({"image": images, "question": ["What?", "Where?", "Who?"]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    assert program(question_file=tmp_path / "t.parquet", image_folder=tmp_path / "new") == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["square.png", "tiny.png"]
+    answers = program.answers.read_bytes()
+    rows = zip(names, table["question"].to_pylist(), strict=True)
+    write_questions(
+        program.questions,
+        [{"question_id": key, "image": image, "text": text} for key, (image, text) in enumerate(rows)],
+    )
+    assert program("--overwrite") == 0
+    assert program.answers.read_bytes() == answers
+    assert program("--overwrite", question_file=tmp_path / "t.parquet", image_folder="") == 2
+    assert "t.parquet holds images; pass --image-folder with the folder into which" in capsys.readouterr().err
+
+
 def test_a_batch_of_any_size_gives_the_same_file(program):
     program()
     whole = program.answers.read_bytes()
@@ -133,11 +185,11 @@ def test_nothing_to_do_reads_no_weights(program, monkeypatch, capsys):
 
 
 def test_it_says_at_once_what_it_does(program, monkeypatch, capsys):
-    def reading(path):
+    def reading(path, options):
         assert capsys.readouterr().err == f"reading questions from {program.questions}\n"
         raise TableError("enough")
 
-    monkeypatch.setattr(model_vqa_loader, "read_questions", reading)
+    monkeypatch.setattr(model_vqa_loader, "read_question_file", reading)
     assert program() == 2
 
 

@@ -1,5 +1,6 @@
 """Scoring: VQAv2's normalisation, one or ten true answers, kinds, files, messages."""
 
+import csv
 import json
 import math
 import subprocess
@@ -235,7 +236,7 @@ def test_references_from_vqa_annotations(write):
         ("a.json", "[1]", 'no list of objects under "annotations"; give VQAv2\'s annotations file'),
         ("a.json", '{"annotations": [{"question_id": 1, "answers": []}]}', "annotation 1: 0 answers; a question has"),
         ("a.json", "{", "lines of JSON objects belong in a .jsonl file"),
-        ("a.txt", "", "the name ends in '.txt'; annotations are .csv, .jsonl or .json files"),
+        ("a.md", "", "the name ends in '.md'; annotations are tables, .jsonl or .json files"),
         ("a.csv", "image_id,question,question_id,answer\n1,q,1,\n", "a.csv: 1 bad row\n  line 2: answer is empty"),
     ],
 )  # fmt: skip
@@ -243,6 +244,62 @@ def test_bad_annotations(write, name, content, message):
     with pytest.raises(TableError) as caught:
         read_references(write(name, content))
     assert message in str(caught.value)
+
+
+TEN = ["two"] * 4 + ["2"] * 3 + ["3", "four", "none"]
+
+
+def test_ten_answers_of_a_table_score_as_those_of_lines(write, tmp_path, caplog):
+    rows = [("How many?", TEN, "a.jpg"), ("Is it?", ["yes"] * 9 + ["no"], "a.jpg"), ("Is it a?", ["no"] * 10, "b.jpg")]
+    lines = [
+        {"question_id": number, "question": question, "answers": answers, "image": image}
+        for number, (question, answers, image) in enumerate(rows)
+    ]
+    given = write("given.jsonl", [answer(0, "2"), answer(1, "no"), answer(2, "no")])
+    one_column, ten_columns = tmp_path / "one.csv", tmp_path / "ten.csv"
+    with one_column.open("w", newline="") as stream:
+        table = [(question, json.dumps(answers), image) for question, answers, image in rows]
+        csv.writer(stream, delimiter=";").writerows([("question", "answers", "image"), *table])
+    names = [f"answer {number}" for number in range(10)]
+    with ten_columns.open("w", newline="", encoding="utf-16") as stream:
+        table = [(image, question, *answers) for question, answers, image in rows]
+        csv.writer(stream, delimiter="\t").writerows([("image", "question", *names), *table])
+    scores = []
+    for path, flags in (
+        (write("t.jsonl", lines), []),
+        (str(one_column), []),
+        (str(ten_columns), ["--answer_column", *names]),
+    ):
+        out = tmp_path / "scores.json"
+        assert main(["--answers-file", given, "--annotations", path, "--json", str(out), *flags]) == 0
+        scores.append(json.loads(out.read_text()) | {"annotations": None})
+    assert scores[0] == scores[1] == scores[2]
+    assert scores[0]["files"][0]["overall"]["accuracy"] == pytest.approx((1 + 0.3 + 1) / 3)  # "2" and "two" are one
+    assert [f"{name}.csv" in caplog.text and "row numbers" in caplog.text for name in ("one", "ten")] == [True] * 2
+
+
+def test_a_table_in_another_order_than_the_answered_one_is_noticed(write, caplog):
+    """Without ids the rows are numbered, so that order is all that ties answers to questions."""
+    given = write(
+        "given.jsonl", [answer(0, "2") | {"prompt": "Сколько? Одним словом."}, answer(1, "no") | {"prompt": "Где?"}]
+    )
+    rows = ["a.jpg,Сколько?,2", "a.jpg,Где?,дома"]
+    for order, warnings in ((rows, 0), (rows[::-1], 1)):
+        caplog.clear()
+        table = write("t.csv", "\n".join(["image,question,answer", *order]))
+        assert main(["--answers-file", given, "--annotations", table]) == 0
+        found = [message for message in caplog.messages if "check that the files belong together" in message]
+        assert len(found) == warnings
+    assert (
+        "2 of 2 questions are not those that the other file has under the same question_id, the first 0: " in found[0]
+    )
+    assert "'Сколько? Одним словом.' here, 'Где?' there" in found[0]
+
+
+def test_a_table_with_three_answers_is_refused(write):
+    path = write("t.csv", 'image,question,answers\na.jpg,How many?,"[""2"", ""3"", ""2""]"\n')
+    with pytest.raises(TableError, match=r"1 bad row\n  line 2: 3 answers; a question has one answer or ten\nName one"):
+        read_references(path)
 
 
 def test_missing_kind_column(write):
@@ -478,9 +535,7 @@ def test_column_flag_without_a_table_is_refused(write, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert (
-        "--answer_column has no effect for --annotations a.jsonl, which is not a .csv file" in capsys.readouterr().err
-    )
+    assert "--answer_column has no effect for --annotations a.jsonl, which is not a table" in capsys.readouterr().err
 
 
 def test_long_lists_of_ids_are_cut(write, capsys):

@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llava.constants import DEFAULT_TEMPLATE
 from llava.conversation import conv_templates, get_template
-from llava.data.data_files import DataFile, join_rows, read_files, split_paths
+from llava.data.data_files import (
+    DataFile,
+    extract_images,
+    find_unused_flags,
+    has_tables,
+    join_rows,
+    list_files,
+    read_files,
+    split_paths,
+)
 from llava.data.records import encode_records
 from llava.data.row_errors import SHOWN_PER_CODE
+from llava.data.table.options import add_table_flags, given_table_flags, table_options
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
@@ -48,12 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
   python -m llava.data.doctor --data_path playground/data_train/data.json \\
       --image_folder playground/data_train/images --model_name_or_path liuhaotian/llava-v1.5-7b
   python -m llava.data.doctor --data_path one.json two.jsonl --image_folder images --json report.json
+  python -m llava.data.doctor --data_path mine.xlsx --question_column text --image_folder images
 exit code: 0 clean, 1 something was found, 2 nothing can be trained on, or wrong usage""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--data_path", nargs="+", required=True, metavar="FILE",
-        help="JSON lists or jsonl files of LLaVA records, several with spaces or commas between them")  # fmt: skip
+        help="LLaVA records (JSON lists, jsonl) and tables (.csv, .xlsx, .parquet), several with spaces or commas "
+        "between them")  # fmt: skip
     add("--image_folder", metavar="DIR", help="folder of the images")
     add("--model_name_or_path", metavar="DIR",
         help="model that will be trained, directory or hub id; its tokenizer counts tokens")  # fmt: skip
@@ -65,6 +77,7 @@ exit code: 0 clean, 1 something was found, 2 nothing can be trained on, or wrong
     add("--workers", type=_positive, help="processes that decode images (default: one for each core)")
     add("--shown", type=_positive, default=SHOWN_PER_CODE, help="rows listed of each kind (default: %(default)s)")
     add("--json", metavar="FILE", help="write the whole report there too, every row included")
+    add_table_flags(parser)
     return parser
 
 
@@ -75,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = expand_homes(parser.parse_args(argv), "image_folder", "model_name_or_path", "vision_tower", "json")
     paths = [path for text in options.data_path for path in split_paths(text)]
     inputs = {
-        "--data_path": paths,
+        "--data_path": [file for path in paths for file in list_files(path)],
         "--model_name_or_path": options.model_name_or_path,
         "--vision_tower": options.vision_tower,
     }
     if options.json and (message := find_overwrite({"--json": output_file(options.json)}, inputs)):
+        parser.error(message)
+    if message := find_unused_flags(given_table_flags(options), {"--data_path": paths}):
         parser.error(message)
 
     from llava.data.doctor.report import as_json, describe_examination  # takes a second: flags are parsed first
@@ -88,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = None
         if options.model_name_or_path:
             settings = _read_model(options.model_name_or_path, options.version, options.vision_tower)
-        files = read_files(paths)
+        files = read_files(paths, table_options(options))
+        for note in extract_images(files, options.image_folder):
+            print_text(note)
         examination = _examine(files, options, settings)
         print_text(describe_examination(examination, shown=options.shown))
         if options.json:
@@ -138,6 +155,7 @@ def _examine(files: Sequence[DataFile], options: argparse.Namespace, settings: E
             images,
             errors,
             template=template,
+            options=table_options(options) if has_tables(files) else None,
             tokenizer=settings.tokenizer,
             use_im_start_end=settings.use_im_start_end,
             **lengths,

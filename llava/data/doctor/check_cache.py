@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llava.conversation import get_template
+from llava.data.data_files import list_files
 from llava.data.doctor.checks import Examination
 from llava.data.doctor.report import as_json, from_json
 from llava.data.records import RowError
+from llava.data.table.options import TableOptions
 from llava.files.atomic_files import atomic_write
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text, refuse_non_file
@@ -39,11 +41,12 @@ def describe_inputs(
     max_length: int,
     patches_per_image: int,
     use_im_start_end: bool = False,
+    options: TableOptions | None = None,
 ) -> str:
     """Return a SHA-256 digest of everything a result depends on.
 
     Args:
-        paths: of the data files; their time and size count.
+        paths: of the data files; their time and size count, of a directory those of its files.
         images: of the usable rows; each one's time and size count.
         errors: of the rows that can't be used, among them those without their image.
         template: name of the prompt template.
@@ -51,12 +54,15 @@ def describe_inputs(
         max_length: of a row, in tokens.
         patches_per_image: tokens an image becomes.
         use_im_start_end: images stand between `<im_start>` and `<im_end>`.
+        options: how tables are read; None if there is no table among the files.
     """
     digest = hashlib.sha256(tokenizer.vocabulary_bytes)
     settings = [_FORMAT, repr(get_template(template)), tokenizer.legacy, max_length, patches_per_image, errors]
     settings += [use_im_start_end] if use_im_start_end else []
+    settings += [repr(options)] if options is not None else []
     digest.update(json.dumps(settings).encode())
-    for path in (*paths, *sorted(map(str, set(images)))):
+    data = [file for path in paths for file in list_files(path)]
+    for path in (*data, *sorted(map(str, set(images)))):
         digest.update(f"{path}\0{_state_of(path)}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 

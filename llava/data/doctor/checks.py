@@ -14,7 +14,7 @@ from llava.data.doctor.images import CheckedImages
 from llava.data.doctor.statistics import UsableRow, compute_statistics, summarise_traits
 from llava.data.doctor.warnings import find_duplicates, find_warnings
 from llava.data.records import EncodedRecord, check_records, spliced_length
-from llava.data.row_errors import RowError, locate_errors
+from llava.data.row_errors import RowError, describe_row, locate_errors
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ def examine(
     dialogue = get_template(template)
 
     def name_place(index: int) -> str:
-        path, row = places[index]
-        return f"row {row} of {path}" if len(files) > 1 else f"row {row}"
+        place = places[index]
+        name = describe_row(place.row, place.line)
+        return f"{name} of {place.file}" if len(files) > 1 else name
 
     found = list(errors)
     found += [broken[path].at(row.index) for row in rows for path in dict.fromkeys(row.images) if path in broken]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from pathlib import Path
@@ -18,14 +19,20 @@ from llava.data.table.text_encoding import decode_table
 from llava.files.home_directory import expand_home
 from llava.files.regular_files import read_bytes, refuse_non_file
 
+_BYTES_LOOKED_AT = 64  # of a .txt file
 _ARROW_SUFFIXES = (".parquet", ".arrow")
 _STARTS = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xd0\xcf\x11\xe0": ".xls"}
 _JSON_WAY_OUT = "export the table as CSV, with the columns' names first"
 
 
 def is_table(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path names a table: by its ending, or as a directory that `datasets` saved to disk."""
+    """Return whether a path names a table: by its ending, or as a directory that `datasets` saved to disk.
+
+    A .txt file may be JSON Lines as well, as the original takes them: its first characters tell.
+    """
     path = Path(expand_home(path))
+    if path.suffix.lower() == ".txt":
+        return not _begins_as_json(path)
     return path.suffix.lower() in TABLE_SUFFIXES or is_saved_dataset(path)
 
 
@@ -72,6 +79,16 @@ def _find_suffix(content: bytes) -> str | None:
     if content.startswith(b"PK\x03\x04"):
         return ".xlsx" if b"xl/workbook" in content else ".ods" if b"opendocument.spreadsheet" in content else None
     return next((suffix for start, suffix in _STARTS.items() if content.startswith(start)), None)
+
+
+def _begins_as_json(path: Path) -> bool:
+    try:
+        refuse_non_file(path)
+        with path.open("rb") as stream:
+            start = stream.read(_BYTES_LOOKED_AT)
+    except OSError:  # whoever reads it says so
+        return False
+    return _is_json(start.removeprefix(codecs.BOM_UTF8).decode("latin-1"))
 
 
 def _is_json(text: str) -> bool:

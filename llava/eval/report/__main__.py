@@ -11,12 +11,14 @@ Example:
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.data.data_files import extract_table_images, fit_options, list_files
 from llava.data.table.bad_rows import TableError
 from llava.data.table.options import TableOptions
 from llava.eval.report.gallery import (
@@ -44,7 +46,9 @@ from llava.files.overwrite_check import find_overwrite, output_file
 from llava.files.terminal_text import format_size, log_to_terminal, print_text, report_error
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import resolve_image
-from llava.inference.batch.questions import Question, read_questions
+from llava.inference.batch.questions import Question, read_question_file
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # for annotations: they import Jinja and Pillow
     from llava.eval.report.page import Page
@@ -64,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--answers", "--answers-file", action="extend", nargs="+", required=True, metavar="JSONL",
         help="answers of batch inference; further files are compared with the first")  # fmt: skip
-    add("--questions", "--question-file", required=True, metavar="JSONL", help="question file that was answered")
+    add("--questions", "--question-file", required=True, metavar="FILE",
+        help="question file or table that was answered")  # fmt: skip
     add("--images", "--image-folder", required=True, metavar="DIR", help="directory of the images")
     add("-o", "--output", required=True, metavar="HTML", help="page to write")
     add_annotation_arguments(parser, required=False)
@@ -92,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "answers", "questions", "images", "output", "annotations")
     _check_flags(parser, args)
-    options = parse_table_options(parser, args)
+    options = parse_table_options(parser, args, {"--questions": args.questions, "--annotations": args.annotations})
 
     from llava.eval.report.page import render_page  # takes a second: flags are parsed first
 
@@ -124,7 +129,11 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         value = getattr(args, flag)
         if value is not None and not value >= least:
             parser.error(f"--{flag.replace('_', '-')} is {value}; choose {least} or more")
-    inputs = {"--answers": args.answers, "--questions": args.questions, "--annotations": args.annotations}
+    inputs = {
+        "--answers": args.answers,
+        "--questions": list_files(args.questions),
+        "--annotations": args.annotations and list_files(args.annotations),
+    }
     if message := find_overwrite({"--output": output_file(args.output)}, inputs):
         parser.error(message)
 
@@ -133,7 +142,7 @@ def _collect(args: argparse.Namespace, options: TableOptions) -> Page:
     """Read everything and return the page."""
     from llava.eval.report.page import Page
 
-    questions = key_questions(read_questions(args.questions))
+    questions = key_questions(_read_questions(args, options))
     texts = {key: question.text for key, question in questions.items()}
     paths = name_files(args.answers)
     files = {name: pair_answers(path, read_answers(path), texts) for name, path in paths.items()}
@@ -141,7 +150,7 @@ def _collect(args: argparse.Namespace, options: TableOptions) -> Page:
         raise ValueError(f"--images {args.images} is not a directory; give the directory of the images")
     references = None
     if args.annotations is not None:
-        found = read_references(args.annotations, options, args.kind_key)
+        found = read_references(args.annotations, fit_options(args.annotations, options), args.kind_key)
         references = complete_references(pair_references(found, texts), questions)
     evaluation = None if references is None else evaluate(files, references, args.unanimous)
     rows = _build_rows(questions, files, references, evaluation)
@@ -155,6 +164,17 @@ def _collect(args: argparse.Namespace, options: TableOptions) -> Page:
     ]
     title = args.title or (_PLAIN_TITLE if references is None else _SCORED_TITLE)
     return Page(title, tuple(files), evaluation, tuple(shown), tuple(names), tuple(thumbnails), len(rows), tuple(notes))
+
+
+def _read_questions(args: argparse.Namespace, options: TableOptions) -> list[Question]:
+    """Read the questions, write the images that a table of them holds into the folder, and log what must be said."""
+    found = read_question_file(args.questions, fit_options(args.questions, options))
+    is_read_again = found.table is not None and args.annotations == args.questions
+    said_later = {f"{args.questions}: {note}" for note in found.table.notes} if is_read_again else set()
+    for note in (*found.notes, *extract_table_images(args.questions, found.table, args.images, "--images")):
+        if note not in said_later:  # by `read_references`
+            logger.warning("%s", note)
+    return found.questions
 
 
 def _build_rows(

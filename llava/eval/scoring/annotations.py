@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.table.bad_rows import BadRows, TableError
+from llava.data.table.open_grid import is_table
 from llava.data.table.options import TableOptions
-from llava.data.table.read import read_header, read_table
+from llava.data.table.read import Table, read_header, read_table
 from llava.eval.scoring.calibration import find_confidence_problem
 from llava.eval.scoring.question_keys import Keys, QuestionKey, pair_lines
 from llava.files.home_directory import expand_home
@@ -19,8 +21,11 @@ from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
 from llava.files.terminal_text import show
 
+logger = logging.getLogger(__name__)
+
 ANSWER_COUNTS = (1, 10)
 """True answers per question: one, or VQAv2's ten."""
+_WRONG_COUNT = "{} answers; a question has one answer or ten"
 
 ALL_QUESTIONS = "all questions"
 OTHER_KIND = "other"
@@ -104,12 +109,12 @@ def pair_answers(
 def read_references(
     path: str | os.PathLike[str], options: TableOptions | None = None, kind_key: str | None = None
 ) -> References:
-    """Read the true answers from a table (.csv), from lines (.jsonl) or from VQAv2's annotations (.json).
+    """Read the true answers from a table, from lines (.jsonl) or from VQAv2's annotations (.json).
 
     Args:
         path: a table of questions with answers; lines `{question_id, answer}` or `{question_id, answers: […]}`; or
             `{"annotations": [{question_id, answers: [{"answer": …} x 10], …}]}`.
-        options: of the table, for .csv only.
+        options: columns and format of a table; its notes are logged.
         kind_key: column or key with the kind of a question; None for `kind`, else `question_type`, else the question's
             first two words, rare ones (below 1 %) together as "other".
 
@@ -121,7 +126,7 @@ def read_references(
         TableError: if the file cannot be used (all bad rows are counted, the first 20 listed).
     """
     suffix = Path(path).suffix.lower()
-    if suffix == ".csv":
+    if is_table(path):
         return _read_reference_table(path, options or TableOptions(), kind_key)
     bad = BadRows(os.fspath(path), unit="line" if suffix == ".jsonl" else "annotation")
     if suffix == ".jsonl":
@@ -129,7 +134,7 @@ def read_references(
     elif suffix == ".json":
         records = _read_annotations(path)
     else:
-        raise TableError(f"{path}: the name ends in {show(suffix)}; annotations are .csv, .jsonl or .json files")
+        raise TableError(f"{path}: the name ends in {show(suffix)}; annotations are tables, .jsonl or .json files")
     return _collect_references(records, bad, kind_key)
 
 
@@ -156,14 +161,25 @@ def _read_reference_table(path: str | os.PathLike[str], options: TableOptions, k
         raise TableError(f"{path}: no column {kind_key!r}; the header has {found}; name another with --kind-key")
     type_key = _TYPE_KEY if _TYPE_KEY in header else None
     keep = tuple(key for key in (type_key, kind_key) if key is not None)
+    table = read_table(path, dataclasses.replace(options, keep=keep), may_repeat_ids=True)
+    for note in table.notes:
+        logger.warning("%s: %s", path, note)
+    _check_answer_counts(path, table)
     ids = Keys()
-    table = read_table(path, replace(options, keep=keep), may_repeat_ids=True)
     rows = {ids.add(row.question_id): row for row in table.rows}
     questions = {key: row.question for key, row in rows.items()}
     kinds = derive_kinds(questions) if kind_key is None else {key: row.extras[-1] for key, row in rows.items()}
     types = {key: row.extras[0] for key, row in rows.items() if type_key is not None and row.extras[0]}
     images = {key: str(row.image_id) for key, row in rows.items()}
     return References({key: row.answers for key, row in rows.items()}, kinds, types, images, questions)
+
+
+def _check_answer_counts(path: str | os.PathLike[str], table: Table) -> None:
+    bad = BadRows(os.fspath(path), table.unit)
+    for row in table.rows:
+        if len(row.answers) not in ANSWER_COUNTS:
+            bad.add(row.line, _WRONG_COUNT.format(len(row.answers)))
+    bad.raise_if_any("Name one column with --answer_column, or complete the answers, then run again.")
 
 
 def _collect_references(
@@ -208,7 +224,7 @@ def _true_answers(record: Mapping[str, Any], number: int, bad: BadRows) -> tuple
     if not all(isinstance(text, str) for text in texts):
         bad.add(number, "no text in 'answer', and no list of texts in 'answers'")
     elif len(texts) not in ANSWER_COUNTS:
-        bad.add(number, f"{len(texts)} answers; a question has one answer or ten")
+        bad.add(number, _WRONG_COUNT.format(len(texts)))
     elif not any(text.strip() for text in texts):
         bad.add(number, "answer is empty")
     return tuple(texts)

@@ -7,12 +7,15 @@ texts the first belongs to the first, if both files have equally many.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TypeVar
 
 from llava.data.table.bad_rows import TableError
-from llava.files.terminal_text import shorten
+from llava.files.terminal_text import shorten, show
+
+logger = logging.getLogger(__name__)
 
 QuestionId = int | str
 QuestionKey = int | str | tuple[int | str, int]
@@ -68,6 +71,7 @@ def pair_lines(
         TableError: if lines with the same id are ambiguous.
     """
     if not any(isinstance(key, tuple) for key in (*lines, *wanted)):
+        _warn_of_other_questions(name, texts, wanted)
         return dict(lines)
     asked: dict[QuestionId, list[QuestionKey]] = defaultdict(list)
     for key in wanted:
@@ -93,6 +97,19 @@ def pair_lines(
             match = question_id if extra[question_id] == 1 else (question_id, extra[question_id])
         paired[match] = line
     return paired
+
+
+def _warn_of_other_questions(name: str, texts: Mapping[QuestionKey, str], wanted: Mapping[QuestionKey, str]) -> None:
+    """Log how many lines ask something else than the other file under their id: row numbers change with the order."""
+    both = [key for key, text in texts.items() if text and wanted.get(key)]
+    others = [key for key in both if _find_match(texts[key], {key: wanted[key]}) is None]
+    if others:
+        first = others[0]
+        logger.warning(
+            "%s: %d of %d questions are not those that the other file has under the same question_id, the first %s: "
+            "%s here, %s there; check that the files belong together",
+            *(name, len(others), len(both), describe_key(first), show(texts[first]), show(wanted[first])),
+        )
 
 
 def _find_match(text: str, candidates: Mapping[QuestionKey, str]) -> QuestionKey | None:

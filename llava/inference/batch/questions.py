@@ -5,26 +5,28 @@ A question is identified by its line: `question_id` is copied to the answer and 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.doctor.warnings import find_marks
 from llava.data.foreign_records import IMAGE_KEYS_NOT_READ, RECORD_KEYS
-from llava.data.json_rows import RowsFileError, UnreadableLine, read_rows_file
+from llava.data.json_rows import RowsFile, RowsFileError, UnreadableLine, read_rows_file
 from llava.data.table.bad_rows import BadRows, TableError
+from llava.data.table.open_grid import is_table
+from llava.data.table.options import TableOptions
+from llava.data.table.read import Table, read_table
+from llava.data.table.write import question as question_record
 from llava.files.home_directory import expand_home
 from llava.files.terminal_text import show
 
 logger = logging.getLogger(__name__)
 
-_TABLE_WAY_OUT = (
-    "convert it to questions: python task_data_preprocessing.py --mode infer --input {} --output questions.jsonl"
-)
 _KEYS_SHOWN = 6
 _DIGESTED_AT_ONCE = 1_024
 
@@ -51,15 +53,76 @@ class Question(NamedTuple):
         return [*content, self.repeat] if self.repeat else content
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Read a question file; empty lines are skipped, further keys are allowed.
+class QuestionFile(NamedTuple):
+    """Questions of a file.
 
-    The format is JSON Lines in UTF-8. A JSON list, objects over several lines and UTF-16 are read too, and logged.
+    Attributes:
+        questions: in order.
+        notes: what a user should know of how they were read, in words.
+        table: what they were made of, which may hold images; None for JSON.
+    """
+
+    questions: list[Question]
+    notes: list[str]
+    table: Table | None = None
+
+
+def read_questions(path: str | Path, options: TableOptions | None = None) -> list[Question]:
+    """Read a question file as `read_question_file` does, and log its notes."""
+    found = read_question_file(path, options)
+    for note in found.notes:
+        logger.warning("%s", note)
+    return found.questions
+
+
+def read_question_file(path: str | Path, options: TableOptions | None = None) -> QuestionFile:
+    """Read a question file: JSON Lines, or a table, whose answers are not read.
+
+    Empty lines are skipped, further keys and columns are allowed. A JSON list, objects over several lines and UTF-16
+    are read too, and noted.
+
+    Args:
+        path: of the file.
+        options: columns and format of a table.
 
     Raises:
         TableError: if the file is missing, has another format, or has lines that are not questions; the first 20 are
             listed.
     """
+    options = dataclasses.replace(options or TableOptions(), answer=None, has_answers=False)
+    table = read_table(path, options) if is_table(path) else None
+    found = _read_json(path) if table is None else _convert(table, path)
+    notes = [*found.notes, *([] if found.rows else [f"{path} has no questions"])]
+    bad = BadRows(str(path), unit="question" if table is None and found.unit == "row" else found.unit)
+    for number, row in zip(found.numbers, found.rows, strict=True):
+        if isinstance(row, ValueError):
+            bad.add(number, str(row).removeprefix(f"line {number} is "))
+    bad.raise_if_any("Correct or remove these lines, then run again.")
+    return QuestionFile(number_repeats(found.rows), [*notes, *_describe_marks(path, found.rows)], table)
+
+
+def _convert(table: Table, path: str | Path) -> RowsFile:
+    convert = _build_converter()
+    rows = [convert(question_record(row)) for row in table.rows]
+    return RowsFile(rows, [row.line for row in table.rows], table.unit, [f"{path}: {note}" for note in table.notes])
+
+
+def _read_json(path: str | Path) -> RowsFile:
+    try:
+        return read_rows_file(
+            Path(expand_home(path)),
+            row_keys=("question_id", "text", *RECORD_KEYS),
+            is_lines=True,
+            convert=_build_converter(),
+        )
+    except OSError as error:
+        raise TableError(f"{path} can't be read ({error.strerror or error}); check --question-file") from error
+    except RowsFileError as error:
+        raise TableError(str(error)) from error
+
+
+def _build_converter() -> Callable[[Any], Question | ValueError]:
+    """Return the function JSON value -> question, or what is wrong with it; questions share equal tuples of images."""
     known_images: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def convert(row: Any) -> Question | ValueError:
@@ -69,33 +132,11 @@ def read_questions(path: str | Path) -> list[Question]:
             return error
         return question._replace(images=known_images.setdefault(question.images, question.images))
 
-    try:
-        found = read_rows_file(
-            Path(expand_home(path)),
-            row_keys=("question_id", "text", *RECORD_KEYS),
-            table_way_out=_TABLE_WAY_OUT,
-            is_lines=True,
-            convert=convert,
-        )
-    except OSError as error:
-        raise TableError(f"{path} can't be read ({error.strerror or error}); check --question-file") from error
-    except RowsFileError as error:
-        raise TableError(str(error)) from error
-    for note in found.notes:
-        logger.warning("%s", note)
-    if not found.rows:
-        logger.warning("%s has no questions", path)
-    bad = BadRows(str(path), unit="line" if found.unit == "line" else "question")
-    for number, row in zip(found.numbers, found.rows, strict=True):
-        if isinstance(row, ValueError):
-            bad.add(number, str(row).removeprefix(f"line {number} is "))
-    bad.raise_if_any("Correct or remove these lines, then run again.")
-    _note_marks(path, found.rows)
-    return number_repeats(found.rows)
+    return convert
 
 
-def _note_marks(path: str | Path, questions: Sequence[Question]) -> None:
-    """Log texts that contain prompt syntax, once per kind; they are answered unchanged."""
+def _describe_marks(path: str | Path, questions: Sequence[Question]) -> Iterator[str]:
+    """Yield one sentence for each kind of prompt syntax in questions; they are answered unchanged."""
     counts: Counter[str] = Counter()
     first: dict[str, tuple[Question, str]] = {}
     for question in questions:
@@ -104,9 +145,9 @@ def _note_marks(path: str | Path, questions: Sequence[Question]) -> None:
             first.setdefault(code, (question, message))
     for code, count in counts.items():
         question, message = first[code]
-        logger.warning(
-            "%s: %d questions contain prompt syntax and are answered unchanged (%s): question_id %s holds %s",
-            *(path, count, code, show(question.question_id), message),
+        yield (
+            f"{path}: {count} questions contain prompt syntax and are answered unchanged ({code}): question_id "
+            f"{show(question.question_id)} holds {message}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -9,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava.data.table.options import TableOptions, add_table_flags, given_table_flags, table_options
 from llava.files.home_directory import expand_homes
 from llava.inference.distributed import read_rank
 from llava.train.flags.json_flags import JSON_FILE_FLAGS, JSON_FLAGS, read_json_flag
@@ -77,7 +79,9 @@ class ModelArguments:
 class DataArguments:
     """Which data, and what to do about unusable rows."""
 
-    data_path: str | None = _flag(None, "JSON list or jsonl file of LLaVA records; several files separated by commas.")
+    data_path: str | None = _flag(
+        None, "LLaVA records (JSON list, jsonl) or a table (.csv, .xlsx, .parquet); several separated by commas."
+    )
     image_folder: str | None = _flag(None, "Folder of the images.")
     image_aspect_ratio: str | None = _flag(None, "pad, square or anyres; default: the checkpoint's, else pad.")
     lazy_preprocess: bool = _flag(True, "Always True: images are read when needed.")
@@ -90,9 +94,45 @@ class DataArguments:
     val_seed: int = _flag(0, "Seed that chooses the images of --val_share.")
     eval_max_questions: int = _flag(1000, "Questions answered in each validation; 0: loss only.")
     eval_max_new_tokens: int = _flag(64, "Tokens of an answer; a longer true answer counts for the loss only.")
+    image_column: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--image_id_column"],
+            "help": "Of a table: column with file names or ids of images, or images; default: image_id, image or "
+            "file_name.",
+        },
+    )
+    question_column: str | None = _flag(None, "Of a table: column with the questions; default: question.")
+    question_id_column: str | None = _flag(None, "Of a table: column with the ids of the questions.")
+    answer_column: list[str] | None = field(
+        default=None, metadata={"help": "Of a table: column or columns with the answers; default: answer, answers."}
+    )
+    image_name: str | None = _flag(None, "Of a table: file name of an image, {id} standing for the image column.")
+    delimiter: str | None = _flag(None, "Of a table in a text file: character between columns; default: found.")
+    encoding: str | None = _flag(None, "Of a table in a text file: its encoding, such as cp1251; default: utf-8.")
+    sheet: str | None = _flag(None, "Of a table in a spreadsheet: name of the sheet; default: the first.")
 
     def __post_init__(self) -> None:
         expand_homes(self, *IMAGE_FOLDERS)  # DATA_FILES: by `split_paths`
+
+    def table_options(self) -> TableOptions:
+        """Return how the tables among the data files are read.
+
+        Raises:
+            ValueError: if a flag has a value that no table can have.
+        """
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        add_table_flags(parser)
+        values = {flag: getattr(self, flag.removeprefix("--")) for flag in given_table_flags(self)}
+        words = [
+            word
+            for flag, value in values.items()
+            for word in ((flag, *value) if isinstance(value, list) else (f"{flag}={value}",))
+        ]
+        try:
+            return table_options(parser.parse_args(words))
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error).removeprefix("argument ")) from error
 
 
 @dataclass

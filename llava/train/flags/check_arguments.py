@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from llava.constants import SWITCH
 from llava.conversation import get_template
-from llava.train.flags.arguments import DataArguments, ModelArguments, zero_stage
+from llava.data.data_files import find_unused_flags, split_paths
+from llava.data.table.options import given_table_flags
+from llava.train.flags.arguments import DATA_FILES, DataArguments, ModelArguments, zero_stage
 from llava.train.flags.json_flags import read_json_flag
 
 if TYPE_CHECKING:  # for annotations: it imports torch
@@ -41,6 +43,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
     """
     if model.version is not None:
         get_template(model.version)
+    data.table_options()
     zero = zero_stage(training.deepspeed)
     rules = [
         *_data_rules(data, training),
@@ -105,7 +108,8 @@ def _refuse(rules: Sequence[Rule]) -> None:
 def _data_rules(data: DataArguments, training: TrainingArguments) -> list[Rule]:
     aspect, on_bad_row = data.image_aspect_ratio, data.on_bad_row
     return [
-        (data.data_path is None, "--data_path is missing; make data.json with task_data_preprocessing.py"),
+        (data.data_path is None, "--data_path is missing; name a table, or data.json of task_data_preprocessing.py"),
+        _unused_table_flags(data),
         (Path(training.output_dir).is_file(), f"--output_dir {training.output_dir} is a file; name a directory"),
         (not data.is_multimodal, "--is_multimodal False: rows without image need no flag; leave it out"),
         (not data.lazy_preprocess, "--lazy_preprocess False: images are read when needed; leave it out"),
@@ -116,6 +120,12 @@ def _data_rules(data: DataArguments, training: TrainingArguments) -> list[Rule]:
         (on_bad_row not in ("error", "skip"), f"--on_bad_row {on_bad_row}: choose error or skip"),
         (training.remove_unused_columns, "--remove_unused_columns True would remove the images; leave it out"),
     ]
+
+
+def _unused_table_flags(data: DataArguments) -> Rule:
+    files = {f"--{name}": split_paths(path) for name in DATA_FILES if (path := getattr(data, name))}
+    message = find_unused_flags(given_table_flags(data), files)
+    return message is not None, message or ""
 
 
 def _trainable_rules(model: ModelArguments, training: TrainingArguments) -> list[Rule]:

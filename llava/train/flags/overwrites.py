@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.data.data_files import split_paths
+from llava.data.data_files import list_files, split_paths
 from llava.files.overwrite_check import find_overwrite, shared_directory
 from llava.train.flags.arguments import (
     AUTOMATIC,
@@ -33,7 +33,11 @@ def refuse_overwrites(model: ModelArguments, data: DataArguments, training: Trai
     inputs = {
         **{f"--{name}": getattr(model, name) for name in MODEL_PATHS},
         "--lora_weight_path": training.lora_weight_path,
-        **{f"--{name}": split_paths(path) for name in DATA_FILES if (path := getattr(data, name))},
+        **{
+            f"--{name}": [file for path in split_paths(paths) for file in list_files(path)]
+            for name in DATA_FILES
+            if (paths := getattr(data, name))
+        },
         **{f"--{name}": getattr(data, name) for name in IMAGE_FOLDERS},
         "--deepspeed": training.deepspeed if isinstance(training.deepspeed, str) else None,
     }

@@ -10,6 +10,7 @@ import pytest
 from llava.data.doctor.check_cache import cache_places, describe_inputs, load_result, store_result
 from llava.data.doctor.checks import Examination
 from llava.data.row_errors import RowError
+from llava.data.table.options import TableOptions
 
 RESULT = Examination(
     {"d.json": 2}, [RowError("empty_turn", "it is empty", "d.json", 1)], {"rows": 2, "tokens": None}, True, False
@@ -43,12 +44,27 @@ def test_the_same_inputs_have_the_same_digest(inputs):
         {"legacy": True},
         {"images": []},
         {"errors": [RowError("image_missing", "gone")]},
+        {"options": TableOptions()},
     ],
     ids=str,
 )
 def test_another_setting_has_another_digest(inputs, changes):
     describe, _, _ = inputs
     assert describe(**changes) != describe()
+
+
+def test_the_columns_of_a_table_and_all_files_of_a_directory_count(inputs, tmp_path):
+    describe, _, _ = inputs
+    one, two = describe(options=TableOptions(question="a")), describe(options=TableOptions(question="b"))
+    assert one != two
+    assert one == describe(options=TableOptions(question="a"))
+    (tmp_path / "saved/train").mkdir(parents=True)
+    rows = tmp_path / "saved/train/data.arrow"
+    rows.write_bytes(b"1")
+    before, time = describe(paths=[tmp_path / "saved"]), rows.stat().st_mtime_ns
+    rows.write_bytes(b"12")
+    os.utime(rows, ns=(time, time))
+    assert describe(paths=[tmp_path / "saved"]) != before
 
 
 @pytest.mark.parametrize("which", ["data", "image"])

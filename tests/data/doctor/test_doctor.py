@@ -336,7 +336,7 @@ def test_the_json_report_has_its_keys_and_types(examine):
     assert list(report["files"].values()) == [3]
     assert report["checked"] == {"tokens": True, "pixels": True}
     [error] = report["findings"]
-    assert set(error) == {"code", "file", "row", "message", "severity"}
+    assert set(error) == {"code", "file", "row", "line", "message", "severity"}
 
 
 def test_the_report_in_words(examine, capsys):
@@ -460,3 +460,38 @@ def test_a_passing_failure_of_reading_is_not_kept(folder, goldens, tmp_path, mon
     assert not (tmp_path / "data.json.checked").exists()
     assert main(list(map(str, words))) == 0
     assert (tmp_path / "data.json.checked").exists()
+
+
+def test_a_table_is_examined_as_its_json_with_the_lines_of_its_rows(examine, folder, load_program, tmp_path, capsys):
+    rows = ["image;вопрос;answer", "a.png;What?;red", "half.jpg;What?;red", "gone.png;What?;NA", "a.png;What?;red"]
+    columns = ["--question_column", "вопрос"]
+    code, found = examine({"t.csv": "\n".join(rows)}, *columns)
+    assert "t.csv: columns are divided by semicolons\n" in capsys.readouterr().out
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    words = ["--input", str(tmp_path / "t.csv"), "--output", str(tmp_path / "data.json"), *columns]
+    assert load_program("task_data_preprocessing.py").main(words) == 0
+    expected = examine({"data.json": (tmp_path / "data.json").read_text()})
+    assert [(entry["row"], entry["line"], entry["code"]) for entry in found["findings"]] == [
+        (1, 3, "image_corrupt"),
+        (2, 4, "image_missing"),
+        (3, 5, "duplicate"),
+    ]
+    assert found["findings"][2]["message"].startswith("question, image and answer are those of row 0 (line 2); ")
+    assert (code, found["statistics"], found["counts"]) == (
+        expected[0], expected[1]["statistics"], expected[1]["counts"]
+    )  # fmt: skip
+
+
+def test_images_inside_a_table_are_written_into_the_image_folder_once(capsys, tmp_path, goldens):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    images = [{"bytes": (goldens / "images/square.png").read_bytes(), "path": None}] * 2
+    parquet.write_table(
+        pyarrow.table({"image": images, "question": ["What?", "Why?"], "answer": ["a", "b"]}), tmp_path / "t.parquet"
+    )
+    words = ["--data_path", str(tmp_path / "t.parquet")]
+    assert main(words) == 2
+    assert "t.parquet holds images; pass --image_folder with the folder into which they are" in capsys.readouterr().err
+    for _ in range(2):
+        assert main([*words, "--image_folder", str(tmp_path / "new")]) == 0
+    assert len(list((tmp_path / "new").iterdir())) == 1

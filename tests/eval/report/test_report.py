@@ -1,6 +1,7 @@
 """The report: what is in the page, that hostile text stays text, and that a browser shows and filters it."""
 
 import base64
+import csv
 import hashlib
 import html
 import json
@@ -402,6 +403,22 @@ def test_ten_thousand_images_stay_usable(tmp_path, browse):
     assert document.count('<li class="tile">') == 24
 
 
+def test_a_table_of_questions_and_answers_gives_the_page_of_its_lines(world, tmp_path):
+    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines() if "null" not in line]
+    truth = {line["question_id"]: line for line in map(json.loads, (tmp_path / "truth.jsonl").open())}
+    joined = [line | truth[line["question_id"]] for line in lines]
+    rows = [[line[key] for key in ("image", "text", "question_id", "answer", "kind")] for line in joined]
+    with (tmp_path / "table.csv").open("w", encoding="utf-16", newline="") as stream:
+        csv.writer(stream, delimiter="\t").writerows([("image", "question", "question_id", "answer", "kind"), *rows])
+    for name, content in (("questions", lines), ("truth", [truth[line["question_id"]] for line in lines])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+    for name in ("base", "tuned"):
+        kept = (tmp_path / f"{name}.jsonl").read_text().splitlines()[: len(lines)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+    table = str(tmp_path / "table.csv")
+    assert world("--questions", table, "--annotations", table) == world()
+
+
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +436,12 @@ def test_ten_thousand_images_stay_usable(tmp_path, browse):
         (["--unanimous", "verbatim"], "--unanimous has no effect without --annotations"),
         (
             ["--annotations", "t.jsonl", "--answer_column", "x"],
-            "--answer_column has no effect for --annotations t.jsonl",
+            "--answer_column has no effect for --annotations t.jsonl, which is not a table",
+        ),
+        (["--answer_column", "x"], "--answer_column has no effect without --annotations"),
+        (
+            ["--annotations", "t.jsonl", "--sheet", "x"],
+            "--sheet has no effect for --questions q and --annotations t.jsonl, which is not a table",
         ),
     ],
 )

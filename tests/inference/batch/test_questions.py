@@ -1,5 +1,6 @@
 """Question files are checked as a whole, and split exactly."""
 
+import csv
 import hashlib
 import json
 import re
@@ -8,6 +9,7 @@ import tracemalloc
 import pytest
 
 from llava.data.table.bad_rows import TableError
+from llava.data.table.options import TableOptions
 from llava.inference.batch.questions import Question, digest_questions, read_questions, split_chunk
 
 
@@ -120,12 +122,33 @@ def test_commas_between_lines(tmp_path):
         read_questions(write(tmp_path, ",\n".join(json.dumps(row) for row in ROWS)))
 
 
-def test_tables_and_folders_say_what_to_do(tmp_path):
-    (tmp_path / "questions.csv").write_text("image_id,question\n")
-    with pytest.raises(
-        TableError, match=r"questions.csv is a table .*; convert it to questions: python task_data_prep"
-    ):
-        read_questions(tmp_path / "questions.csv")
+def test_a_table_is_read_as_the_lines_that_are_written_of_it(tmp_path, load_program, caplog):
+    rows = [("фото 1.jpg", "Что это?"), ("фото 1.jpg", "Где\tон?"), ("b/c.png", "Что это?"), ("b/c.png", "Что это?")]
+    table, lines = tmp_path / "t.csv", tmp_path / "q.jsonl"
+    with table.open("w", encoding="cp1251", newline="") as stream:
+        csv.writer(stream, delimiter=";").writerows([("image", "вопрос"), *rows])
+    words = ["--mode", "infer", "--input", table, "--output", lines, "--encoding", "cp1251"]
+    assert load_program("task_data_preprocessing.py").main([*map(str, words), "--question_column", "вопрос"]) == 0
+    questions = read_questions(table, TableOptions(question="вопрос", encoding="cp1251"))
+    assert questions == read_questions(lines)
+    assert questions == [Question(key, text, (image,)) for key, (image, text) in enumerate(rows)]
+    assert [message for message in caplog.messages if "row numbers" in message and str(table) in message]
+
+
+def test_a_bad_row_of_a_table_is_named_by_line_and_column(tmp_path):
+    (tmp_path / "t.csv").write_text("image,question\na.jpg,What?\nb.jpg,\n")
+    with pytest.raises(TableError, match=r"t.csv: 1 bad row\n  line 3: question is empty\n"):
+        read_questions(tmp_path / "t.csv")
+
+
+def test_a_text_file_holds_lines_or_a_table(tmp_path):
+    lines, table = tmp_path / "lines.txt", tmp_path / "table.txt"
+    lines.write_text('\ufeff{"question_id": 0, "image": "a.jpg", "text": "What?"}\n')
+    table.write_text("image\tquestion\na.jpg\tWhat?\n")
+    assert read_questions(lines) == read_questions(table) == [Question(0, "What?", ("a.jpg",))]
+
+
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(TableError, match=r"is a folder; name a file"):
         read_questions(tmp_path)
 

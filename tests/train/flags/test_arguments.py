@@ -219,7 +219,9 @@ def test_all_reasons_are_given_at_once():
 def test_missing_output_and_data():
     with pytest.raises(ValueError, match=r"^--output_dir is missing; say where checkpoints and the result go$"):
         parse_arguments(["--data_path", "x"])
-    with pytest.raises(ValueError, match=r"^--data_path is missing; make data.json with task_data_preprocessing.py$"):
+    with pytest.raises(
+        ValueError, match=r"^--data_path is missing; name a table, or data.json of task_data_preprocessing.py$"
+    ):
         parse_arguments(["--output_dir", "x", "--report_to", "none"])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 
+from llava.data.table.options import TableOptions, add_table_flags, table_options
 from llava.train.flags.check_arguments import check_arguments
 from llava.train.flags.command_line import parse_arguments
 
@@ -44,6 +46,10 @@ LORA = ["--lora_enable", "True"]
         ),
         ([*SHARE, *BEST, "--early_stopping_patience", "0"], "--early_stopping_patience 0: choose 1 or more"),
         ([*SHARE, "--early_stopping_patience", "2"], "--early_stopping_patience needs --load_best_model_at_end True"),
+        (["--sheet", "Лист1"], "--sheet has no effect for --data_path data.json, which is not a table; leave"),
+        (["--data_path", "t.csv", "--delimiter", "abc"], "--delimiter: 'abc' is not a character between columns"),
+        (["--data_path", "t.csv", "--encoding", "windows"], "--encoding: 'windows' is not an encoding"),
+        (["--data_path", "t.csv", "--image_name", "a.jpg"], "--image_name: 'a.jpg' gives every image one name"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: choose 1 or more"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0: choose 1 or more"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0: choose 1 or more"),
@@ -107,3 +113,17 @@ def test_a_run_does_not_resume_from_the_pickle_of_a_sharded_state():
     for config in ({"state_dict_type": "full_state_dict"}, {}, None):
         training.fsdp_config = config
         check_arguments(model, data, training)
+
+
+def test_training_has_the_flags_of_tables():
+    """Every program spells them alike, and reads the same options of them."""
+    parser = argparse.ArgumentParser()
+    add_table_flags(parser)
+    words = ["--image_id_column", "photo", "--question_column", "text", "--question_id_column", "n", "--answer_column"]
+    words += ["a", "b", "--image_name", "{id}.png", "--delimiter", "tab", "--encoding", "cp1251", "--sheet", "Лист 1"]
+    expected = table_options(parser.parse_args(words))
+    _, data, _ = parse_arguments([*NEEDED, "--data_path", "t.csv,t.xlsx", *words])
+    assert data.table_options() == expected
+    given = {action.dest for action in parser._actions} - {"help"}
+    assert all(getattr(data, name) is not None for name in given)
+    assert parse_arguments([*NEEDED, "--data_path", "t.csv"])[1].table_options() == TableOptions()
