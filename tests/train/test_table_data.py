@@ -14,7 +14,8 @@ from llava.model.adapter.lora import ADAPTER_FILES
 from llava.model.checkpoint.read_tensors import open_tensor_file
 from llava.train import data_setup, train
 from llava.train.data_setup import load_data
-from llava.train.flags.arguments import DataArguments, TrainingArguments
+from llava.train.flags.arguments import DataArguments
+from llava.train.flags.training_arguments import TrainingArguments
 
 HEADER = ("файл", "вопрос", "ответ", "другой ответ")
 COLUMNS = {"image_column": "файл", "question_column": "вопрос", "answer_column": ["ответ"], "encoding": "cp1251"}
