@@ -54,6 +54,7 @@ WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/t
 }
 """Shell scripts that hand their flags on, and the program that takes them."""
 LAUNCHER_FLAGS = {"--num_gpus", "--hostfile"}  # of deepspeed itself
+LAUNCHER_FLAGS |= {"--gpus", "--ipc"}  # of docker
 LAUNCHER_FLAGS |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}  # of torchrun
 
 
