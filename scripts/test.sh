@@ -2,7 +2,7 @@
 # Set everything up and run all tests. Example: bash scripts/test.sh -k supervision
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-: "${EXTRAS:=train,quant,dev,web}"
+: "${EXTRAS:=train,quant,dev}"
 : "${VENV:=.venv}"
 # What DeepSpeed compiles belongs to one environment; another one's tests would compile it again under their clock.
 case $VENV in

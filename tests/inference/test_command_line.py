@@ -7,8 +7,8 @@ import argparse
 import pytest
 import torch
 
-from llava.inference import command_line
 from llava.inference.command_line import add_model_arguments, describe_machine
+from llava.model import devices
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def describe(pretend_gpu, monkeypatch):
     def run(capability, flags="", compiles=None):
         if capability:
             pretend_gpu(capability)
-            monkeypatch.setattr(command_line, "best_device", lambda: torch.device("cuda"))
+            monkeypatch.setattr(devices, "best_device", lambda: torch.device("cuda"))
         parser = argparse.ArgumentParser()
         add_model_arguments(parser)
         return describe_machine(parser.parse_args(["--model-path", "x", *flags.split()]), compiles)

@@ -149,6 +149,7 @@ def test_merged_equals_the_adapter_attached(stage, tiny_base, name):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's call
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_alone_reads_it_on_the_plain_llm(stage, base, tiny_base, name):
     """Neither our model class nor our settings: transformers' Llama, peft, and the directory as it is."""

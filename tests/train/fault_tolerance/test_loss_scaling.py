@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from llava.model.checkpoint.read_tensors import open_tensor_file
 from llava.train.fault_tolerance.loss_scaling import MOST_IN_A_ROW, SkippedUpdates
-from llava.train.flags import arguments
+from llava.train.flags import training_arguments
 from llava.train.flags.precision import Precision
 
 LORA = ["--lora_enable", "True", "--lora_r", "4", "--lora_alpha", "8", "--lora_dropout", "0", "--learning_rate", "1e-3"]
@@ -89,7 +89,7 @@ def fp16_on_the_cpu(monkeypatch):
             self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=init_scale)
 
         monkeypatch.setattr(Accelerator, "__init__", build_scaling)
-        monkeypatch.setattr(arguments, "choose_precision", lambda *flags: Precision(bf16=False, fp16=True))
+        monkeypatch.setattr(training_arguments, "choose_precision", lambda *flags: Precision(bf16=False, fp16=True))
 
     return prepare
 
