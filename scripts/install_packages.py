@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.device == "cpu" and sys.platform == "linux" and "dev" in args.extras.split(","):
+    if args.device == "cpu" and sys.platform == "linux" and {"dev", "train"} <= set(args.extras.split(",")):
         compile_extensions(("ShareMemCommBuilder", "CPUAdamBuilder"), log)
     mark.write_text(wish, encoding="utf-8")
     return 0
