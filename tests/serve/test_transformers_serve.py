@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 for module in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(module, reason="`transformers serve` needs transformers[serving]")
 
+pytest.importorskip("transformers", minversion="5.24", reason="5.10's server needs requests, which its extra lacks")
+
 TINY = Path(__file__).parents[2] / "playground/llava-tiny"
 QUESTIONS = ["What color is it?", "What shape is it?", "Is it red?", "How many shapes are there?"]
 HANG_GUARD = 540  # seconds
