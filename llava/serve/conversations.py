@@ -143,12 +143,21 @@ class Conversation:
                 chat.undo()
         return self.turns.pop()
 
-    def reset(self) -> None:
-        """Forget the conversation and its image."""
+    def close(self) -> None:
+        """End the answer that is being streamed and forget what is shown; another thread may be computing it."""
+        self.stop()
+        self._forget_turns()
+
+    def _forget_turns(self) -> None:
         for turn in self.turns:
             if turn.thumbnail is not None:
                 turn.thumbnail.unlink(missing_ok=True)
-        self.turns, self._image = [], None
+        self.turns = []
+
+    def reset(self) -> None:
+        """Forget the conversation and its image."""
+        self._forget_turns()
+        self._image = None
         for chat in self._chats:
             chat.reset()
 
@@ -182,7 +191,7 @@ class Conversations:
             expired = [key for key, (used, _) in self._found.items() if now - used > self._idle_seconds]
             surplus = list(self._found)[: max(0, len(self._found) - len(expired) + 1 - self._most)]
             for key in {*expired, *surplus}:
-                del self._found[key]
+                self._found.pop(key)[1].close()
             self._found[session_id] = now, conversation or self._create()
             return self._found[session_id][1]
 
@@ -191,4 +200,4 @@ class Conversations:
         with self._lock:
             _, conversation = self._found.pop(session_id, (0.0, None))
         if conversation is not None:
-            conversation.stop()
+            conversation.close()

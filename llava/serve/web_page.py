@@ -134,9 +134,7 @@ def _connect(
         yield gr.MultimodalTextbox(submit_btn=True, stop_btn=False), *show_turns(conversation.turns, len(panels))
 
     def start_again(request: gr.Request) -> Any:
-        conversation = conversations.get(request.session_hash)
-        conversation.stop()
-        conversation.reset()
+        conversations.drop(request.session_hash)  # its answer may still be computed in another thread
         return show_turns([], len(panels))
 
     def end_answer(request: gr.Request) -> None:

@@ -141,6 +141,17 @@ def test_each_visitor_has_a_conversation_of_his_own():
     visitors.pool.drop("nobody")
 
 
+def test_a_dropped_conversation_ends_its_answer_and_shows_nothing(session, image, tmp_path):
+    pool = Conversations(lambda: Conversation([session], tmp_path))
+    conversation, steps = pool.get("a"), 0
+    for _ in conversation.ask(QUESTIONS[0], image, Sampling(max_new_tokens=100)):
+        steps += 1
+        if steps == 3:
+            pool.drop("a")
+    assert steps < 10 and conversation.turns == [] and list(tmp_path.iterdir()) == []
+    assert pool.get("a") is not conversation
+
+
 def test_the_longest_idle_conversation_makes_room():
     visitors = Visitors(most=2)
     first, second = visitors.pool.get("a"), visitors.pool.get("b")
