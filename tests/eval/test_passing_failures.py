@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,22 @@ def test_images_that_could_not_be_read_are_asked_again(run, monkeypatch, capsys,
     ]
 
 
+def wait_for_a_line(path):
+    """Wait until a file has a line, at most a minute."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (path.exists() and path.read_bytes().endswith(b"\n")):
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("how", ["renamed", "empty"])
 def test_a_folder_that_goes_away_during_the_run_stops_it(run, monkeypatch, capsys, how):
     whole = run.whole()
     load, calls, away = ImageLoader.load, itertools.count(), run.images.with_name("away")
+    journal = run.answers.with_name("answers.jsonl.journal")
 
     def load_and_lose(self, names):
-        if next(calls) == 4:
+        if next(calls) == 10:
+            wait_for_a_line(journal)  # the loader reads ahead of the answers
             run.images.rename(away)
             if how == "empty":  # as the place of a disk that is not mounted any more
                 run.images.mkdir()
@@ -97,7 +107,7 @@ def test_a_folder_that_goes_away_during_the_run_stops_it(run, monkeypatch, capsy
         assert run("--batch-size", "2") == 2
     errors = capsys.readouterr().err
     reason = "is empty" if how == "empty" else "is not a directory"
-    kept = len(run.answers.with_name("answers.jsonl.journal").read_bytes().splitlines())
+    kept = len(journal.read_bytes().splitlines())
     assert errors.count("error: ") == 1
     message = f"error: --image-folder {run.images} {reason}; {kept} of 14 answers are kept: restore it, then run the"
     assert message in errors
