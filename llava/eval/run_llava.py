@@ -88,6 +88,7 @@ def _load(args: Any) -> Session:
     # The README's object has none of these: they came later.
     options = {name: getattr(args, name, None) for name in ("device", "dtype", "vision_tower")}
     bits = 4 if getattr(args, "load_4bit", False) else 8 if getattr(args, "load_8bit", False) else 16
+    bits = "fp8" if getattr(args, "fp8", False) else bits
     sources = ModelSources.find(args.model_path, args.model_base, options["vision_tower"])
     with _LOADING:
         fingerprints = _fingerprints(sources, sources.stamps())
@@ -105,7 +106,7 @@ def _load_session(
     model_path: str,
     model_base: str | None,
     fingerprints: tuple[str | None, ...],
-    bits: int,
+    bits: int | str,
     device: str | None,
     dtype: str | None,
     vision_tower: str | None,

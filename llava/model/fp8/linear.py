@@ -1,0 +1,76 @@
+"""Linear layer in FP8: e4m3 weights with a scale per output channel, inputs quantised with a scale per token.
+
+Both factors of a product are in FP8, its sums in fp32, its result in bf16. The format is that of W8A8 checkpoints
+("float-quantized", weights by channel, activations by token) which vLLM and llm-compressor use.
+
+Source: Micikevicius et al. 2022, FP8 formats for deep learning. The product is PyTorch's `torch._scaled_mm`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+FP8_DTYPE = torch.float8_e4m3fn
+MULTIPLE = 16  # features in and out; the product's kernels need it
+_LARGEST = torch.finfo(FP8_DTYPE).max
+_SMALLEST_SCALE = 1e-12  # of rows of zeros
+
+
+class Fp8Linear(nn.Module):
+    """Linear layer without bias whose weight is in FP8.
+
+    Args:
+        in_features: width of the input, a multiple of 16.
+        out_features: width of the output, a multiple of 16.
+        device: of the empty weight.
+
+    Attributes:
+        weight: (out, in) e4m3.
+        scales: (out, 1) fp32; `weight * scales` are the values.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str = "meta") -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        empty = torch.empty(out_features, in_features, dtype=FP8_DTYPE, device=device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.register_buffer("scales", torch.empty(out_features, 1, device=device), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the product with the weight, (..., in) -> (..., out), in the dtype of the inputs."""
+        rows, row_scales = quantize_rows(inputs.flatten(0, -2))
+        product = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=row_scales, scale_b=self.scales.t(), out_dtype=torch.bfloat16
+        )
+        return product.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
+
+    def quantize(self, weight: Tensor) -> nn.Parameter:
+        """Set the scales to those of a weight (out, in), and return it in FP8."""
+        values, self.scales = quantize_rows(weight)
+        return nn.Parameter(values, requires_grad=False)
+
+    def extra_repr(self) -> str:
+        """`in_features=64, out_features=64`, as `nn.Linear` has it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a matrix in FP8 and its scales: (rows, columns) -> (rows, columns) e4m3, (rows, 1) fp32.
+
+    The largest magnitude of a row becomes the largest of the format, 448.
+    """
+    precise = values.float()
+    scales = (precise.abs().amax(-1, keepdim=True) / _LARGEST).clamp_min(_SMALLEST_SCALE)
+    return (precise / scales).to(FP8_DTYPE), scales
+
+
+def find_size_problem(layers: nn.Module) -> str | None:
+    """Return which linear layer's sizes the product does not support; None if it supports all."""
+    for name, layer in layers.named_modules():
+        if isinstance(layer, Fp8Linear) and (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE):
+            return (
+                f"layer {name} turns {layer.in_features} features into {layer.out_features}, but FP8 needs multiples "
+                f"of {MULTIPLE}"
+            )
+    return None
