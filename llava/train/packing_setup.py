@@ -103,7 +103,7 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerEx
         training_args: flags.
 
     Raises:
-        ValueError: if `--fuse_lora on` can't be done with this model.
+        ValueError: if `--fuse_lora on` or `--base_dtype fp8` can't be done with this model.
     """
     llava = inner_llava(model)
     can = capabilities_of(training_args.device)
@@ -112,11 +112,12 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerEx
         return execution
     if execution.in_blocks:
         llava.use_flex_attention()
-    if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and execution.compiled):
+    fp8 = training_args.base_dtype == "fp8"
+    if fp8 or training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and execution.compiled):
         is_whole = holds_all_weights(training_args)
-        reason = llava.fuse_lora(compiled=execution.compiled) if is_whole else "the weights are partitioned"
-        if reason and training_args.fuse_lora == "on":
-            raise ValueError(f"--fuse_lora on: {reason}; leave it out")
+        reason = llava.fuse_lora(compiled=execution.compiled, fp8=fp8) if is_whole else "the weights are partitioned"
+        if reason and (fp8 or training_args.fuse_lora == "on"):
+            raise ValueError(f"{'--base_dtype fp8' if fp8 else '--fuse_lora on'}: {reason}; leave it out")
         if training_args.device.type == "cuda":  # else the separate weights, 9 GB of 7B, stay in the allocator as used
             torch.cuda.empty_cache()
     if execution.compiled and llava.fused_lora is None:

@@ -44,6 +44,7 @@ STAGES = {  # name -> flags, learning rate, what it says it trains
     "rslora": ([*LORA, "--use_rslora", "True"], 3e-3, "linears projector"),
     "dora": ([*LORA, "--use_dora", "True"], 5e-3, "linears projector"),
     "qlora": ([*LORA, "--bits", "4"], 5e-3, "linears projector"),
+    "lora on fp8": ([*LORA, "--base_dtype", "fp8"], 5e-3, "linears projector"),
     "lora with tower": ([*LORA, *TOWER], 5e-3, "linears projector tower"),
     "lora, bias all": ([*LORA, "--lora_bias", "all"], 5e-3, "linears projector"),
     "lora, bias lora_only": ([*LORA, "--lora_bias", "lora_only"], 5e-3, "linears projector"),

@@ -132,6 +132,10 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and linear.bias is None and linear.weight.is_contiguous()
 
 
+def _values(linear: nn.Linear | Fp8Linear) -> Tensor:
+    return linear.values if isinstance(linear, Fp8Linear) else linear.weight
+
+
 def matvec(
     vector: Tensor,
     linears: Sequence[nn.Linear | Fp8Linear],
@@ -151,9 +155,9 @@ def matvec(
         residual: (out,), added to the product of a single weight; may be `output`.
         tile: its rows divide the rows of each weight, unless there is only one.
     """
-    weights = [linear.weight for linear in linears]
+    weights = [_values(linear) for linear in linears]
     first, second, third = (weights + weights[-1:] * 2)[:3]
-    scales = [getattr(linear, "scales", linear.weight) for linear in linears]  # a weight stands where there are none
+    scales = [getattr(linear, "scales", linear.weight) for linear in linears]  # without scales not read
     first_scales, second_scales, third_scales = (scales + scales[-1:] * 2)[:3]
     rows = [len(weight) for weight in weights] + [0, 0]
     matvec_kernel[(-(-sum(rows) // tile.rows),)](
@@ -194,8 +198,8 @@ def gated_matvec(
     gated_matvec_kernel[(len(gate.weight) // tile.rows,)](
         vector,
         norm.weight,
-        gate.weight,
-        up.weight,
+        _values(gate),
+        _values(up),
         getattr(gate, "scales", gate.weight),
         getattr(up, "scales", up.weight),
         output,

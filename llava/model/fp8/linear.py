@@ -8,6 +8,8 @@ Source: Micikevicius et al. 2022, FP8 formats for deep learning. The product is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,29 +28,44 @@ class Fp8Linear(nn.Module):
         device: of the empty weight.
 
     Attributes:
-        weight: (out, in) e4m3.
-        scales: (out, 1) fp32; `weight * scales` are the values.
+        weight: (out, in) uint8, the bytes of e4m3: not every library moves, sends or leaves alone what is e4m3.
+        scales: (out, 1) fp32, of the outputs.
     """
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str = "meta") -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        empty = torch.empty(out_features, in_features, dtype=FP8_DTYPE, device=device)
+        empty = torch.empty(out_features, in_features, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
-        self.register_buffer("scales", torch.empty(out_features, 1, device=device), persistent=False)
+        self.scales = torch.empty(out_features, 1, device=device)
+
+    @classmethod
+    def of(cls, values: Tensor, scales: Tensor) -> Fp8Linear:
+        """Return a layer with a weight that is in FP8 already, (out, in) e4m3 and (out, 1), in the same memory."""
+        layer = cls(values.shape[1], values.shape[0])
+        layer.weight, layer.scales = nn.Parameter(values.view(torch.uint8), requires_grad=False), scales
+        return layer
+
+    @property
+    def values(self) -> Tensor:
+        """The weight as e4m3, (out, in), in the same memory."""
+        return self.weight.view(FP8_DTYPE)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the product with the weight, (..., in) -> (..., out), in the dtype of the inputs."""
-        rows, row_scales = quantize_rows(inputs.flatten(0, -2))
-        product = torch._scaled_mm(
-            rows, self.weight.t(), scale_a=row_scales, scale_b=self.scales.t(), out_dtype=torch.bfloat16
-        )
-        return product.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
+        rows = quantize_rows(inputs.flatten(0, -2))
+        return scaled_product(*rows, self.values, self.scales, inputs.dtype).unflatten(0, inputs.shape[:-1])
 
     def quantize(self, weight: Tensor) -> nn.Parameter:
-        """Set the scales to those of a weight (out, in), and return it in FP8."""
+        """Set the scales to those of a weight (out, in), and return its bytes."""
         values, self.scales = quantize_rows(weight)
-        return nn.Parameter(values, requires_grad=False)
+        return nn.Parameter(values.view(torch.uint8), requires_grad=False)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
+        """Move to another device, and keep the formats whatever dtype the model around is given."""
+        super()._apply(function, recurse)
+        self.scales = self.scales.to(self.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         """`in_features=64, out_features=64`, as `nn.Linear` has it."""
@@ -63,6 +80,20 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     precise = values.float()
     scales = (precise.abs().amax(-1, keepdim=True) / _LARGEST).clamp_min(_SMALLEST_SCALE)
     return (precise / scales).to(FP8_DTYPE), scales
+
+
+def scaled_product(rows: Tensor, row_scales: Tensor, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return inputs times a transposed weight, (rows, out).
+
+    Args:
+        rows: (rows, in) e4m3, of the inputs.
+        row_scales: (rows, 1) fp32.
+        values: (out, in) e4m3, of the weight.
+        scales: (out, 1) fp32.
+        dtype: of the result, which is rounded to bf16 first.
+    """
+    product = torch._scaled_mm(rows, values.t(), scale_a=row_scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+    return product.to(dtype)
 
 
 def find_size_problem(layers: nn.Module) -> str | None:

@@ -74,7 +74,7 @@ def test_gated_matvec(dtype, width):
 def fp8_linear(width, rows):
     layer = Fp8Linear(width, rows, device="cpu")
     layer.weight = layer.quantize(torch.randn(rows, width))
-    return layer, layer.weight.float() * layer.scales
+    return layer, layer.values.float() * layer.scales
 
 
 @torch.no_grad()

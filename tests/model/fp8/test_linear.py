@@ -49,7 +49,7 @@ def test_a_product_is_that_of_the_dequantised_factors(dtype):
     layer.weight = layer.quantize(weight)
     inputs = torch.randn(2, 3, 64).to(dtype)
     rows, scales = quantize_rows(inputs.flatten(0, 1))
-    expected = (rows.float() * scales) @ (layer.weight.float() * layer.scales).t()
+    expected = (rows.float() * scales) @ (layer.values.float() * layer.scales).t()
     found = layer(inputs)
     assert (found.shape, found.dtype) == ((2, 3, 48), dtype)
     torch.testing.assert_close(found.flatten(0, 1).float(), expected, rtol=2**-8, atol=1e-5)
@@ -79,7 +79,7 @@ def test_the_layers_of_the_llm_alone_are_in_fp8(sessions):
     plain, narrow = sessions[16].model, sessions["fp8"].model
     for (name, found), (_, expected) in zip(narrow.named_parameters(), plain.named_parameters(), strict=True):
         if ".layers." in name and "proj" in name and "vision_tower" not in name:
-            assert found.dtype == FP8_DTYPE, name
+            assert found.dtype == torch.uint8, name
         else:
             assert torch.equal(found, expected), name
 
