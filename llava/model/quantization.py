@@ -21,7 +21,7 @@ from llava.constants import FP8
 from llava.model.adapter.lora import is_llm_block
 from llava.model.capabilities import capabilities_of
 from llava.model.configuration import LlavaConfig
-from llava.model.fp8.linear import Fp8Linear, find_size_problem
+from llava.model.fp8.linear import Fp8Linear, find_product_problem, find_size_problem
 
 OUTLIER_THRESHOLD = 6.0
 """LLM.int8: columns with activations beyond this are computed in 16 bit."""
@@ -216,6 +216,8 @@ def _refuse_without_fp8(layers: nn.Module, devices: Collection[torch.device]) ->
     for device in devices:
         if not (here := capabilities_of(device)).has_fp8:
             raise ValueError(f"FP8: {here.machine} has no FP8 products; load 16, 8 or 4 bit")
+        if problem := find_product_problem(device):
+            raise ValueError(f"{problem}; load 16, 8 or 4 bit")
     if problem := find_size_problem(layers):
         raise ValueError(f"{problem}; load 16 bit")
 

@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from llava.clip_image_processor import CLIPPixels
-from llava.constants import MASK_BLOCK
+from llava.constants import FP8, MASK_BLOCK
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.packed_dataset import PackCollator, PackedDataset
 from llava.data.packing import padded_length
 from llava.data.prefix_sampler import Sharing, waiting_share
 from llava.data.records import EncodedRecord, spliced_length
 from llava.model.capabilities import Capabilities, capabilities_of, feature
+from llava.model.fp8.linear import find_product_problem
 from llava.model.packed.forward import PackedLlavaForCausalLM
 from llava.model.planner.workload import Packs, PaddedRows, Workload
 from llava.train.flags.arguments import zero_stage
@@ -112,7 +113,9 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerEx
         return execution
     if execution.in_blocks:
         llava.use_flex_attention()
-    fp8 = training_args.base_dtype == "fp8"
+    fp8 = training_args.base_dtype == FP8
+    if fp8 and (problem := find_product_problem(training_args.device)):
+        raise ValueError(f"--base_dtype fp8: {problem}; leave it out")
     if fp8 or training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and execution.compiled):
         is_whole = holds_all_weights(training_args)
         reason = llava.fuse_lora(compiled=execution.compiled, fp8=fp8) if is_whole else "the weights are partitioned"

@@ -17,6 +17,7 @@ FP8_DTYPE = torch.float8_e4m3fn
 MULTIPLE = 16  # features in and out; the product's kernels need it
 _LARGEST = torch.finfo(FP8_DTYPE).max
 _SMALLEST_SCALE = 1e-12  # of rows of zeros
+_LARGEST_DISTANCE = 0.02  # relative, of a product rounded to bf16 from the exact one
 
 
 class Fp8Linear(nn.Module):
@@ -94,6 +95,20 @@ def scaled_product(rows: Tensor, row_scales: Tensor, values: Tensor, scales: Ten
     """
     product = torch._scaled_mm(rows, values.t(), scale_a=row_scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
     return product.to(dtype)
+
+
+def find_product_problem(device: torch.device) -> str | None:
+    """Return what is wrong with FP8 products on a device, tried on a small one; None if nothing is."""
+    draw = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(shape, generator=draw).to(device) for shape in ((8, 64), (32, 64)))
+    layer = Fp8Linear.of(*quantize_rows(weight))
+    rows, row_scales = quantize_rows(inputs)
+    expected = (rows.float() * row_scales) @ (layer.values.float() * layer.scales).t()
+    try:
+        distance = float((layer(inputs) - expected).norm() / expected.norm())
+    except RuntimeError as error:
+        return f"FP8 products fail on {device} ({str(error).strip().splitlines()[0]})"
+    return None if distance < _LARGEST_DISTANCE else f"FP8 products on {device} are wrong by {distance:.0%}"
 
 
 def find_size_problem(layers: nn.Module) -> str | None:

@@ -19,6 +19,7 @@ from llava.inference.session import Session
 from llava.model import quantization
 from llava.model.builder import load_pretrained_model
 from llava.model.capabilities import Machine, choose
+from llava.model.fp8 import linear
 from llava.model.fp8.linear import FP8_DTYPE, Fp8Linear, find_size_problem, quantize_rows
 
 LLAVA_TINY = str(Path(__file__).resolve().parents[3] / "playground" / "llava-tiny")
@@ -116,6 +117,21 @@ def test_a_device_without_fp8_is_refused(monkeypatch):
     hopper = dataclasses.replace(ampere, has_fp8=True)
     monkeypatch.setattr(quantization, "capabilities_of", lambda device: hopper)
     Session.load(LLAVA_TINY, bits="fp8", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("product", "problem"),
+    [
+        (lambda *args: torch.zeros(8, 32), "FP8 products on cpu are wrong by 100%"),
+        (lambda *args: torch.full((8, 32), torch.nan), "FP8 products on cpu are wrong by nan%"),
+    ],
+)
+def test_wrong_products_are_noticed_at_the_start(monkeypatch, product, problem):
+    assert linear.find_product_problem(torch.device("cpu")) is None
+    monkeypatch.setattr(linear, "scaled_product", product)
+    assert linear.find_product_problem(torch.device("cpu")) == problem
+    with pytest.raises(ValueError, match=f"^{problem}; load 16, 8 or 4 bit$"):
+        Session.load(LLAVA_TINY, bits="fp8", device="cpu")
 
 
 def test_formats_exclude_each_other():
