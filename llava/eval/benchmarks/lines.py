@@ -1,0 +1,165 @@
+"""Lines of benchmarks' question and answer files, paired by what they ask and never by their place alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.data.table.bad_rows import BadRows, TableError
+from llava.files.home_directory import expand_home
+from llava.files.json_files import parse_json
+from llava.files.regular_files import read_text
+from llava.files.terminal_text import shorten, show
+
+_SHOWN = 3
+
+
+class BenchmarkError(TableError):
+    """Files of a benchmark that don't belong together, or can't be read."""
+
+
+class QuestionLine(NamedTuple):
+    """A line of a question file; `question_id` may repeat, `image` is None for text alone."""
+
+    question_id: int | str
+    text: str
+    image: str | None
+    record: Mapping[str, Any]
+
+
+class AnswerLine(NamedTuple):
+    """A line of an answer file: `text` is "" after an error, whose code is `error`."""
+
+    question_id: int | str
+    prompt: str
+    text: str
+    error: str | None
+    record: Mapping[str, Any]
+
+
+def read_question_lines(path: str | os.PathLike[str]) -> list[QuestionLine]:
+    """Read a question file of JSON lines `{question_id, text, image}`.
+
+    Raises:
+        BenchmarkError: if the file is missing or empty, or has lines that are not questions; the first 20 are listed.
+    """
+    return [
+        QuestionLine(record["question_id"], record["text"], record.get("image"), record)
+        for record in _read_records(path)
+    ]
+
+
+def read_answer_lines(path: str | os.PathLike[str]) -> list[AnswerLine]:
+    """Read an answer file of JSON lines `{question_id, prompt, text}`, as batch inference and the original write it.
+
+    Raises:
+        BenchmarkError: if the file is missing or empty, or has lines that are not answers; the first 20 are listed.
+    """
+    lines = []
+    for record in _read_records(path):
+        error = record.get("error")
+        text = "" if error else record["text"]
+        lines.append(AnswerLine(record["question_id"], record.get("prompt") or "", text, error or None, record))
+    return lines
+
+
+def pair_lines(
+    questions: Sequence[QuestionLine], answers: Sequence[AnswerLine], name: str
+) -> list[tuple[QuestionLine, AnswerLine]]:
+    """Pair questions with their answers: the same id and text, and the same place among lines that have both.
+
+    Args:
+        questions: of the benchmark.
+        answers: in any order.
+        name: of the answer file, for messages.
+
+    Returns:
+        A pair for each question, in the order of the questions.
+
+    Raises:
+        BenchmarkError: if questions have no answer, or answers no question: it holds both counts.
+    """
+    by_key: dict[tuple[str, str, int], AnswerLine] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    for answer in answers:
+        key = (str(answer.question_id), _plain(answer.prompt))
+        by_key[(*key, counts[key])] = answer
+        counts[key] += 1
+    pairs, missing = [], []
+    counts.clear()
+    for question in questions:
+        key = (str(question.question_id), _plain(question.text))
+        found = by_key.pop((*key, counts[key]), None)
+        counts[key] += 1
+        if found is None:
+            missing.append(str(question.question_id))
+        else:
+            pairs.append((question, found))
+    if missing or by_key:
+        unknown = [key[0] for key in by_key]
+        raise BenchmarkError(
+            f"{name} is not the answers to these {len(questions)} questions: {describe_ids(missing)} without an "
+            f"answer, {describe_ids(unknown)} of other questions or repeated; check that both files are of the same "
+            "split, or answer again"
+        )
+    return pairs
+
+
+def count_errors(answers: Sequence[AnswerLine]) -> tuple[str, ...]:
+    """Return the note on answers that are error records, which count as wrong; nothing if there are none."""
+    counts = Counter(answer.error for answer in answers if answer.error)
+    if not counts:
+        return ()
+    codes = ", ".join(f"{code} {count}" for code, count in sorted(counts.items()))
+    return (f"{counts.total()} of {len(answers)} answers are errors and count as wrong ({codes})",)
+
+
+def describe_ids(ids: Sequence[str]) -> str:
+    """Return the number of ids and the first three, for a message."""
+    shown = ", ".join(shorten(question_id) for question_id in ids[:_SHOWN])
+    return f"{len(ids)} ({shown}{', …' if len(ids) > _SHOWN else ''})" if ids else "0"
+
+
+def _read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    bad, records = BadRows(os.fspath(path)), []
+    try:
+        text = read_text(Path(expand_home(os.fspath(path))), encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError:
+            bad.add(number, "not JSON")
+            continue
+        if problem := _find_problem(record):
+            bad.add(number, problem)
+        else:
+            records.append(record)
+    try:
+        bad.raise_if_any("Correct these lines, or make the file again.")
+    except TableError as error:
+        raise BenchmarkError(str(error)) from error
+    if not records:
+        raise BenchmarkError(f"{path} is empty; make the file again")
+    return records
+
+
+def _find_problem(record: Any) -> str | None:
+    if not isinstance(record, dict):
+        return "not an object {…}"
+    question_id = record.get("question_id")
+    if isinstance(question_id, bool) or not isinstance(question_id, int | str):
+        return f"question_id is {show(question_id)}, not a number or a text"
+    if not isinstance(record.get("text"), str) and not record.get("error"):
+        return "no 'text'"
+    return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("<image>", " ").split())
