@@ -1,4 +1,7 @@
-"""LLaVA-1.5 for one job: teach it to answer your questions about images, then answer thousands of them."""
+"""LLaVA-1.5 for one job: teach it to answer your questions about images, then answer thousands of them.
+
+`llava.load(path)` loads a model for Python and notebooks; `help(llava.load)` says how.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,9 @@ def load(
         dtype: of the weights; None = the device's best.
         vision_tower: directory or hub id, for weights that hold none.
         conv_mode: prompt template; None = the one saved with the weights.
+
+    Returns:
+        The model, with `ask`, `ask_many` and `chat`.
 
     Raises:
         FileNotFoundError: if a file is missing.

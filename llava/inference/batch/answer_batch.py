@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import SWITCH
+from llava.image_files.image_source import ImageSource
 from llava.inference.batch.answers_file import Answer
 from llava.inference.batch.generate_fallback import generate_answers
 from llava.inference.batch.questions import Question
@@ -39,7 +40,7 @@ DIGITS = 4  # of logprobs in records
 def answer_batch(
     session: Session,
     questions: Sequence[Question],
-    image_folder: str | Path = "",
+    image_folder: str | Path | ImageSource = "",
     sampling: Sampling | None = None,
     *,
     batch_size: int | None = None,
@@ -60,7 +61,7 @@ def answer_batch(
     Args:
         session: model and template.
         questions: all of the run; no two are equal (`number_repeats` sees to it), their ids may be.
-        image_folder: holds their images; no image is read from outside, unless it is "".
+        image_folder: holds their images; no image is read from outside, unless it is "". Or with images in memory.
         sampling: how answers are chosen; None = greedy.
         batch_size: most running sequences; None = what fits the device.
         with_scores: add log-probabilities to the answers, see `Answer.scores`.
@@ -115,7 +116,7 @@ class _Run:
     """Options of `answer_batch`, positions of an image, and what makes requests of a question."""
 
     session: Session
-    image_folder: str | Path
+    image_folder: str | Path | ImageSource
     sampling: Sampling
     with_scores: bool
     choices: Sequence[str]
