@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from llava.library_noise import quiet_bitsandbytes, quiet_pillow
@@ -22,8 +23,8 @@ install()
 
 
 def load(
-    model_path: str,
-    model_base: str | None = None,
+    model_path: str | os.PathLike[str],
+    model_base: str | os.PathLike[str] | None = None,
     *,
     bits: int = 16,
     device: str | None = None,
@@ -59,6 +60,12 @@ def load(
     from llava.inference.session import Session
 
     session = Session.load(
-        model_path, model_base, bits=bits, device=device, dtype=dtype, vision_tower=vision_tower, conv_mode=conv_mode
+        os.fspath(model_path),
+        None if model_base is None else os.fspath(model_base),
+        bits=bits,
+        device=device,
+        dtype=dtype,
+        vision_tower=vision_tower,
+        conv_mode=conv_mode,
     )
-    return LoadedModel(session)
+    return LoadedModel(session, os.fspath(model_path))

@@ -34,7 +34,7 @@ def read_cell(cell: Any) -> list[str | bytes | Image.Image]:
         return []
     if not isinstance(cell, list | tuple):
         # NumPy's arrays of objects are pandas' lists; its arrays of numbers are refused below.
-        cell = cell.tolist() if getattr(cell, "dtype", None) == object else [cell]
+        cell = cell.tolist() if getattr(getattr(cell, "dtype", None), "kind", None) == "O" else [cell]
     return [_read_one(entry) for entry in cell]
 
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, overload
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -26,7 +26,15 @@ from llava.inference.session import Session
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_Frame = TypeVar("_Frame")
+
+class _DataFrame(Protocol):
+    """What pandas and polars have and other rows lack, for type checkers."""
+
+    @property
+    def columns(self) -> Any: ...
+
+
+_Frame = TypeVar("_Frame", bound=_DataFrame)
 
 
 class _Options(TypedDict, total=False):
@@ -110,6 +118,7 @@ class ImageChat:
         """Ask a question and return the whole answer.
 
         Raises:
+            TypeError: if the question is no text.
             ValueError: if the question is empty or the context is full.
         """
         for _ in self.stream(question):
@@ -120,8 +129,10 @@ class ImageChat:
         """Ask a question, and return an iterator over the pieces of the answer; `latest` has its probability.
 
         Raises:
-            ValueError: as `ask`.
+            TypeError: as `ask`, and ValueError.
         """
+        if not isinstance(question, str):
+            raise TypeError(f"the question is of type {type(question).__name__}, not a text")
         return self._chat.reply(question, [] if self._chat.turns else self._images)
 
     def latest(self) -> Reply:
@@ -142,14 +153,15 @@ class LoadedModel:
 
     Args:
         session: model, tokenizer, image processor and prompt template.
+        name: its path, for `repr`.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, name: str = "unnamed") -> None:
+        self.session, self.name = session, name
 
     def __repr__(self) -> str:
         model = self.session.model
-        return f"LoadedModel({model.config._name_or_path or 'unnamed'}, {model.device}, {model.dtype})"
+        return f"LoadedModel({self.name!r}, device={str(model.device)!r}, dtype={model.dtype})"
 
     def ask(
         self,
@@ -173,6 +185,7 @@ class LoadedModel:
             seed: of the draws; None = a random one.
 
         Raises:
+            TypeError: if the question is no text, or an image of another kind.
             ValueError: if the question, an image or an option can't be used.
 
         Example:
@@ -193,6 +206,7 @@ class LoadedModel:
         """Start a conversation about an image; arguments as in `ask`.
 
         Raises:
+            TypeError: if an image is of another kind.
             ValueError: if an image or an option can't be used.
         """
         sampling = Sampling(temperature, top_p, 1, max_new_tokens, seed)
@@ -205,16 +219,16 @@ class LoadedModel:
 
     @overload
     def ask_many(
+        self, rows: _Frame, image_folder: str | os.PathLike[str] = "", **options: Unpack[_Options]
+    ) -> _Frame: ...
+
+    @overload
+    def ask_many(
         self,
         rows: Iterable[Mapping[str, Any]],
         image_folder: str | os.PathLike[str] = "",
         **options: Unpack[_Options],
     ) -> list[dict[str, Any]]: ...
-
-    @overload
-    def ask_many(
-        self, rows: _Frame, image_folder: str | os.PathLike[str] = "", **options: Unpack[_Options]
-    ) -> _Frame: ...
 
     def ask_many(
         self,
