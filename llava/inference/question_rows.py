@@ -168,10 +168,12 @@ def _image_reader(column: str | None, template: str | None) -> Callable[[Mapping
     def read(row: Mapping[str, Any]) -> list[Any]:
         cell = row.get(column) if column is not None else None
         text = _as_id(cell)
-        if text is not None or (template is not None and isinstance(cell, str)):
-            if wants_number and text is None:
+        if text is None and template is not None and isinstance(cell, str):
+            if wants_number:
                 raise ValueError(f"{show(column)} is {show(cell)}, not a number, which image_name asks for")
-            return [name_image(text or cell)]
+            text = cell
+        if text is not None:
+            return [name_image(text)]
         try:
             return read_cell(cell)
         except ValueError as error:
@@ -182,11 +184,9 @@ def _image_reader(column: str | None, template: str | None) -> Callable[[Mapping
 
 def _as_id(cell: Any) -> str | None:
     """Return a cell that is the number of an image as text: 7, "7", and 7.0, as pandas stores numbers beside gaps."""
-    if isinstance(cell, str):
-        return cell if is_id(cell) else None
-    if isinstance(cell, bool) or not isinstance(cell, numbers.Real) or is_missing(cell):
-        return None
-    return text if int(cell) == cell and is_id(text := str(int(cell))) else None
+    is_whole = isinstance(cell, numbers.Integral) or (isinstance(cell, float) and cell.is_integer())
+    text = str(int(cell)) if is_whole and not isinstance(cell, bool) else cell
+    return text if isinstance(text, str) and is_id(text) else None
 
 
 def _question(row: Mapping[str, Any], key: str) -> str:

@@ -52,7 +52,7 @@ def answer_batch(
     rank: int = 0,
     world_size: int = 1,
     limits: Limits | None = None,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """Answer questions in the order that suits the device, and yield each answer as soon as it is known.
 
     An answer depends neither on the order of the questions nor on the other questions; at a temperature above 0 it
