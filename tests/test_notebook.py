@@ -98,14 +98,16 @@ def test_notebook_is_stored_tidily(path: Path) -> None:
         assert all("\n" not in line[:-1] for line in cell["source"])
         assert re.fullmatch("[a-z0-9-]+", cell["id"])
         assert set(cell["metadata"]) <= {"tags"}
+        links = re.findall(r"\]\((\.\./[^)\s]+)\)", "".join(cell["source"]))
+        assert [link for link in links if not (path.parent / link).exists()] == []
 
 
 def test_a_failed_command_stops_the_notebook() -> None:
-    """Every command is followed by its check, but for those of the set-up."""
+    """Every command is followed by its check."""
     for name, source in sources(FINETUNE).items():
         lines = re.sub(r"\\\n\s*", "", source).splitlines()
         for number, line in enumerate(lines):
-            if line.lstrip().startswith("!") and name != "repository":
+            if line.lstrip().startswith("!"):
                 assert lines[number + 1].strip() == "check()", name
 
 

@@ -292,6 +292,8 @@ class LoadedModel:
             encoding=encoding,
             sheet=sheet,
         )
+        if image_folder and table.questions and not any(question.images for question in table.questions):
+            raise ValueError("image_folder is given, but no row has an image; name their column with image_column")
         sampling = Sampling(temperature, top_p, 1, max_new_tokens, seed)
         answers = _answer(self.session, table, image_folder, sampling, batch_size=batch_size, progress=progress)
         return table.with_columns(_columns(answers))

@@ -278,3 +278,8 @@ def test_progress_is_shown_unless_it_is_not_wanted(model, folder, rows, capsys):
 def test_rows_that_cannot_be_asked(model, rows, error, message):
     with pytest.raises(error, match=message):
         model.ask_many(rows)
+
+
+def test_a_folder_for_rows_without_images_is_a_mistake(model, folder):
+    with pytest.raises(ValueError, match="image_folder is given, but no row has an image; name their column"):
+        model.ask_many([{"photo": "landscape.jpg", "question": "why?"}], folder)
