@@ -30,18 +30,23 @@ def read_cell(cell: Any) -> list[str | bytes | Image.Image]:
     Raises:
         ValueError: if it is of another kind.
     """
+    cell = _unwrap(cell)
     if is_missing(cell):
         return []
     if not isinstance(cell, list | tuple):
         # NumPy's arrays of objects are pandas' lists; its arrays of numbers are refused below.
         cell = cell.tolist() if getattr(getattr(cell, "dtype", None), "kind", None) == "O" else [cell]
-    return [_read_one(entry) for entry in cell]
+    return [_read_one(_unwrap(entry)) for entry in cell]
+
+
+def _unwrap(cell: Any) -> Any:
+    """Return the content of an image that `datasets` has not decoded, or its path; other cells as they are."""
+    if not isinstance(cell, Mapping) or {"bytes", "path"}.isdisjoint(cell):
+        return cell
+    return cell.get("path") if is_missing(cell.get("bytes")) else cell["bytes"]
 
 
 def _read_one(cell: Any) -> str | bytes | Image.Image:
-    if isinstance(cell, Mapping) and not {"bytes", "path"}.isdisjoint(cell):  # an undecoded image of `datasets`
-        content, path = cell.get("bytes"), cell.get("path")
-        cell = path if is_missing(content) else content
     if isinstance(cell, str | bytes | Image.Image):
         return cell
     if isinstance(cell, os.PathLike):

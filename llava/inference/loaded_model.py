@@ -129,7 +129,7 @@ class ImageChat:
         """Ask a question, and return an iterator over the pieces of the answer; `latest` has its probability.
 
         Raises:
-            TypeError: as `ask`, and ValueError.
+            TypeError, ValueError: as `ask`.
         """
         if not isinstance(question, str):
             raise TypeError(f"the question is of type {type(question).__name__}, not a text")

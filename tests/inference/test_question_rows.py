@@ -1,5 +1,6 @@
 """Rows of questions from Python: which column holds the images, and what their cells mean."""
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +54,27 @@ def test_the_column_of_the_images_is_found(caplog):
         choose({"photo": "a.jpg"}, image_column="foto")
     assert choose({"photo": "a.jpg"}) == ()
     assert "no column image_id or image or file_name: their questions are asked without images" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("cell", "names"),
+    [
+        (None, ()),
+        (float("nan"), ()),
+        ([], ()),
+        ({"bytes": None, "path": None}, ()),
+        ({"bytes": None, "path": "a.jpg"}, ("a.jpg",)),
+        ({"bytes": b"x", "path": "a.jpg"}, ("of row 0",)),
+        (bytearray(b"x"), ("of row 0",)),
+        (["a.jpg", b"x", Path("b.jpg")], ("a.jpg", "of row 0", "b.jpg")),
+        (np.array(["a.jpg", "b.jpg"], dtype=object), ("a.jpg", "b.jpg")),
+    ],
+)
+def test_cells_of_images(cell, names):
+    assert image_names([{"question": "why?", "image": cell}]) == [names]
+
+
+def test_missing_values_of_pandas_are_empty_cells():
+    frame = importlib.import_module("pandas").DataFrame({"question": ["a", "b"], "image": ["a.jpg", None]})
+    for changed in (frame, frame.convert_dtypes()):
+        assert image_names(changed) == [("a.jpg",), ()]

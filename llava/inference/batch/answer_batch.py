@@ -61,7 +61,8 @@ def answer_batch(
     Args:
         session: model and template.
         questions: all of the run; no two are equal (`number_repeats` sees to it), their ids may be.
-        image_folder: holds their images; no image is read from outside, unless it is "". Or with images in memory.
+        image_folder: holds their images; no image is read from outside, unless it is "".
+            An `ImageSource` has further images.
         sampling: how answers are chosen; None = greedy.
         batch_size: most running sequences; None = what fits the device.
         with_scores: add log-probabilities to the answers, see `Answer.scores`.

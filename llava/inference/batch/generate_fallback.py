@@ -54,7 +54,8 @@ def generate_answers(
     Args:
         session: model and template.
         questions: of the run.
-        image_folder: holds their images; no image is read from outside, unless it is "". Or with images in memory.
+        image_folder: holds their images; no image is read from outside, unless it is "".
+            An `ImageSource` has further images.
         sampling: how answers are chosen.
         batch_size: questions at a time; None = what fits the device.
         workers: processes that decode images; 0 = threads, None = what suits the device.

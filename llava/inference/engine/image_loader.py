@@ -33,7 +33,8 @@ class ImageLoader(NamedTuple):
     """Turns file names into pixels.
 
     Attributes:
-        folder: of the files; none is read from outside. "" = no folder, see `resolve_image`. Or with images in memory.
+        folder: of the files; none is read from outside. "" = no folder, see `resolve_image`. An `ImageSource` has
+            further images.
         processor: image processor of the model.
         settings: with `image_aspect_ratio` and `image_grid_pinpoints` of the model's config.
         dtype: of the pixels.
