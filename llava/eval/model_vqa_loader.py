@@ -77,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-folder", default="", metavar="DIR", help="directory of the images (default: the current one)")
     add("--question-file", required=True, metavar="FILE", help="questions: JSON lines, or a table")
     add("--answers-file", required=True, metavar="FILE", help="answers, JSON lines; written when all are complete")
+    add("--unique-ids", action="store_true",
+        help="refuse questions in which an id repeats (default: a question is its place in the file)")  # fmt: skip
     add("--num-chunks", type=int, default=1, help="chunks the questions are split into (default: %(default)s)")
     add("--chunk-idx", type=int, default=0, help="chunk to answer, counted from 0 (default: %(default)s)")
     add_sampling_arguments(parser, temperature=0.0, max_new_tokens=128, seed=_SEED)
@@ -178,7 +180,7 @@ def _find_overwrite(args: argparse.Namespace) -> str | None:
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
     if rank.rank == 0:
         print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
-    found = read_question_file(args.question_file, table_options(args))
+    found = read_question_file(args.question_file, table_options(args), unique_ids=args.unique_ids)
     questions = split_chunk(found.questions, args.num_chunks, args.chunk_idx)[: args.limit]
     written = extract_table_images(args.question_file, found.table, args.image_folder, "--image-folder")
     for note in (*found.notes, *written) if rank.rank == 0 else ():
