@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(ONE_COMMAND, importlib.import_module("llava").__version__)
         return 0
-    print(help_text() if not name else _USAGE, file=sys.stderr)
-    report_error(f"no command is given; name one, such as {ONE_COMMAND} check" if not name else _describe_unknown(name))
+    print(_USAGE if name else help_text(), file=sys.stderr)
+    report_error(_describe_unknown(name))
     return WRONG_USAGE
 
 
@@ -98,6 +98,8 @@ def help_text() -> str:
 
 
 def _describe_unknown(name: str) -> str:
+    if not name:
+        return f"no command is given; name one, such as {ONE_COMMAND} check"
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     way_out = f"did you mean {ONE_COMMAND} {near[0]}?" if near else f"{ONE_COMMAND} --help lists the commands"
     return f"{ONE_COMMAND} has no command {name}; {way_out}"

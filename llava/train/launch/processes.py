@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import psutil
@@ -42,11 +43,15 @@ def run_launcher(words: Sequence[str], environment: Mapping[str, str], *, launch
 def pass_on(number: int, root: psutil.Process, launcher: str) -> None:
     """Send a signal to the training processes; if there are none yet, end the launcher.
 
+    On Windows the console has sent Ctrl-C to all of them already, and nothing else can.
+
     Args:
         number: of the signal.
         root: the launcher's process.
         launcher: deepspeed, torchrun or python.
     """
+    if number == signal.SIGINT and sys.platform == "win32":
+        return
     with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
         sent = [_send(process, number) for process in _training_processes(root, launcher)]
         if not any(sent):

@@ -104,7 +104,7 @@ def _thumbnail(path: Path | None) -> Image.Image:
     if path is not None:
         try:
             image = open_image(path)
-        except ImageError as error:
+        except (ImageError, OSError) as error:
             logger.warning("an image of a wrong answer is not shown: %s", error)
         else:
             image.thumbnail(size)

@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from llava.train.launch.processes import pass_on
 
 ROOT = Path(__file__).parents[3]
 TRAINING = """
@@ -78,6 +81,16 @@ def test_a_launcher_without_training_processes_is_ended(start, launcher):
     process = start(python(ALONE), launcher)
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=60)[0] == "code 143\n"
+
+
+def test_on_windows_the_console_has_sent_ctrl_c_to_all(monkeypatch):
+    sent = []
+    root = SimpleNamespace(send_signal=sent.append, terminate=lambda: sent.append("end"))
+    pass_on(signal.SIGINT, root, "python")
+    monkeypatch.setattr(sys, "platform", "win32")
+    pass_on(signal.SIGINT, root, "python")
+    pass_on(signal.SIGTERM, root, "python")
+    assert sent == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize(("code", "expected"), [("0", 0), ("3", 3), ("signal.SIGKILL", 137)])
