@@ -17,6 +17,7 @@ from llava.data.data_files import extract_table_images, find_unused_flags, list_
 from llava.data.table.options import add_table_flags, given_table_flags, table_options
 from llava.files.home_directory import expand_home, expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.regular_files import MAX_SETTINGS_BYTES, is_file, read_text
 from llava.files.terminal_text import print_text, report_error, show
 from llava.image_files.errors import NOT_READ
@@ -66,11 +67,10 @@ exit code: 0 all questions answered, 1 some have errors, 2 stopped by an error, 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.model_vqa_loader",
-        description="Batch inference: answer a file of questions about images.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.eval.model_vqa_loader",
+        "Batch inference: answer a file of questions about images.",
+        _EXAMPLE,
     )
     add_model_arguments(parser)
     add = parser.add_argument

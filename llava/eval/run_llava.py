@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.files.home_directory import expand_homes
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import (
     add_model_arguments,
@@ -124,11 +125,10 @@ def _load_session(
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.run_llava",
-        description="Answer one question about images.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.eval.run_llava",
+        "Answer one question about images.",
+        _EXAMPLE,
     )
     add_model_arguments(parser)
     add = parser.add_argument

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from llava.constants import FP8
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import report_error
 
 # What computes is imported where it is used: a wrong flag and --help need not wait for torch.
@@ -33,16 +34,15 @@ _KINDS = ("lora", "full", "projector")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.model.plan",
-        description="Print the GPU memory that training or inference needs, and a setup that fits.",
-        epilog="""examples:
+    parser = program_parser(
+        "python -m llava.model.plan",
+        "Print the GPU memory that training or inference needs, and a setup that fits.",
+        """examples:
   python -m llava.model.plan --train --data playground/data_train/data.json --gpu-memory 24
   python -m llava.model.plan --train --questions-per-image 4.2 --batch 16 --gpu-memory 24
   python -m llava.model.plan --table
   python -m llava.model.plan --model-path llava_merged_model --infer --bits 4 --gpu-memory 8
 exit code: 0 it fits (or no GPU was named), 1 it does not fit, 2 wrong usage""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model-path", help="directory or hub id; config and tokenizer are read, not weights (default: sizes of 7B)")
