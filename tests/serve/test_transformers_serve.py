@@ -16,12 +16,15 @@ import pytest
 from PIL import Image, ImageDraw
 
 import llava
+from llava.inference.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 for module in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(module, reason="`transformers serve` needs transformers[serving]")
 
 pytest.importorskip("transformers", minversion="5.24", reason="5.10's server needs requests, which its extra lacks")
+
+from llava.serve.endpoint import Endpoint, EndpointChat
 
 TINY = Path(__file__).parents[2] / "playground/llava-tiny"
 QUESTIONS = ["What color is it?", "What shape is it?", "Is it red?", "How many shapes are there?"]
@@ -133,3 +136,14 @@ def test_a_second_turn_answers_as_here(complete, model):
         {"role": "user", "content": QUESTIONS[1]},
     ]
     assert json.loads(complete(messages))["choices"][0]["message"]["content"] == second
+
+
+def test_the_web_chat_talks_to_it(address, checkpoint, model, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    image, chat = draw_circle(), EndpointChat(Endpoint(address), str(checkpoint))
+    ours = model.chat(image, max_new_tokens=16)
+    for question in QUESTIONS[:2]:
+        shown = None if chat.n_turns else image
+        text = "".join(chat.reply(question, shown, Sampling(max_new_tokens=16)))
+        assert text.strip() == ours.ask(question).text
+        assert chat.latest() == (text.strip(), None)  # this server gives no log-probabilities
