@@ -257,7 +257,7 @@ def describe_failure(error: openai.OpenAIError, model: str | None = None) -> str
             return "the model's server does not answer; is it running?"
         case openai.APIConnectionError():
             reason = (error.__cause__ and str(error.__cause__)) or "connection error"
-            return f"the model's server can't be reached, or broke off ({reason})"
+            return f"the model's server can't be reached, or broke off the connection ({reason})"
         case openai.AuthenticationError() | openai.PermissionDeniedError():
             return f"the model's server refuses the key (HTTP {error.status_code}); set {KEY_VARIABLE} to a valid one"
         case openai.NotFoundError():

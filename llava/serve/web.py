@@ -240,7 +240,10 @@ def _load(args: argparse.Namespace) -> Session:
 
 
 def _read_examples(path: str, image_folder: str) -> list[tuple[str, str]]:
-    questions = [question for question in read_questions(path) if question.images]
+    try:
+        questions = [question for question in read_questions(path) if question.images]
+    except ValueError as error:  # it names the flag of batch inference
+        raise ValueError(str(error).replace("--question-file", "--examples")) from error
     found = [(str(resolve_image(image_folder, question.images[0])), question.text) for question in questions]
     return [(image, text) for image, text in found if Path(image).is_file()][:_EXAMPLES_SHOWN]
 

@@ -58,7 +58,8 @@ def build_page(
             )
             longest = gr.Slider(1, 1024, sampling.max_new_tokens, step=1, label="Longest answer, in tokens")
         if examples:
-            gr.Examples([{"text": question, "files": [path]} for path, question in examples], box, label="Examples")
+            rows = [{"text": question, "files": [path]} for path, question in examples]
+            gr.Examples(rows, box, label="Examples", examples_per_page=len(rows), elem_id="examples")
         handlers = Handlers(conversations, len(panels), sampling)
         _connect(page, handlers, panels, (box, retry, new), (temperature, longest), answers_at_once)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=answers_at_once)

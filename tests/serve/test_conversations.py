@@ -1,7 +1,11 @@
 """Conversations of a web page's visitors: those of the chat, apart from each other, bounded in number and time."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from PIL import Image
 
 from llava.image_files.decode import open_image
 from llava.inference.chat.chat import Chat
@@ -127,9 +131,12 @@ def test_without_memory_the_chat_gets_a_message_and_begins_again(session, photo,
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    cache = weakref.ref(conversation._chats[0]._chat._cache)
     with monkeypatch.context() as patch:
         patch.setattr(Chat, "_generate", fail)
         assert "out of memory" in ask(conversation, QUESTIONS[1]).answers[0].error
+    gc.collect()
+    assert cache() is None  # its memory is free
     again = ask(conversation, QUESTIONS[0])
     assert texts(again) == texts(ask(converse(tmp_path, session), QUESTIONS[0], photo))
     for _ in range(3):
@@ -172,6 +179,30 @@ def test_a_dropped_conversation_ends_its_answer_and_shows_nothing(session, photo
             pool.drop("a")
     assert steps < 10 and conversation.turns == [] and list(tmp_path.iterdir()) == []
     assert pool.get("a") is not conversation
+
+
+def test_a_conversation_that_was_dropped_before_its_question_is_not_answered(session, photo, tmp_path):
+    conversation = converse(tmp_path, session)
+    conversation.close()
+    assert texts(ask_all(conversation, photo)) == [""]
+    assert conversation.turns == [] and list(tmp_path.iterdir()) == []
+
+
+def ask_all(conversation, photo):
+    """Ask, and return the turn, though the conversation forgets it."""
+    states = conversation.ask(QUESTIONS[0], photo, GREEDY)
+    next(states)
+    turn = conversation.turns[-1]
+    list(states)
+    return turn
+
+
+def test_between_questions_an_image_is_a_file(session, photo, tmp_path):
+    conversation = converse(tmp_path, session)
+    ask(conversation, QUESTIONS[0], photo)
+    held = [value for value in gc.get_objects() if isinstance(value, Image.Image) and value is not photo.image]
+    assert not any(value.size == photo.image.size for value in held)
+    assert photo.path.read_bytes() in [path.read_bytes() for path in tmp_path.iterdir()]
 
 
 def test_the_longest_idle_conversation_makes_room():

@@ -24,8 +24,6 @@ for module in ("fastapi", "uvicorn", "openai"):
 
 pytest.importorskip("transformers", minversion="5.24", reason="5.10's server needs requests, which its extra lacks")
 
-from llava.serve.endpoint import Endpoint, EndpointChat
-
 TINY = Path(__file__).parents[2] / "playground/llava-tiny"
 QUESTIONS = ["What color is it?", "What shape is it?", "Is it red?", "How many shapes are there?"]
 HANG_GUARD = 540  # seconds
@@ -139,6 +137,8 @@ def test_a_second_turn_answers_as_here(complete, model):
 
 
 def test_the_web_chat_talks_to_it(address, checkpoint, model, monkeypatch):
+    from llava.serve.endpoint import Endpoint, EndpointChat  # needs openai
+
     monkeypatch.setenv("NO_PROXY", "*")
     image, chat = draw_circle(), EndpointChat(Endpoint(address), str(checkpoint))
     ours = model.chat(image, max_new_tokens=16)

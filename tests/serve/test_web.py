@@ -85,6 +85,14 @@ def test_what_cannot_be_asked(upload_folder, text, content, message):
     assert str(path.parent) not in raised.value.message
 
 
+def test_a_file_of_the_server_is_not_read(tmp_path):
+    """Gradio refuses it earlier; `test_web_limits` asks over HTTP."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    for path in (tmp_path / "photo.png", tmp_path / "x" / ".." / "photo.png"):
+        with pytest.raises(gr.Error, match="files of the server are not read"):
+            read_message({"text": "what?", "files": [str(path)]})
+
+
 def test_wrong_flags_and_addresses(tmp_path, capsys):
     with pytest.raises(SystemExit):
         web.main(["--model-path", "x", "--auth", "me"])
@@ -98,6 +106,8 @@ def test_wrong_flags_and_addresses(tmp_path, capsys):
         assert f"port {port} (Address already in use); choose another" in capsys.readouterr().err
     assert web.main([*missing, "--port", "0"]) == 2
     assert "none" in capsys.readouterr().err
+    assert web.main([*missing, "--port", "0", "--examples", "none.jsonl"]) == 2
+    assert "none.jsonl can't be read (No such file or directory); check --examples" in capsys.readouterr().err
 
 
 def test_a_model_without_vision_tower_is_refused(monkeypatch, capsys):
