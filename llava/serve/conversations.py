@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -19,9 +20,12 @@ from llava.image_files.decode import open_image
 from llava.inference.sampling import Sampling
 from llava.serve.model_chat import AnswerError, Certainty, ModelChat
 
+logger = logging.getLogger(__name__)
+
 MAX_CONVERSATIONS = 32  # each keeps a KV cache of up to 1 GB for each 7B model
 IDLE_SECONDS = 1800.0
 MAX_QUESTION_CHARACTERS = 8_000
+_FAULT = "the program failed in this answer, and its log has the reason; ask again, or start a new chat"
 _THUMBNAIL_PIXELS = 640  # of the longer side
 
 
@@ -147,8 +151,10 @@ class Conversation:
                 for piece in pieces:
                     answer.text += piece
                     yield piece
-        except AnswerError as error:
-            answer.error = str(error)
+        except Exception as error:  # a fault of the program must not end the page, nor another model's answer
+            if not isinstance(error, AnswerError):
+                logger.exception("an answer failed")
+            answer.error = str(error) if isinstance(error, AnswerError) else _FAULT
             if not chat.n_turns:  # it has forgotten the conversation
                 for earlier in self.turns:
                     earlier.answers[place].in_chat = False

@@ -27,6 +27,7 @@ _JPEG_QUALITY = 95
 _POLL_SECONDS = 0.02  # after which an answer that waits lets another model's go on
 _SILENCE_SECONDS = 600.0  # without a byte from the server
 _CONNECT_SECONDS = 10.0
+_LIST_SECONDS = 30.0  # for the list of models
 _MODELS_NAMED = 10  # in a message
 _MESSAGE_CHARACTERS = 300  # of a server's error message
 
@@ -68,7 +69,7 @@ class Endpoint:
         """
 
         async def read() -> list[str]:
-            return [model.id async for model in self._client.models.list()]
+            return [model.id async for model in self._client.models.list(timeout=_LIST_SECONDS)]
 
         try:
             return asyncio.run_coroutine_threadsafe(read(), self.loop).result()

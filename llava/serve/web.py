@@ -113,11 +113,8 @@ def check_models(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def _run(args: argparse.Namespace, sampling: Sampling) -> int:
     with _ends_on_sigterm(), own_folder() as folder:
-        try:
+        with _naming_the_extra():
             from llava.serve.web_page import build_page, launch
-        except ModuleNotFoundError as error:
-            raise ImportError(f'{error.name} is not installed: pip install -e ".[web]"') from error
-
         from llava.serve.conversations import Conversation, Conversations
 
         check_address(args.host, args.port)
@@ -137,6 +134,15 @@ def _run(args: argparse.Namespace, sampling: Sampling) -> int:
         finally:
             page.close(verbose=False)
     return 0
+
+
+@contextlib.contextmanager
+def _naming_the_extra() -> Iterator[None]:
+    """Let the error about a missing library name the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error.name} is not installed: pip install -e ".[web]"') from error
 
 
 @contextlib.contextmanager
@@ -183,7 +189,8 @@ def find_models(args: argparse.Namespace) -> list[tuple[str, CreateChat]]:
 
 
 def _find_served(args: argparse.Namespace) -> list[tuple[str, CreateChat]]:
-    from llava.serve.endpoint import KEY_VARIABLE, Endpoint, EndpointChat, choose_models
+    with _naming_the_extra():
+        from llava.serve.endpoint import KEY_VARIABLE, Endpoint, EndpointChat, choose_models
 
     endpoint = Endpoint(args.endpoint, os.environ.get(KEY_VARIABLE))
     names = choose_models(endpoint, args.endpoint_model)

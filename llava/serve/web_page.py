@@ -155,6 +155,7 @@ class Handlers:
         conversation = self._conversations.find(request.session_hash)
         if conversation is None or not conversation.turns:
             raise refusal("There is no question to ask again.")
+        conversation = self._conversations.get(request.session_hash)  # counts as use
         with conversation.lock:
             yield from self._show(conversation, conversation.ask_again(self._choose(temperature, longest)))
 
@@ -163,10 +164,11 @@ class Handlers:
 
     def _show(self, conversation: Conversation, states: Iterator[None]) -> Iterator[Any]:
         emptied = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
+        ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
         for _ in states:
             yield emptied, *show_turns(conversation.turns, self._n_models)
             emptied = gr.skip()
-        yield gr.MultimodalTextbox(submit_btn=True, stop_btn=False), *show_turns(conversation.turns, self._n_models)
+        yield ready, *show_turns(conversation.turns, self._n_models)
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is being streamed."""

@@ -357,6 +357,24 @@ def test_a_model_that_fails_gets_a_message_and_the_server_lives(serve_page, scri
 
 
 @pytest.mark.slow
+def test_after_a_fault_of_the_program_a_visitor_can_ask_again(serve_page, scripted_chat, open_page):
+    class Chat(scripted_chat):
+        def reply(self, question, image, sampling):
+            if question == "fail":
+                raise RuntimeError("no kernel")
+            return super().reply(question, image, sampling)
+
+    page = open_page(serve_page(lambda: [Chat()]))
+    page.fill("#question textarea", "fail")
+    page.locator("#question textarea").press("Enter")
+    page.wait_for_selector(".failed:has-text('the program failed in this answer')")
+    page.wait_for_selector("#question .submit-button")
+    page.fill("#question textarea", "again")
+    page.locator("#question textarea").press("Enter")
+    page.wait_for_selector("text=a red square")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_hostile_and_long_texts_on_a_phone(serve_page, scripted_chat, open_page, scheme):
     texts = iter([f"{HOSTILE} a red square", f"{HOSTILE} a {'blue' * 500}"])
