@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import html
+import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ CSS = (Path(__file__).parent / "assets" / "web.css").read_text(encoding="utf-8")
 UPLOAD_LIMIT = 50 * 2**20  # bytes of a file
 MAX_WAITING = 64  # questions; further ones are refused
 _KEPT_SECONDS = 3_600  # of uploaded files, which are looked through as often
+_SHOWN_EVERY = 0.1  # seconds; a browser that draws every token is too busy to see a click on Stop
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 _MODEL = "model"  # concurrency group: visitors wait in order
 
@@ -165,9 +168,11 @@ class Handlers:
     def _show(self, conversation: Conversation, states: Iterator[None]) -> Iterator[Any]:
         emptied = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
         ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+        shown = -math.inf
         for _ in states:
-            yield emptied, *show_turns(conversation.turns, self._n_models)
-            emptied = gr.skip()
+            if time.monotonic() - shown >= _SHOWN_EVERY:
+                yield emptied, *show_turns(conversation.turns, self._n_models)
+                emptied, shown = gr.skip(), time.monotonic()
         yield ready, *show_turns(conversation.turns, self._n_models)
 
     def stop(self, request: gr.Request) -> None:

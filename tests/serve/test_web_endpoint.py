@@ -154,7 +154,7 @@ def talk_until_closed(handler, body):
     with contextlib.suppress(ConnectionError):
         while True:
             handler.write_event(event("and "))
-            threading.Event().wait(0.005)
+            threading.Event().wait(0.02)  # few enough for a slow browser
     handler.server.was_closed.set()
 
 
