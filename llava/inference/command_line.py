@@ -28,10 +28,15 @@ INTERRUPTED = 130
 _DEVICE = re.compile(r"(cpu|mps|cuda|xpu|npu|hpu|mlu|mtia)(:\d+)?")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `load_session` reads."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
+    """Add the flags that `load_session` reads, with `--model-path` required or not."""
     add = parser.add_argument
-    add("--model-path", required=True, metavar="DIR", help="full, LoRA or projector checkpoint: directory or hub id")
+    add(
+        "--model-path",
+        required=is_required,
+        metavar="DIR",
+        help="full, LoRA or projector checkpoint: directory or hub id",
+    )
     add("--model-base", metavar="DIR", help="base of a LoRA or projector checkpoint (default: as recorded there)")
     add("--conv-mode", choices=sorted(conv_templates), metavar="NAME",
         help="prompt template (default: the one saved with the weights, else vicuna_v1)")  # fmt: skip

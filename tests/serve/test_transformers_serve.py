@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import llava
+from llava.inference.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 for module in ("fastapi", "uvicorn", "openai"):
@@ -133,3 +134,16 @@ def test_a_second_turn_answers_as_here(complete, model):
         {"role": "user", "content": QUESTIONS[1]},
     ]
     assert json.loads(complete(messages))["choices"][0]["message"]["content"] == second
+
+
+def test_the_web_chat_talks_to_it(address, checkpoint, model, monkeypatch):
+    from llava.serve.endpoint import Endpoint, EndpointChat  # needs openai
+
+    monkeypatch.setenv("NO_PROXY", "*")
+    image, chat = draw_circle(), EndpointChat(Endpoint(address), str(checkpoint))
+    ours = model.chat(image, max_new_tokens=16)
+    for question in QUESTIONS[:2]:
+        shown = None if chat.n_turns else image
+        text = "".join(chat.reply(question, shown, Sampling(max_new_tokens=16)))
+        assert text.strip() == ours.ask(question).text
+        assert chat.latest() == (text.strip(), None)  # this server gives no log-probabilities

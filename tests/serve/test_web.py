@@ -1,10 +1,9 @@
 """The web chat: what its page shows, and the page itself in a browser."""
 
-import os
 import re
-import shutil
 import socket
 import time
+import types
 
 import pytest
 from PIL import Image
@@ -13,11 +12,12 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="llava[web] is not installed")
 
 from llava.inference.chat.chat import Chat
-from llava.inference.loaded_model import Reply
-from llava.inference.sampler import Sampling
+from llava.inference.sampling import Sampling
 from llava.inference.session import Session
 from llava.serve import web
-from llava.serve.conversations import Conversation, Conversations, Turn
+from llava.serve.conversations import Answer, Conversation, Conversations, Turn
+from llava.serve.local_chat import LocalChat
+from llava.serve.model_chat import Certainty
 from llava.serve.web_page import build_page, escape, launch, mark_differences, read_message, show_answer, show_turns
 
 HOSTILE = (
@@ -26,10 +26,10 @@ HOSTILE = (
 GREEDY = Sampling(max_new_tokens=6)
 
 
-def turn_of(texts, probabilities=None, errors=None, **fields):
-    replies = [Reply(text, p, "no", 0.2) for text, p in zip(texts, probabilities or [0.5] * len(texts), strict=True)]
-    defaults = {"question": "why?", "image": None, "thumbnail": None, "in_chat": [True] * len(texts)}
-    return Turn(texts=list(texts), replies=replies, errors=errors or [None] * len(texts), **defaults | fields)
+def turn_of(texts, probabilities=None, error=None, thumbnail=None):
+    certainties = [Certainty(p, "no", 0.2) for p in probabilities or [0.5] * len(texts)]
+    answers = [Answer(text, error is None, sure, error) for text, sure in zip(texts, certainties, strict=True)]
+    return Turn("why?", thumbnail, answers)
 
 
 def test_text_is_shown_as_it_is():
@@ -43,7 +43,10 @@ def test_an_answer_comes_with_its_probability():
         'yes\n\n<span class="sure">93 % sure, otherwise “no…” (20 %)</span>'
     )
     assert "under 1 % sure" in show_answer(turn_of(["yes"], [0.001]), 0)
-    assert show_answer(turn_of(["a"], errors=["out of <memory>"]), 0).startswith('<span class="failed">out of &#60;')
+    assert "otherwise no text (8 %)" in show_answer(Turn("", None, [Answer("a", True, Certainty(0.9, "", 0.08))]), 0)
+    assert "the server does not say" in show_answer(Turn("", None, [Answer("a", True, None)]), 0)
+    assert show_answer(turn_of([""], error="out of <memory>"), 0).startswith('<span class="failed">out of &#60;')
+    assert show_answer(turn_of(["half"], error="no"), 0) == 'half\n\n<span class="failed">no</span>'
 
 
 def test_words_that_differ_from_the_first_model_are_marked():
@@ -55,7 +58,7 @@ def test_words_that_differ_from_the_first_model_are_marked():
 
 
 def test_a_turn_is_question_and_answer_in_each_panel(tmp_path):
-    turn = turn_of(["a", "b"], thumbnail=tmp_path / "x.jpg", image=Image.new("RGB", (4, 4)))
+    turn = turn_of(["a", "b"], thumbnail=tmp_path / "x.jpg")
     panels = show_turns([turn, turn_of(["c", "d"])], 2)
     assert [[message["role"] for message in panel] for panel in panels] == [
         ["user", "user", "assistant", "user", "assistant"]
@@ -72,13 +75,22 @@ def test_a_turn_is_question_and_answer_in_each_panel(tmp_path):
         ("what?", b"\x89PNG\r\n\x1a\n", "photo.png"),
     ],
 )
-def test_what_cannot_be_asked(tmp_path, text, content, message):
-    path = tmp_path / "photo.png"
+def test_what_cannot_be_asked(upload_folder, text, content, message):
+    path = upload_folder / "uploads" / "photo.png"
+    path.parent.mkdir(exist_ok=True)
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(gr.Error, match=message) as raised:
         read_message({"text": text, "files": [] if content is None else [str(path)]})
-    assert str(tmp_path) not in raised.value.message
+    assert str(path.parent) not in raised.value.message
+
+
+def test_a_file_of_the_server_is_not_read(tmp_path):
+    """Gradio refuses it earlier; `test_web_limits` asks over HTTP."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    for path in (tmp_path / "photo.png", tmp_path / "x" / ".." / "photo.png"):
+        with pytest.raises(gr.Error, match="files of the server are not read"):
+            read_message({"text": "what?", "files": [str(path)]})
 
 
 def test_wrong_flags_and_addresses(tmp_path, capsys):
@@ -94,6 +106,16 @@ def test_wrong_flags_and_addresses(tmp_path, capsys):
         assert f"port {port} (Address already in use); choose another" in capsys.readouterr().err
     assert web.main([*missing, "--port", "0"]) == 2
     assert "none" in capsys.readouterr().err
+    assert web.main([*missing, "--port", "0", "--examples", "none.jsonl"]) == 2
+    assert "none.jsonl can't be read (No such file or directory); check --examples" in capsys.readouterr().err
+
+
+def test_a_model_without_vision_tower_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(web, "load_session", lambda _: types.SimpleNamespace(image_processor=None))
+    assert web.main(["--model-path", "text-only", "--port", "0"]) == 2
+    assert capsys.readouterr().err == (
+        "error: text-only has no vision tower, so it can't see images; pass --vision-tower DIR\n"
+    )
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -105,51 +127,25 @@ def session(goldens):
 
 
 @pytest.fixture(scope="module")
-def address(session, goldens, tmp_path_factory):
+def address(session, goldens, upload_folder):
     """Serve two models side by side; return the address."""
-    folder = tmp_path_factory.mktemp("thumbnails")
-    conversations = Conversations(lambda: Conversation([session, session], folder))
+    conversations = Conversations(lambda: Conversation([LocalChat(session), LocalChat(session)], upload_folder))
     examples = [(str(goldens / "images" / "tiny.png"), "Is it tiny?")]
     page = build_page(conversations, ["base", "tuned"], GREEDY, examples)
     _, address, _ = launch(page, "127.0.0.1", 0)
     yield address
-    page.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("no Chromium here; install one, or name it in the variable CHROMIUM")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
+    page.close(verbose=False)
 
 
 @pytest.fixture
-def visit(browser, address):
-    """Return the function () -> a visitor's page, each with cookies of its own."""
-    contexts = []
-
-    def open_page():
-        contexts.append(browser.new_context())
-        page = contexts[-1].new_page()
-        page.set_default_timeout(120_000)
-        page.goto(address)
-        page.wait_for_selector("#question textarea")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
+def visit(open_page, address):
+    """The function () -> a visitor's page."""
+    return lambda: open_page(address)
 
 
 def ask(page, question, image=None):
     """Ask, and wait until both models have answered; an image starts a new conversation."""
+    page.wait_for_selector("#question .submit-button")
     before = page.locator(".sure").count() if image is None else 0
     if image is not None:
         page.set_input_files("#question input[type=file]", image)
@@ -170,6 +166,16 @@ def test_a_conversation_in_a_browser(visit, goldens, session):
     assert page.locator("#answers .bot.message").count() == 4
     page.click("#new")
     page.wait_for_function("document.querySelectorAll('.sure').length == 0")
+
+
+@pytest.mark.slow
+def test_an_example_is_asked_with_its_image(visit):
+    page = visit()
+    page.click("text=Is it tiny?")
+    page.wait_for_selector("#question img")
+    page.locator("#question textarea").press("Enter")
+    page.wait_for_function("document.querySelectorAll('.sure').length == 2")
+    page.wait_for_function("document.querySelectorAll('#answers img').length == 2")  # they are loaded after the text
 
 
 @pytest.mark.slow
@@ -209,10 +215,11 @@ def test_files_that_are_not_photos(visit, goldens, tmp_path):
     page = visit()
     (tmp_path / "photo.png").write_bytes(b"no image at all")
     page.set_input_files("#question input[type=file]", tmp_path / "photo.png")
+    page.wait_for_selector("#question .submit-button")
+    page.wait_for_selector("#question :text('photo.png'), #question img, #question .thumbnail-item")
     page.fill("#question textarea", "What is this?")
-    page.wait_for_timeout(500)
     page.locator("#question textarea").press("Enter")
-    page.wait_for_selector("text=photo.png >> nth=0")
+    page.wait_for_selector('.toast-body:has-text("can\'t be decoded")')
     Image.new("RGB", (8_660, 5_774), "red").save(tmp_path / "large.jpg")  # 50 megapixels
     page = visit()
     ask(page, "What color?", tmp_path / "large.jpg")
