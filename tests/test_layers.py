@@ -18,6 +18,7 @@ LAYERS = (  # a module imports its own layer and those of the rows above
     ("chat_template", "image_processing"),
     ("mm_utils",),
     ("data", "model"),
+    ("hub",),
     ("inference",),
     ("eval", "serve", "train"),
     ("original",),  # thin entries for callers of the original; nothing imports them but through original_names

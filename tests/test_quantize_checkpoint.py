@@ -22,6 +22,7 @@ pytest.importorskip("bitsandbytes")
 
 BITS = [4, 8]
 FILES = [
+    "README.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",
