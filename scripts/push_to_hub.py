@@ -90,7 +90,7 @@ def push_model(args: argparse.Namespace, options: TableOptions) -> None:
     """
     from llava.constants import CARD_FILE
     from llava.hub.push import push, refuse_name  # takes seconds, like all that reads weights
-    from llava.hub.upload_files import find_local_paths, refuse_incomplete, rename_base, select_files
+    from llava.hub.upload_files import BASE_KEY, find_local_paths, refuse_incomplete, rename_base, select_files
 
     refuse_name(args.repo)
     refuse_incomplete(args.path)
@@ -100,8 +100,11 @@ def push_model(args: argparse.Namespace, options: TableOptions) -> None:
     if args.base_model:
         files |= rename_base(selection.files, args.base_model)
     print_files(args, files, selection.left_out)
-    for line in find_local_paths(files):
-        print_text(f"a path of this machine is uploaded too: {line} (--base-model ID writes the base's id instead)")
+    paths = find_local_paths(files)
+    for line in paths:
+        print_text(f"a path of this machine is uploaded too: {line}")
+    if any(BASE_KEY in line for line in paths):
+        print_text(f"--base-model ID writes the base's id instead of {BASE_KEY}")
     if args.gallery:
         print_text(f"--gallery: {args.gallery} images with their questions and answers are shown to all who see it")
     if args.dry_run:

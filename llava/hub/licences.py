@@ -25,6 +25,7 @@ class Licence(NamedTuple):
     source: str
 
 
+_SOURCE = "the model card of the base"
 LLAMA2 = "llama2"
 LLAMA2_LINK = "https://github.com/meta-llama/llama/blob/main/LICENSE"
 LLAMA2_NOTICE = (
@@ -54,11 +55,11 @@ def find_licence(base: str | None) -> Licence | None:
     if base is None:
         return None
     if base in LLAMA2_BASES:
-        return Licence(LLAMA2, "its model card")
+        return Licence(LLAMA2, _SOURCE)
     card = Path(expand_home(base)) / CARD_FILE
     try:
         metadata = metadata_load(card) if is_file(card) else None
     except (OSError, ValueError, yaml.YAMLError):  # somebody's own text
         metadata = None
     found = (metadata or {}).get("license")
-    return Licence(found, "its model card") if isinstance(found, str) and found else None
+    return Licence(found, _SOURCE) if isinstance(found, str) and found else None

@@ -24,7 +24,9 @@ from llava.model.checkpoint.checkpoint import Layout
 
 TASK, TASK_NAME = "visual-question-answering", "Visual question answering"
 _MARK = re.compile(r"\n<!-- card written by llava; sha256 of the text above: ([0-9a-f]{64}) -->\s*\Z")
-_MARKDOWN = re.compile(r"[\\`*_{}\[\]<>()#+!|~$&-]")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What acts inside a line; within a word an underscore does not."""
+_PLAIN = re.compile(r"[\w.:/+-]+", re.ASCII)
 _TEXT_SHOWN = 300  # characters of a question or an answer
 _KINDS = {
     Layout.LORA: "LoRA adapter for",
@@ -158,7 +160,7 @@ def _digest(text: str) -> str:
 def _base_text(facts: ModelFacts) -> str:
     if facts.base_id:
         return f"[{facts.base_id}](https://huggingface.co/{facts.base_id})"
-    return f"{_code(PurePath(facts.base).name)}, a local directory"
+    return f"{_code(PurePath(facts.base).name)} (a local directory)"
 
 
 def _facts_rows(facts: ModelFacts) -> list[tuple[str, str]]:
@@ -178,7 +180,7 @@ def _training_section(training: Training, has_curve: bool) -> list[str]:
         ("trained", {"lora": "LoRA adapter", "projector": "projector alone"}.get(training.kind, "all weights")),
         ("rows", f"{training.rows:,}, {training.rows_per_step:,} a step"),
         ("digest of the data (tokens, labels, image names)", _code(training.data_digest)),
-        *((_code(name), escape_markdown(str(value))) for name, value in training.recipe.items()),
+        *((_code(name), _value(value)) for name, value in training.recipe.items()),
         *([("libraries", ", ".join(libraries))] if libraries else []),
     ]
     return ["## Training", _table([("", ""), *rows]), *([f"![Loss over the steps]({PLOT_FILE})"] if has_curve else [])]
@@ -272,9 +274,9 @@ def _licence_section(facts: ModelFacts) -> list[str]:
         return ["## Licence", f"Not recorded. That of {base} applies to these weights too: see where it is from."]
     identifier, source = facts.licence
     if identifier == LLAMA2:
-        text = f"[Llama 2 Community License]({LLAMA2_LINK}), that of the base, as {source} says. {LLAMA2_NOTICE}"
+        text = f"[Llama 2 Community License]({LLAMA2_LINK}), as {source} says. {LLAMA2_NOTICE}"
     else:
-        text = f"`{escape_markdown(identifier)}`, as {source} says."
+        text = f"{_code(identifier)}, as {source} says."
     return ["## Licence", text]
 
 
@@ -291,8 +293,12 @@ def _eval_result(scores: CardScores) -> EvalResult:
     )
 
 
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else escape_markdown(str(value))
+
+
 def _code(text: str) -> str:
-    return f"<code>{escape_markdown(text)}</code>"
+    return f"`{text}`" if _PLAIN.fullmatch(text) else escape_markdown(text)
 
 
 def _bounds(part: PartScore) -> str:

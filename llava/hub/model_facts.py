@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from llava.hub.licences import Licence, find_licence
 from llava.model.adapter.recorded_base import recorded_base
 from llava.model.checkpoint.checkpoint import Layout, detect_layout, find_config
 from llava.model.quantization import saved_bits
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RECIPE = (
@@ -113,19 +116,19 @@ def read_facts(directory: Path) -> ModelFacts:
 
 
 def read_training(path: Path) -> Training | None:
-    """Read a run manifest; None where there is none.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
+    """Read a run manifest; None where there is none, or, with a warning, where it is damaged."""
     if not path.is_file():
         return None
-    manifest = read_settings(path)
     try:
+        manifest = read_settings(path)
         run, flags = manifest["run"], dict(manifest["TrainingArguments"])
         names = (*_RECIPE, *(_LORA_RECIPE if flags.get("lora_enable") else ()))
         recipe = {name: flags[name] for name in names if name in flags and flags[name] not in _NOTHING}
-        versions = manifest.get("versions", {})
-        return Training(run["kind"], run["rows"], run["rows_per_step"], run["data_digest"], recipe, versions)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a run manifest ({error!r}); remove it, or fetch it again") from error
+        if "max_steps" in recipe:  # it decides over the epochs
+            recipe.pop("num_train_epochs", None)
+        versions = {name: str(version) for name, version in manifest.get("versions", {}).items()}
+        rows, rows_per_step = int(run["rows"]), int(run["rows_per_step"])
+        return Training(str(run["kind"]), rows, rows_per_step, str(run["data_digest"]), recipe, versions)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        logger.warning("%s is not a run manifest (%r): the model card says nothing of the training", path, error)
+        return None

@@ -54,7 +54,7 @@ TEXT_PATTERNS = (CARD_FILE, PLOT_FILE, "LICENSE*", "LICENCE*", "NOTICE*", "Notic
 _OF_A_RUN = ("optimizer*", "scheduler.pt", "rng_state*", "random_states*", "global_step*", "scaler.pt")
 """Names in a checkpoint that training resumes from."""
 _REASONS = {TRAINING_FILE: "has paths of this machine; the card has its recipe"}
-_BASE_KEY = "base_model_name_or_path"
+BASE_KEY = "base_model_name_or_path"
 
 
 class Selection(NamedTuple):
@@ -108,8 +108,8 @@ def refuse_incomplete(directory: Path) -> None:
         return
     if layout is Layout.LORA:
         read_adapter(directory)
-    else:
-        read_projector(directory)
+        return
+    read_projector(directory)
     if not (directory / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{directory} lacks {CONFIG_FILE}; push the directory that training wrote, complete")
 
@@ -121,8 +121,8 @@ def rename_base(files: Mapping[str, Path], base: str) -> dict[str, bytes]:
         if name in files:
             settings = read_settings(files[name])
             for part in _parts(settings):
-                if _BASE_KEY in part:
-                    part[_BASE_KEY] = base
+                if BASE_KEY in part:
+                    part[BASE_KEY] = base
             changed[name] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return changed
 
@@ -162,4 +162,4 @@ def _parts(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _is_local_path(value: object) -> bool:
     if not isinstance(value, str) or not value or is_hub_id(value):
         return False
-    return PurePath(value).is_absolute() or value.startswith((".", "~")) or Path(expand_home(value)).is_dir()
+    return PurePath(value).is_absolute() or value.startswith(("./", "../", "~")) or Path(expand_home(value)).is_dir()

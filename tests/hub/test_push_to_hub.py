@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def refuse(program, capsys, model, *words):
 
 def test_a_merged_model_holds_its_card(merged):
     card = ModelCard.load(merged / "README.md")
-    assert card.text.strip().startswith("# llava&#95;merged&#95;model")
+    assert card.text.strip().startswith("# llava_merged_model")
     assert "with a LoRA adapter merged into it" in card.text
     assert 'llava.load("llava_merged_model")' in card.text
 
@@ -93,6 +94,19 @@ def test_what_is_published_loads_with_equal_weights(hub, program, merged, capsys
     assert sorted(published) == sorted(local)
     assert all(torch.equal(published[name], local[name]) for name in local)
     assert {path: path.stat().st_mtime_ns for path in merged.iterdir()} == before
+
+
+def test_the_code_of_a_card_runs(merged, goldens, load_program, tmp_path, capsys):
+    hf = tmp_path / "model_hf"
+    words = ["--from", str(merged), "--to", str(hf), "--layout", "hf"]
+    assert load_program("scripts/convert_checkpoint.py").main(words) == 0
+    capsys.readouterr()
+    blocks = re.findall(r"```python\n(.*?)```", (hf / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        block = block.replace('"model_hf"', repr(str(hf)))
+        exec(block.replace('"man.jpg"', repr(str(goldens / "images/landscape.jpg"))), {})
+        assert capsys.readouterr().out.strip()
 
 
 def test_scores_and_images(hub, program, model, results, goldens, tmp_path, capsys):
@@ -151,7 +165,7 @@ def test_a_card_of_ones_own(hub, program, model, results, capsys):
     assert run(program, model) == 0
     assert hub.repositories[REPO].files["README.md"] == b"# Mine\n"
     assert run(program, model, *results, "--replace-card") == 0
-    assert b"# llava&#45;vqa" in hub.repositories[REPO].files["README.md"]
+    assert b"# llava-vqa" in hub.repositories[REPO].files["README.md"]
     assert (model / "README.md").read_text() == "# Mine\n"
 
 

@@ -118,7 +118,7 @@ def test_the_card_of_a_run(lora_run):
     assert "LoRA adapter for" in card.text
     assert manifest["run"]["data_digest"] in card.text
     assert manifest["run"]["base_model_fingerprint"] in card.text
-    assert "| <code>lora&#95;r</code> | 4 |" in card.text
+    assert "| `lora_r` | 4 |" in card.text
     assert "(loss.png)" in card.text
     assert str(lora_run.parent) not in card.content  # paths are nobody's business
 
