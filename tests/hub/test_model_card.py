@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.hub.licences import LLAMA2_NOTICE, Licence, find_licence
@@ -112,6 +112,7 @@ def test_a_changed_card_is_known(change):
     assert not is_untouched("# Mine\n")
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_texts_of_users_are_shown_letter_by_letter(text):
     shown = escape_markdown(text, most=10**6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from huggingface_hub import constants, snapshot_download
 
@@ -167,9 +169,11 @@ def test_no_network(hub, upload, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE forbids to upload; unset it$"):
         upload()
-    lead_to("http://127.0.0.1:9", monkeypatch)  # the port of "discard", on which nobody listens
-    with pytest.raises(HubError, match=r"^http://127.0.0.1:9 can't be reached \(.*\); check the network, and HF_ENDP"):
-        upload()
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # taken, and nobody listens there
+        lead_to(f"http://127.0.0.1:{deaf.getsockname()[1]}", monkeypatch)
+        with pytest.raises(HubError, match=r"^http://\S+ can't be reached \(.*\); check the network, and HF_ENDPOINT"):
+            upload()
 
 
 @pytest.mark.parametrize(
