@@ -89,10 +89,13 @@ def push_model(args: argparse.Namespace, options: TableOptions) -> None:
         ValueError: if the model is not complete, answers and questions don't belong together, or the hub refuses.
     """
     from llava.constants import CARD_FILE
-    from llava.hub.push import push, refuse_name  # takes seconds, like all that reads weights
+    from llava.hub.model_facts import is_hub_id  # takes seconds, like all that reads weights
+    from llava.hub.push import push, refuse_name
     from llava.hub.upload_files import BASE_KEY, find_local_paths, refuse_incomplete, rename_base, select_files
 
     refuse_name(args.repo)
+    if args.base_model and not is_hub_id(args.base_model):
+        raise ValueError(f"--base-model {args.base_model}: give an id on the hub, OWNER/NAME")
     refuse_incomplete(args.path)
     selection = select_files(args.path)
     made = make_card(args, options)
@@ -158,7 +161,8 @@ def make_card(args: argparse.Namespace, options: TableOptions) -> dict[str, byte
     notice: dict[str, bytes] = {}
     card = build_card(facts, args.repo, scores=scores, examples=examples).content.encode()
     if facts.licence and facts.licence.identifier == LLAMA2:
-        notice = {NOTICE_FILE: f"{LLAMA2_NOTICE}\n".encode()}
+        if not any(args.path.glob("N[oO][tT][iI][cC][eE]*")):
+            notice = {NOTICE_FILE: f"{LLAMA2_NOTICE}\n".encode()}
         if not any(args.path.glob("LICENSE*")):
             print_text(f"the licence asks for a copy of itself: put it into {args.path} as LICENSE ({LLAMA2_LINK})")
     return {CARD_FILE: card, **notice, **{example_file(number): each.image for number, each in enumerate(examples, 1)}}

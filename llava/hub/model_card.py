@@ -27,6 +27,7 @@ _MARK = re.compile(r"\n<!-- card written by llava; sha256 of the text above: ([0
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What acts inside a line; within a word an underscore does not."""
 _PLAIN = re.compile(r"[\w.:/+-]+", re.ASCII)
+_EXAMPLE_FILE = re.compile(r"images/example_\d+\.jpg")
 _TEXT_SHOWN = 300  # characters of a question or an answer
 _KINDS = {
     Layout.LORA: "LoRA adapter for",
@@ -120,6 +121,11 @@ def is_untouched(text: str) -> bool:
 def example_file(number: int) -> str:
     """Return the name in the repository of a gallery image, counted from 1; not that of the user's own file."""
     return f"images/example_{number}.jpg"
+
+
+def is_example_file(name: str) -> bool:
+    """Return whether a name is one of `example_file`."""
+    return _EXAMPLE_FILE.fullmatch(name) is not None
 
 
 def escape_markdown(text: str, most: int = _TEXT_SHOWN) -> str:

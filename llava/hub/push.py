@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from llava.constants import CARD_FILE
 from llava.files.terminal_text import shorten, show_list
 from llava.hub.card_file import read_card
-from llava.hub.model_card import is_untouched
+from llava.hub.model_card import is_example_file, is_untouched
 from llava.hub.upload_files import is_model_file
 
 _MESSAGE = "Upload the model with its card"
@@ -59,10 +59,10 @@ def refuse_name(repo: str) -> None:
 def compare(files: Mapping[str, object], remote: frozenset[str]) -> Changes:
     """Compare what is uploaded with what a repository holds.
 
-    Files of another model there are removed: beside new weights they could be loaded in their place. All other files
-    stay.
+    Files of another model there are removed: beside new weights they could be loaded in their place. So are the images
+    of a former gallery. All other files stay.
     """
-    stale = {name for name in remote - files.keys() if is_model_file(name)}
+    stale = {name for name in remote - files.keys() if is_model_file(name) or is_example_file(name)}
     return Changes(
         sorted(files.keys() - remote),
         sorted(files.keys() & remote),
@@ -115,8 +115,8 @@ def push(
     if remote is None:
         with explained_errors(repo):
             api.create_repo(repo, private=private)
-    note = "" if remote else f"; {address} is there now, and empty: run the same command again to fill it"
-    with explained_errors(repo, note or "; nothing there was changed"):
+    made = "" if remote else f" {address} was made for it;"
+    with explained_errors(repo, f";{made} the same command goes on from here, what arrived is not sent twice"):
         commit = _commit(api, repo, remote, files, changes.removed)
     if remote is not None and commit == remote.commit:
         report("nothing to do: all files are there already")
@@ -197,11 +197,11 @@ def _explain(error: Exception, repo: str) -> str:
             f"another --repo ({said})"
         )
     if status is not None and status >= 500:
-        return f"{endpoint} has trouble (HTTP {status}); run the same command again later"
+        return f"{endpoint} has trouble (HTTP {status})"
     if status is not None:
         return f"{endpoint} refuses it (HTTP {status}): {said}"
     if isinstance(error, ValueError):
-        return said
+        return f"{endpoint} does not answer as the hub ({said}); check HF_ENDPOINT if you set it"
     return f"{endpoint} can't be reached ({said}); check the network, and HF_ENDPOINT if you set it"
 
 

@@ -156,6 +156,14 @@ def test_an_adapter_whose_base_is_named(hub, program, goldens, tmp_path, capsys)
     assert f"the licence asks for a copy of itself: put it into {adapter} as LICENSE" in capsys.readouterr().out
 
 
+def test_a_notice_of_ones_own_stays_and_a_base_is_an_id(hub, program, model, capsys):
+    (model / "Notice").write_text("mine")
+    assert run(program, model, "--base-model", "liuhaotian/llava-v1.5-7b") == 0
+    assert hub.repositories[REPO].files["Notice"] == b"mine"
+    message = "--base-model models/our base: give an id on the hub, OWNER/NAME"
+    assert refuse(program, capsys, model, "--base-model", "models/our base") == message
+
+
 def test_a_card_of_ones_own(hub, program, model, results, capsys):
     (model / "README.md").write_text("# Mine\n")
     assert "was written or changed by hand and is uploaded as it is, so --answers has no place in it; leave that" in (
