@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from llava.constants import CARD_FILE, PLOT_FILE, TRAINING_FILE
 from llava.files.home_directory import expand_home
-from llava.files.json_files import read_settings
+from llava.files.json_files import parse_json, read_settings
 from llava.hub.model_facts import is_hub_id
 from llava.model.adapter.adapter_config import ADAPTER_CONFIG_FILE
 from llava.model.adapter.lora import read_adapter
@@ -133,7 +133,7 @@ def find_local_paths(files: Mapping[str, Path | bytes]) -> list[str]:
     for name in (CONFIG_FILE, ADAPTER_CONFIG_FILE):
         content = files.get(name)
         if content is not None:
-            settings = json.loads(content) if isinstance(content, bytes) else read_settings(content)
+            settings = parse_json(content) if isinstance(content, bytes) else read_settings(content)
             for part in _parts(settings):
                 found += [f"{name}: {key} {value}" for key, value in part.items() if _is_local_path(value)]
     return found
