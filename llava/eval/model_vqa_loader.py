@@ -17,6 +17,7 @@ from llava.data.data_files import extract_table_images, find_unused_flags, list_
 from llava.data.table.options import add_table_flags, given_table_flags, table_options
 from llava.files.home_directory import expand_home, expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.regular_files import MAX_SETTINGS_BYTES, is_file, read_text
 from llava.files.terminal_text import print_text, report_error, show
 from llava.image_files.errors import NOT_READ
@@ -66,17 +67,18 @@ exit code: 0 all questions answered, 1 some have errors, 2 stopped by an error, 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.model_vqa_loader",
-        description="Batch inference: answer a file of questions about images.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.eval.model_vqa_loader",
+        "Batch inference: answer a file of questions about images.",
+        _EXAMPLE,
     )
     add_model_arguments(parser)
     add = parser.add_argument
     add("--image-folder", default="", metavar="DIR", help="directory of the images (default: the current one)")
     add("--question-file", required=True, metavar="FILE", help="questions: JSON lines, or a table")
     add("--answers-file", required=True, metavar="FILE", help="answers, JSON lines; written when all are complete")
+    add("--unique-ids", action="store_true",
+        help="refuse questions in which an id repeats (default: a question is its place in the file)")  # fmt: skip
     add("--num-chunks", type=int, default=1, help="chunks the questions are split into (default: %(default)s)")
     add("--chunk-idx", type=int, default=0, help="chunk to answer, counted from 0 (default: %(default)s)")
     add_sampling_arguments(parser, temperature=0.0, max_new_tokens=128, seed=_SEED)
@@ -178,7 +180,7 @@ def _find_overwrite(args: argparse.Namespace) -> str | None:
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
     if rank.rank == 0:
         print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
-    found = read_question_file(args.question_file, table_options(args))
+    found = read_question_file(args.question_file, table_options(args), unique_ids=args.unique_ids)
     questions = split_chunk(found.questions, args.num_chunks, args.chunk_idx)[: args.limit]
     written = extract_table_images(args.question_file, found.table, args.image_folder, "--image-folder")
     for note in (*found.notes, *written) if rank.rank == 0 else ():

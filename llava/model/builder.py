@@ -63,7 +63,8 @@ def load_pretrained_model(
         load_8bit: bitsandbytes LLM.int8 for the LLM's linear layers.
         load_4bit: bitsandbytes NF4, double quantisation, for the LLM's linear layers.
         device_map: "auto" = the best device, spread over all GPUs if one is too small; "balanced", "balanced_low_0" or
-            "sequential" as in accelerate; a device; a map from module to device; None = the CPU, as in transformers.
+            "sequential" as in accelerate; a device; a map from module to device; "" or {} = the best device alone;
+            None = the CPU, as in transformers.
         device: a single device; overrides `device_map`, but for "cuda", the original's default.
         use_flash_attn: FlashAttention 2 instead of PyTorch's SDPA.
         kwargs: fields of `LoadingOptions`, such as `torch_dtype`, `attn_implementation`, `cache_dir` and
@@ -133,7 +134,7 @@ def build_model(
     dtype: str | torch.dtype | None = None,
     device: str | int | torch.device | None = None,
     device_map: DeviceMap = "auto",
-    bits: int = 16,
+    bits: int | str = 16,
     attention: str = "sdpa",
     max_memory: Mapping[int | str, int | str] | None = None,
     **model_options: Any,
@@ -145,7 +146,7 @@ def build_model(
         dtype: of the weights; None = the device's.
         device: a single device; overrides `device_map`.
         device_map: see `load_pretrained_model`.
-        bits: 16, or 8 or 4 for the LLM's linear layers through bitsandbytes; then `dtype` is that of computation.
+        bits: 16, or for the LLM's linear layers 8 or 4 through bitsandbytes, or "fp8"; `dtype` is that of all else.
             Weights stored in 8 or 4 bit keep their bits.
         attention: transformers' name of the attention implementation.
         max_memory: see `spread_model`.

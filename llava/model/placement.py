@@ -30,12 +30,12 @@ def stays_on_host(device_map: DeviceMap) -> bool:
 
 
 def first_device(device_map: DeviceMap) -> torch.device:
-    """Return the first device of a `device_map`, or the best device if accelerate chooses.
+    """Return the first device of a `device_map`, or the best device if accelerate chooses or the map is empty.
 
     Raises:
         ValueError: if the map names the disk or a device that is unknown or not in this machine.
     """
-    if is_strategy(device_map) or device_map == {}:
+    if is_strategy(device_map) or device_map in ({}, ""):
         return best_device()
     if device_map is None:
         return torch.device("cpu")
@@ -48,7 +48,7 @@ def spread_model(
     model: nn.Module,
     device_map: DeviceMap,
     dtype: torch.dtype,
-    bits: int,
+    bits: int | str,
     max_memory: Mapping[int | str, int | str] | None = None,
 ) -> dict[str, str | int] | None:
     """Return the device of each module, or None where one device holds the whole model.
@@ -58,7 +58,7 @@ def spread_model(
         device_map: "auto" spreads over all GPUs what the first one can't hold, "balanced" spreads evenly,
             "balanced_low_0" leaves memory on the first GPU, "sequential" fills one GPU after the other.
         dtype: of the weights.
-        bits: 16, or 8 or 4 for the LLM's linear layers.
+        bits: 16, or 8, 4 or "fp8" for the LLM's linear layers.
         max_memory: by device, as accelerate takes it; None = free memory.
 
     Raises:

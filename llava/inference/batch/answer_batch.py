@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import SWITCH
+from llava.image_files.image_source import ImageSource
 from llava.inference.batch.answers_file import Answer
 from llava.inference.batch.generate_fallback import generate_answers
 from llava.inference.batch.questions import Question
@@ -27,7 +28,7 @@ from llava.inference.engine.engine import Engine
 from llava.inference.engine.image_loader import prefetch_session_images
 from llava.inference.engine.limits import Limits
 from llava.inference.engine.prefix_groups import common_system_prefix, split_work
-from llava.inference.engine.ragged_llama import has_plain_weights, supports_ragged
+from llava.inference.engine.ragged_llama import can_be_captured, supports_ragged
 from llava.inference.engine.sequence import Sequence as AnswerSequence
 from llava.inference.session import Sampling, Session
 from llava.model.capabilities import capabilities_of
@@ -39,7 +40,7 @@ DIGITS = 4  # of logprobs in records
 def answer_batch(
     session: Session,
     questions: Sequence[Question],
-    image_folder: str | Path = "",
+    image_folder: str | Path | ImageSource = "",
     sampling: Sampling | None = None,
     *,
     batch_size: int | None = None,
@@ -51,7 +52,7 @@ def answer_batch(
     rank: int = 0,
     world_size: int = 1,
     limits: Limits | None = None,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """Answer questions in the order that suits the device, and yield each answer as soon as it is known.
 
     An answer depends neither on the order of the questions nor on the other questions; at a temperature above 0 it
@@ -61,6 +62,7 @@ def answer_batch(
         session: model and template.
         questions: all of the run; no two are equal (`number_repeats` sees to it), their ids may be.
         image_folder: holds their images; no image is read from outside, unless it is "".
+            An `ImageSource` has further images.
         sampling: how answers are chosen; None = greedy.
         batch_size: most running sequences; None = what fits the device.
         with_scores: add log-probabilities to the answers, see `Answer.scores`.
@@ -115,7 +117,7 @@ class _Run:
     """Options of `answer_batch`, positions of an image, and what makes requests of a question."""
 
     session: Session
-    image_folder: str | Path
+    image_folder: str | Path | ImageSource
     sampling: Sampling
     with_scores: bool
     choices: Sequence[str]
@@ -155,15 +157,16 @@ class _Run:
 
     def _engine(self, system_prefix: Sequence[int], positions: int, limits: Limits) -> Engine:
         model, mode = self.session.model, self.compile_mode
-        can, is_plain = capabilities_of(model.device), has_plain_weights(model)
+        can, is_capturable = capabilities_of(model.device), can_be_captured(model)
         return Engine(
             self.session,
             self.sampling,
             system_prefix,
             with_scores=self.with_scores,
             limits=limits,
-            compiled=mode == "on" or (mode == "auto" and can.has_triton and is_plain and positions >= COMPILE_FROM),
-            graphed=mode != "off" and can.has_cuda_graphs and is_plain,
+            compiled=mode == "on"
+            or (mode == "auto" and can.has_triton and is_capturable and positions >= COMPILE_FROM),
+            graphed=mode != "off" and can.has_cuda_graphs and is_capturable,
         )
 
 
