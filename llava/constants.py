@@ -20,6 +20,12 @@ CHECKPOINT_PREFIX = "checkpoint-"
 """Start of the names of the checkpoints that a training run leaves inside its output directory."""
 STATE_FILE = "trainer_state.json"
 """State of transformers' trainer in an output directory and its checkpoints."""
+TRAINING_FILE = "training.json"
+"""Run manifest: flags, data and libraries of the training that made a checkpoint."""
+PLOT_FILE = "loss.png"
+CARD_FILE = "README.md"
+"""Model card of a checkpoint."""
+
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 """Dtypes of weights and computation that a flag may name."""
 

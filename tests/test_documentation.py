@@ -38,6 +38,7 @@ PROGRAMS = (
     "scripts/merge_lora_weights.py",
     "scripts/convert_checkpoint.py",
     "scripts/quantize_checkpoint.py",
+    "scripts/push_to_hub.py",
     "examples/shapes_world/make_world.py",
     "examples/shapes_world/train_base.py",
     "llava/train/train_mem.py",
@@ -133,7 +134,7 @@ def test_shell_script_parses_and_its_flags_exist(script: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "section", "column", "at_least"),
-    [("checkpoints", "## Messages", 0, 12), ("models", "## What does not load", 1, 8)],
+    [("checkpoints", "## Messages", 0, 12), ("models", "## What does not load", 1, 8), ("hub", "## Messages", 0, 7)],
 )
 def test_messages_of_a_page_are_those_of_the_code(name: str, section: str, column: int, at_least: int) -> None:
     sources = [

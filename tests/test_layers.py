@@ -18,6 +18,7 @@ LAYERS = (  # a module imports its own layer and those of the rows above
     ("chat_template", "image_processing"),
     ("mm_utils",),
     ("data", "model"),
+    ("hub",),
     ("inference",),
     ("eval", "export", "serve", "train"),
     ("__main__",),  # the command `llava`: names all programs, imports the one that runs
@@ -27,6 +28,7 @@ LAYERS = (  # a module imports its own layer and those of the rows above
 ALSO_MAY_IMPORT = {  # modules that reach beside their row
     "model/planner/workload.py": "data",  # plans with the packs that training makes
     "model/planner/data_packs.py": "data",  # reads the records that are planned for
+    "export/push.py": "eval",  # scores and gallery of the model card
     "data/doctor/__main__.py": "model",  # reads the template and the sizes in the config of what will be trained
 }
 

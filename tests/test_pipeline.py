@@ -35,7 +35,7 @@ SETTINGS = [
     "training.json",
 ]
 LORA_FILES = sorted(["adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin", *SETTINGS])
-RUN_FILES = ["loss.png", "train_log.jsonl", "trainer_state.json"]
+RUN_FILES = ["README.md", "loss.png", "train_log.jsonl", "trainer_state.json"]
 
 
 def free_port() -> str:
@@ -145,7 +145,7 @@ def test_from_training_to_answers(lora_run: Path, data: Path, tmp_path: Path) ->
     )
     assert merge.returncode == 0, merge.stderr
     assert "equal greedy answers 100 %" in merge.stdout
-    assert files(merged) == sorted(["model.safetensors", *(name for name in SETTINGS if name != "training.json")])
+    assert files(merged) == sorted(["README.md", "loss.png", "model.safetensors", *SETTINGS])
 
     inference = run_script(
         "inference.sh", tmp_path, "--max_new_tokens", "5", "--device", "cpu", MODEL=merged, DATA=data

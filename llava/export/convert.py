@@ -38,6 +38,7 @@ def convert(options: argparse.Namespace) -> None:
     """
     from llava.chat_template import chat_template
     from llava.conversation import get_template
+    from llava.hub.card_file import write_card
     from llava.model.checkpoint.convert import write_hf, write_original  # takes seconds: flags are parsed first
     from llava.model.checkpoint.write_tensors import stored_size
     from llava.model.devices import DTYPES
@@ -50,6 +51,7 @@ def convert(options: argparse.Namespace) -> None:
             write_hf(checkpoint, directory, dtype, chat_template(get_template(template)), progress)
         else:
             write_original(checkpoint, directory, dtype, progress)
+        write_card(directory, options.target, source=checkpoint.directory)
     size = format_size(stored_size(checkpoint.tensors, dtype))
     print_text(f"{options.source} ({checkpoint.layout.value}) -> {options.target} ({options.layout} layout)")
     print_text(f"{len(checkpoint.tensors)} tensors, {size}, prompt template {template}")

@@ -46,6 +46,7 @@ def merge(options: argparse.Namespace) -> None:
         ValueError: if the model path holds full weights, the base is another one, the two don't make a model, or the
             result differs from adapter and base by more than rounding explains.
     """
+    from llava.hub.card_file import write_card
     from llava.model.checkpoint.checkpoint import Layout  # takes seconds: flags are parsed first
     from llava.model.checkpoint.convert import write_original
     from llava.model.devices import DTYPES
@@ -57,6 +58,7 @@ def merge(options: argparse.Namespace) -> None:
     dtype = DTYPES[options.dtype] if options.dtype else checkpoint.tensors.entries[LLM_WEIGHT].dtype
     with open_target(options, checkpoint.tensors, dtype, "merging") as (directory, progress):
         write_original(checkpoint, directory, dtype, progress)
+        write_card(directory, options.target, source=checkpoint.directory)
     print_text(f"wrote {options.target} in {str(dtype).removeprefix('torch.')}")
     if note := quantization_note(checkpoint.config.base_model_bits):
         print(note)

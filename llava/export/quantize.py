@@ -44,6 +44,7 @@ def quantize(options: argparse.Namespace) -> None:
         ValueError: if the weights are quantised already or don't fit their config, or bitsandbytes does not run on the
             device.
     """
+    from llava.hub.card_file import write_card
     from llava.model.checkpoint.checkpoint import save_checkpoint  # takes seconds: flags are parsed first
     from llava.model.checkpoint.quantized import quantize_tensors
     from llava.model.checkpoint.write_tensors import stored_size
@@ -63,6 +64,7 @@ def quantize(options: argparse.Namespace) -> None:
     config = LlavaConfig.from_dict({**checkpoint.config.to_dict(), **settings})
     with open_target(options, tensors, None, "quantising") as (directory, progress):
         save_checkpoint(tensors, config, checkpoint.tokenizer, checkpoint.image_processor, directory, progress=progress)
+        write_card(directory, options.target, source=checkpoint.directory)
     after, before = (format_size(stored_size(each)) for each in (tensors, checkpoint.tensors))
     print_text(f"wrote {options.target} in {options.bits} bit: {after}, before {before}")
     if note := quantization_note(checkpoint.config.base_model_bits):

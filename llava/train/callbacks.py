@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from llava.constants import PLOT_FILE
 from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.loss_plot import draw_curves
-from llava.train.output_files import LOG_FILE, PLOT_FILE
+from llava.train.output_files import LOG_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.train.output_files import PLOT_FILE
+from llava.constants import PLOT_FILE
 
 _TRAIN, _VALIDATION, _RATE, _GRID = "#4477aa", "#cc3311", "#888888", "#dddddd"
 _REACH = 0.01  # share of the logged steps, on either side, that the smoothed training loss averages

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from llava.constants import CHECKPOINT_PREFIX, STATE_FILE
+from llava.constants import CARD_FILE, CHECKPOINT_PREFIX, PLOT_FILE, STATE_FILE
 from llava.files.overwrite_check import MODEL_FILES
 
 LOG_FILE = "train_log.jsonl"
-PLOT_FILE = "loss.png"
 SKIPPED_FILE = "skipped_rows.jsonl"
 SKIPPED_VALIDATION_FILE = "skipped_validation_rows.jsonl"
 NONFINITE_FILE = "nonfinite_step_{}.json"
@@ -14,6 +13,7 @@ STAGING_FOLDER = ".writing"
 
 WRITTEN = (
     *MODEL_FILES,
+    CARD_FILE,
     LOG_FILE,
     PLOT_FILE,
     SKIPPED_FILE,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava.clip_image_processor import CLIPPixels
+from llava.constants import TRAINING_FILE
 from llava.model.adapter.adapter_config import ADAPTER_CONFIG_FILE
 from llava.model.adapter.lora import ADAPTER_FILES
 from llava.model.adapter.non_lora import NON_LORA_FILES, PROJECTOR_FILE
@@ -27,7 +28,6 @@ from llava.model.vision_tower import released_name
 from llava.tokenization.llama_tokenizer import LlavaTokenizer
 from llava.train.output_files import STAGING_FOLDER
 
-TRAINING_FILE = "training.json"
 _PICKLED_NON_LORA_FILE = NON_LORA_FILES[1]
 """Pickled, as is the projector's file: the original's loader reads these names alone. Both hold only tensors."""
 PROJECTOR_PREFIX = "model.mm_projector."

@@ -15,7 +15,7 @@ Why not a training loop of our own over accelerate: every flag of `transformers.
 a loop would have to reproduce the behaviour of each: `auto_find_batch_size`, `torch_compile`, LOMO's and schedule-free
 optimizers, schedulers that follow the validation, gradient accumulation with `num_items_in_batch` averaged over ranks
 and context parallelism, DeepSpeed's own optimizers and schedulers, FSDP's order of wrapping, sharded optimizer states,
-the skip of batches on resume, best checkpoints, pushing to the hub, token counts: 1,500 lines of transformers' that
+the skip of batches on resume, best checkpoints, token counts: 1,500 lines of transformers' that
 change with every release. Four overrides of private methods, each with its reason, are less to keep up.
 """
 
@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
+from llava.constants import PLOT_FILE
 from llava.data.length_sampler import ModalityLengthSampler
+from llava.hub.card_file import write_card
 from llava.model.checkpoint.read_tensors import describe_refusal, is_refusal
 from llava.train.callbacks import SkipFinishedRun
 from llava.train.distributed import max_over_ranks
@@ -196,8 +198,11 @@ class LlavaTrainer(Trainer):
         """Write a complete checkpoint of the model; every rank takes part, the first one writes."""
         state = self.saver.gather()
         if self.args.should_save:
-            with atomic_fill(output_dir or self.args.output_dir) as directory:
+            target = Path(output_dir or self.args.output_dir)
+            with atomic_fill(target) as directory:
                 self.saver.save(state, directory, is_result=not _internal_call)
+                if not _internal_call:
+                    write_card(directory, target, has_loss_curve=(target / PLOT_FILE).is_file())
 
     def check_first_batch(self, steps: int) -> tuple[float, float]:
         """Overfit a copy of the trainable parameters to each rank's first batch; call it before `train`.

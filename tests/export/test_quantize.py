@@ -23,6 +23,7 @@ pytest.importorskip("bitsandbytes")
 
 BITS = [4, 8]
 FILES = [
+    "README.md",
     "config.json",
     "generation_config.json",
     "model.safetensors",

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
+from llava.hub.model_card import is_untouched
 from llava.model.builder import attach_adapter, build_model, load_pretrained_model
 from llava.model.checkpoint.checkpoint import open_checkpoint
 from llava.model.checkpoint.lazy_tensors import fingerprint
@@ -26,7 +28,7 @@ SETTINGS = [
 ]
 LORA = ["adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"]
 PROGRESS = ["manifest.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
-LOGS = ["loss.png", "train_log.jsonl", "trainer_state.json"]
+LOGS = ["README.md", "loss.png", "train_log.jsonl", "trainer_state.json"]
 IMAGES = ["landscape.jpg", "portrait.png", "square.png", "tiny.png", "gray.jpg", "alpha.png"]
 
 
@@ -107,6 +109,18 @@ def test_what_is_recorded(goldens, lora_run):
     assert config["use_cache"] is True
     assert json.loads((lora_run / "training.json").read_text())["TrainingArguments"]["lora_r"] == 4
     assert len(losses(lora_run)) == 4
+
+
+def test_the_card_of_a_run(lora_run):
+    card = ModelCard.load(lora_run / "README.md")
+    manifest = json.loads((lora_run / "training.json").read_text())
+    assert is_untouched(card.content)
+    assert "LoRA adapter for" in card.text
+    assert manifest["run"]["data_digest"] in card.text
+    assert manifest["run"]["base_model_fingerprint"] in card.text
+    assert "| `lora_r` | 4 |" in card.text
+    assert "(loss.png)" in card.text
+    assert str(lora_run.parent) not in card.content  # paths are nobody's business
 
 
 def test_only_lora_and_projector_change(goldens, lora_run):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from llava.train.fault_tolerance.checkpoint_dir import list_checkpoints, verify
 from llava.train.fault_tolerance.nonfinite import NonFiniteError
@@ -187,16 +187,6 @@ def test_the_best_checkpoint_is_named_by_its_place_and_stays(build, tmp_path, li
     assert restored == [out / "checkpoint-3"]
     # at the end transformers removes what is not the best where one alone may stay
     assert list(list_checkpoints(out)) == {None: [1, 2, 3, 4], 1: [3], 2: [3, 4]}[limit]
-
-
-def test_the_hub_gets_what_is_in_place(build, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, verify(Path(path)))))
-    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
-    trainer = build(max_steps=2)
-    trainer.args.push_to_hub = True
-    trainer.train()
-    assert pushed == [(str(tmp_path / "out" / f"checkpoint-{step}"), True) for step in (1, 2)]
 
 
 def test_another_error_keeps_its_name(build, tmp_path):

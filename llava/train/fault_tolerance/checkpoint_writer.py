@@ -64,7 +64,7 @@ class CheckpointWriter(TrainerCallback):
             if args.should_save:
                 checkpoint_dir.begin_writing(target)
             wait()
-            with replaced(args, output_dir=str(hidden), push_to_hub=False):  # pushed once it is in place
+            with replaced(args, output_dir=str(hidden)):
                 save()
             self.unlogged_loss.save(hidden / target.name)
             self._correct_best(hidden, target)
@@ -80,8 +80,6 @@ class CheckpointWriter(TrainerCallback):
                 "command again to go on from the checkpoint before"
             ) from error
         wait()
-        if args.push_to_hub:
-            self.trainer._push_from_checkpoint(str(target))
         if args.should_save:
             best = state.best_model_checkpoint
             checkpoint_dir.rotate(args.output_dir, args.save_total_limit, written=target, best=best)

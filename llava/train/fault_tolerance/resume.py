@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llava.constants import STATE_FILE
+from llava.constants import STATE_FILE, TRAINING_FILE
 from llava.files.atomic_files import atomic_write
 from llava.files.json_files import parse_json, read_settings
 from llava.train.distributed import gather_objects
@@ -24,7 +24,6 @@ from llava.train.fault_tolerance.run_manifest import compare_runs
 from llava.train.flags.arguments import AUTOMATIC, START_OVER
 from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.output_files import LOG_FILE
-from llava.train.saving import TRAINING_FILE
 
 logger = logging.getLogger(__name__)
 

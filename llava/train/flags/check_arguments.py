@@ -28,6 +28,7 @@ _AT_LEAST = {
     "model_max_length": 1,
     "lora_r": 1,
 }
+_HUB_FLAGS = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision")
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
@@ -55,6 +56,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         *_distributed_rules(training, zero),
         *_validation_rules(data, training),
         *_best_checkpoint_rules(data, training),
+        _push_rule(training),
     ]
     _refuse(rules)
 
@@ -107,6 +109,17 @@ def check_device(training: TrainingArguments) -> None:
 def _refuse(rules: Sequence[Rule]) -> None:
     if reasons := [message for is_refused, message in rules if is_refused]:
         raise ValueError("; ".join(reasons))
+
+
+def _push_rule(training: TrainingArguments) -> Rule:
+    given = [name for name in _HUB_FLAGS if getattr(training, name)]
+    target = f"--path {training.output_dir} --repo {training.hub_model_id or 'OWNER/NAME'}"
+    private = " --private" if training.hub_private_repo else ""
+    return (
+        bool(given),
+        f"--{(given or _HUB_FLAGS)[0]}: a training does not upload, so that a failed upload can't end it; leave it "
+        f"out, and run afterwards: python scripts/push_to_hub.py {target}{private}",
+    )
 
 
 def _data_rules(data: DataArguments, training: TrainingArguments) -> list[Rule]:

@@ -56,7 +56,7 @@ DROPPED_FLAGS = {
     "include_inputs_for_metrics": Dropped(
         "validation measures loss and accuracy from the rows alone; leave it out", OFF
     ),
-    "push_to_hub_organization": Dropped("pass --hub_model_id ORGANIZATION/NAME"),
+    "push_to_hub_organization": Dropped("pass --repo ORGANIZATION/NAME to scripts/push_to_hub.py, after the training"),
     "mp_parameters": Dropped("SageMaker's model parallelism is not supported; leave it out", ("",)),
     "torchdynamo": Dropped("pass --compile_layers on, which compiles the LLM's layers"),
     "ray_scope": Dropped("there is no hyperparameter search; leave it out", ("last",)),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.constants import PLOT_FILE
 from llava.data.data_files import list_files, split_paths
 from llava.files.overwrite_check import find_overwrite, shared_directory
 from llava.train.flags.arguments import (
@@ -17,7 +18,7 @@ from llava.train.flags.arguments import (
     DataArguments,
     ModelArguments,
 )
-from llava.train.output_files import PLOT_FILE, WRITTEN
+from llava.train.output_files import WRITTEN
 
 if TYPE_CHECKING:  # for annotations: it imports torch
     from llava.train.flags.training_arguments import TrainingArguments

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from accelerate.utils import DynamoBackend
-from huggingface_hub import HfApi, constants, get_token
 from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
-from llava.train.flags.arguments import is_first_process
 from llava.train.flags.training_arguments import TrainingArguments
 from llava.train.output_files import LOG_FILE
 
@@ -56,8 +54,6 @@ def check_requirements(training: TrainingArguments) -> None:
     _check_optimizer(training)
     _check_schedule(training)
     _check_compilation(training)
-    if training.push_to_hub:
-        _check_hub(training.hub_token)
 
 
 def refuse_missing_launcher(training: TrainingArguments) -> None:
@@ -140,22 +136,6 @@ def _check_compilation(training: TrainingArguments) -> None:
     known = [backend.value.lower() for backend in DynamoBackend]
     if training.torch_compile and training.torch_compile_backend not in known:
         raise ValueError(f"--torch_compile_backend {training.torch_compile_backend}: choose one of {', '.join(known)}")
-
-
-def _check_hub(token: str | None) -> None:
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError("--push_to_hub True: HF_HUB_OFFLINE forbids it; unset it, or leave the flag out")
-    if not (token or get_token()):
-        raise ValueError("--push_to_hub True needs a token of the hub; run: hf auth login, or pass --hub_token")
-    if not is_first_process():
-        return
-    try:
-        HfApi().whoami(token)
-    except Exception as error:  # the hub's client and its transport raise many types
-        raise ValueError(
-            f"--push_to_hub True: the hub can't be reached, or refuses the token ({_one_line(error)}); run: hf auth "
-            "login, or leave the flag out"
-        ) from error
 
 
 def _one_line(error: BaseException) -> str:

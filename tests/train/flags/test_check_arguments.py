@@ -46,6 +46,12 @@ LORA = ["--lora_enable", "True"]
         ),
         ([*SHARE, *BEST, "--early_stopping_patience", "0"], "--early_stopping_patience 0: choose 1 or more"),
         ([*SHARE, "--early_stopping_patience", "2"], "--early_stopping_patience needs --load_best_model_at_end True"),
+        (
+            ["--push_to_hub", "True", "--hub_model_id", "us/model", "--hub_private_repo", "True"],
+            "--push_to_hub: a training does not upload, so that a failed upload can't end it; leave it out, and run "
+            "afterwards: python scripts/push_to_hub.py --path out --repo us/model --private",
+        ),
+        (["--push_to_hub", "True"], "scripts/push_to_hub.py --path out --repo OWNER/NAME"),
         (["--sheet", "Лист1"], "--sheet has no effect for --data_path data.json, which is not a table; leave"),
         (["--data_path", "t.csv", "--delimiter", "abc"], "--delimiter: 'abc' is not a character between columns"),
         (["--data_path", "t.csv", "--encoding", "windows"], "--encoding: 'windows' is not an encoding"),

@@ -65,7 +65,10 @@ REFUSED = [
     (["--group_by_length", "True"], "pass --group_by_modality_length True, which groups rows of similar length"),
     (["--use_legacy_prediction_loop", "True"], "there is one validation loop; leave it out"),
     (["--include_inputs_for_metrics", "True"], "validation measures loss and accuracy from the rows alone"),
-    (["--push_to_hub_organization", "us"], "pass --hub_model_id ORGANIZATION/NAME"),
+    (
+        ["--push_to_hub_organization", "us"],
+        "pass --repo ORGANIZATION/NAME to scripts/push_to_hub.py, after the training",
+    ),
     (["--mp_parameters", "x=1"], "SageMaker's model parallelism is not supported; leave it out"),
     (["--torchdynamo", "inductor"], "pass --compile_layers on, which compiles the LLM's layers"),
     (["--ray_scope", "all"], "there is no hyperparameter search; leave it out"),
@@ -132,8 +135,6 @@ def test_harmless_values_are_accepted_and_logged(words, caplog):
     [
         (["--per_gpu_train_batch_size", "3"], "per_device_train_batch_size", 3),
         (["--per_gpu_eval_batch_size=3"], "per_device_eval_batch_size", 3),
-        (["--push_to_hub_model_id", "us/model"], "hub_model_id", "us/model"),
-        (["--push_to_hub_token", "secret"], "hub_token", "secret"),
         (["--evaluation-strategy", "no"], "eval_strategy", "no"),
         (["--logging_dir", "logs"], "logging_dir", "logs"),
         (["--activation_checkpointing", "True"], "checkpoints_activations", True),
@@ -142,6 +143,13 @@ def test_harmless_values_are_accepted_and_logged(words, caplog):
 )
 def test_renamed_flags_are_honoured(words, name, value):
     assert getattr(parse(*words)[2], name) == value
+
+
+@pytest.mark.parametrize("words", [["--push_to_hub_model_id", "us/model"], ["--push_to_hub_token", "secret"]])
+def test_renamed_flags_of_the_hub_are_refused_as_the_new_ones(words):
+    with pytest.raises(ValueError, match=r"^--hub_(model_id|token): a training does not upload") as refused:
+        parse(*words)
+    assert "secret" not in str(refused.value)
 
 
 def test_other_words_stay_and_all_reasons_come_at_once():

@@ -9,7 +9,6 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
 from transformers import Trainer
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
@@ -191,26 +190,6 @@ def test_deepspeed_without_a_launcher(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     refuse_missing_launcher(training)
-
-
-def test_the_hub_is_asked_before_the_work(monkeypatch):
-    push = ["--push_to_hub", "True"]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refusal(*push) == "--push_to_hub True: HF_HUB_OFFLINE forbids it; unset it, or leave the flag out"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(requirements, "get_token", lambda: None)
-    assert refusal(*push) == "--push_to_hub True needs a token of the hub; run: hf auth login, or pass --hub_token"
-
-    def refuse(self, token):
-        raise ConnectionError(f"token {token} is not known")
-
-    monkeypatch.setattr(requirements.HfApi, "whoami", refuse)
-    assert refusal(*push, "--hub_token", "t") == (
-        "--push_to_hub True: the hub can't be reached, or refuses the token (token t is not known); run: hf auth "
-        "login, or leave the flag out"
-    )
-    monkeypatch.setattr(requirements.HfApi, "whoami", lambda self, token: {"name": "us"})
-    assert parse(*push, "--hub_token", "t").push_to_hub
 
 
 @pytest.mark.parametrize(
