@@ -37,6 +37,7 @@ PROGRAMS = (
     "scripts/merge_lora_weights.py",
     "scripts/convert_checkpoint.py",
     "scripts/quantize_checkpoint.py",
+    "scripts/convert_answer_to_mme.py",
     "scripts/convert_mmvet_for_eval.py",
     "scripts/convert_vizwiz_for_submission.py",
     "scripts/convert_vqav2_for_submission.py",
