@@ -222,16 +222,14 @@ BENCHMARKS = (
         folder="MME",
         question_file="llava_mme.jsonl",
         images="MME_Benchmark_release_version",
-        annotations=("eval_tool/Your_Results",),
+        annotations=(),
         origins={
             "llava_mme.jsonl": EVAL_ZIP,
             "MME_Benchmark_release_version":
                 "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
-            "eval_tool/Your_Results":
-                "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
         },
         answers="answers/{model}.jsonl",
-        upload=None,
+        upload="eval_tool/answers/{model}",
         server="",
         prompt=_WORD,
         published=Published("perception", 1510.7, 1531.3, "points"),
