@@ -152,6 +152,16 @@ CASES = [  # program, command line, part of its message
         "over --answers-file a.jsonl",
     ),
     (vqa_score, ["--annotations", "T.csv", "--answers-file", "a.jsonl", "--json", "T.csv"], "over --annotations T.csv"),
+    (
+        "scripts/convert_mmvet_for_eval.py",
+        ["--src", "a.jsonl", "--dst", "a.jsonl"],
+        "--dst a.jsonl would write over --src a.jsonl; choose another --dst",
+    ),
+    (
+        "scripts/convert_vizwiz_for_submission.py",
+        ["--annotation-file", "q.jsonl", "--result-file", "a.jsonl", "--result-upload-file", "hard.jsonl"],
+        f"--annotation-file q.jsonl {LINKED} --result-upload-file",
+    ),
     (report, [*REPORT, "-o", "T.csv"], "--output T.csv would write over --annotations T.csv; choose another --output"),
     (report, [*REPORT, "--questions", "saved", "-o", "saved/state.json"], "over --questions saved/state.json; choose"),
     (report, [*REPORT, "-o", "other.jsonl"], "--output other.jsonl would write over --answers other.jsonl"),

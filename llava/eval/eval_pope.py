@@ -16,6 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava.eval.benchmarks.catalog import find_benchmark
 from llava.eval.benchmarks.lines import BenchmarkError, QuestionLine, plain_text, read_answer_lines, read_question_lines
 from llava.eval.benchmarks.pope import (
     SPLITS,
@@ -27,7 +28,6 @@ from llava.eval.benchmarks.pope import (
     read_labels,
     read_yes_no,
 )
-from llava.eval.benchmarks.published import PUBLISHED
 from llava.eval.benchmarks.text import format_result
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
@@ -61,8 +61,8 @@ def print_scores(annotation_dir: str, question_file: str, result_file: str) -> N
     by_split, notes = judge(questions, answers, read_labels(annotation_dir), result_file)
     for split, judged in by_split.items():
         print_text(f"Category: {split}, # samples: {len(judged)}\n{format_split(judged)}\n{'=' * 36}")
-    is_complete = set(by_split) == set(SPLITS)
-    print_text(format_result(build_result(by_split, notes), PUBLISHED["pope"].small if is_complete else None))
+    published = find_benchmark("pope").published.small if set(by_split) == set(SPLITS) else None
+    print_text(format_result(build_result(by_split, notes), published))
 
 
 def eval_pope(answers: Sequence[Mapping[str, Any]], label_file: str | os.PathLike[str]) -> None:

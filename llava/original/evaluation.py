@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from llava.data.vqa_normalize import normalize_answer
+from llava.data.vqa_normalize import normalize_challenge_answer, tokenize_challenge_answer
 from llava.eval.model_vqa_loader import main
 from llava.inference.batch.questions import split_chunk
 
@@ -55,11 +55,11 @@ class EvalAIAnswerProcessor:
 
     def __call__(self, item: str) -> str:
         """Return the normalised answer."""
-        return normalize_answer(self.word_tokenize(item))
+        return normalize_challenge_answer(item)
 
     def word_tokenize(self, word: str) -> str:
         """Return the answer in lower case, without commas and question marks, 's apart."""
-        return word.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+        return tokenize_challenge_answer(word)
 
 
 class TextVQAAccuracyEvaluator:

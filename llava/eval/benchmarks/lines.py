@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.table.bad_rows import BadRows, TableError
+from llava.eval.scoring.question_keys import QuestionId, canonical_id
 from llava.files.home_directory import expand_home
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
@@ -98,18 +99,6 @@ def read_json_lines(
     return records
 
 
-def read_json_document(path: str | os.PathLike[str]) -> Any:
-    """Read a file that is one JSON value, as annotations are.
-
-    Raises:
-        BenchmarkError: if the file is missing or not JSON.
-    """
-    try:
-        return parse_json(_read_text(path))
-    except ValueError as error:
-        raise BenchmarkError(f"{path} is not JSON ({error}); download it again") from error
-
-
 def raise_bad_rows(bad: BadRows) -> None:
     """Raise if bad rows of a benchmark's file were noted.
 
@@ -183,13 +172,39 @@ def drop_instructions(questions: Sequence[QuestionLine], answers: Sequence[Answe
     return changed
 
 
-def count_errors(answers: Sequence[AnswerLine]) -> tuple[str, ...]:
-    """Return the note on answers that are error records, which count as wrong; nothing if there are none."""
+def index_answers(answers: Sequence[AnswerLine], name: str) -> dict[QuestionId, AnswerLine]:
+    """Return id -> answer, of a benchmark whose ids don't repeat; a text of digits is the same id as the number.
+
+    Args:
+        answers: in any order.
+        name: of the answer file, for messages.
+
+    Raises:
+        BenchmarkError: if ids repeat.
+    """
+    index = {canonical_id(answer.question_id): answer for answer in answers}
+    if len(index) < len(answers):
+        counts = Counter(canonical_id(answer.question_id) for answer in answers)
+        repeated = [str(question_id) for question_id, count in counts.items() if count > 1]
+        raise BenchmarkError(
+            f"{name} has {len(answers)} lines and {len(index)} different question ids; more than one answer have "
+            f"{describe_ids(repeated)}: answer again, or keep one line for each"
+        )
+    return index
+
+
+def count_errors(answers: Sequence[AnswerLine], outcome: str = "count as wrong") -> tuple[str, ...]:
+    """Return the note on answers that are error records; nothing if there are none.
+
+    Args:
+        answers: all of the file.
+        outcome: what becomes of them, in words.
+    """
     counts = Counter(answer.error for answer in answers if answer.error)
     if not counts:
         return ()
     codes = ", ".join(f"{shorten(code)} {count}" for code, count in sorted(counts.items()))
-    return (f"{counts.total()} of {len(answers)} answers are errors and count as wrong ({codes})",)
+    return (f"{counts.total()} of {len(answers)} answers are errors and {outcome} ({codes})",)
 
 
 def describe_ids(ids: Sequence[str]) -> str:

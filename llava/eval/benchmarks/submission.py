@@ -1,0 +1,52 @@
+"""Files of benchmark servers: JSON annotations in, submission files out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors
+from llava.eval.benchmarks.result import BenchmarkResult
+from llava.files.atomic_files import atomic_write
+from llava.files.home_directory import expand_home
+from llava.files.json_files import parse_json
+from llava.files.regular_files import read_text
+from llava.files.terminal_text import print_text
+
+
+def read_json_document(path: str | os.PathLike[str]) -> Any:
+    """Return the JSON value of a file of annotations.
+
+    Raises:
+        BenchmarkError: if the file can't be read, or is not JSON.
+    """
+    try:
+        return parse_json(read_text(expand_home(path), encoding="utf-8-sig"))
+    except OSError as error:
+        raise BenchmarkError(f"{path} can't be read ({error.strerror or error}); check the path") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise BenchmarkError(f"{path} is not JSON ({error}); download it again") from error
+
+
+def write_json_document(path: str | os.PathLike[str], value: Any, *, indent: int | None = None) -> None:
+    """Write a JSON value to a file, atomically.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    with atomic_write(path) as stream:
+        stream.write(json.dumps(value, indent=indent))
+
+
+def note_empty_answers(answers: Sequence[AnswerLine]) -> tuple[str, ...]:
+    """Return the note on error records, which a submission holds as empty answers."""
+    return count_errors(answers, "are submitted empty")
+
+
+def print_result(result: BenchmarkResult) -> None:
+    """Print the notes and the figures of a result."""
+    width = max(len(figure.name) for figure in result.figures)
+    lines = [f"{figure.name.ljust(width)}  {figure.value:.2f} {figure.unit}" for figure in result.figures]
+    print_text("\n".join([*result.notes, *lines]))
