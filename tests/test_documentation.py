@@ -39,6 +39,7 @@ PROGRAMS = (
     "scripts/quantize_checkpoint.py",
     "scripts/convert_answer_to_mme.py",
     "scripts/convert_mmvet_for_eval.py",
+    "scripts/convert_seed_for_submission.py",
     "scripts/convert_vizwiz_for_submission.py",
     "scripts/convert_vqav2_for_submission.py",
     "examples/shapes_world/make_world.py",
