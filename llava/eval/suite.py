@@ -104,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--overwrite discards the answers that --score-only scores; leave one out")
     names = [get_model_name_from_path(path) for path in (args.model_path, args.compare_with) if path]
     if len(set(names)) < len(names):
-        parser.error(
-            f"--model-path and --compare-with are both named {names[0]}, as their answers would be; rename one"
-        )
+        parser.error(f"--model-path and --compare-with are both named {names[0]}, as their answers would be; rename one")
     inputs = {"--model-path": args.model_path, "--compare-with": args.compare_with}
     if args.json is not None and (message := find_overwrite({"--json": output_file(args.json)}, inputs)):
         parser.error(message)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from llava.eval.benchmarks.catalog import Benchmark
-from llava.eval.benchmarks.lines import QuestionLine, read_question_lines
+from llava.eval.benchmarks.lines import QuestionLine, read_answer_lines, read_question_lines
+from llava.eval.benchmarks.mmvet import convert_mmvet
 from llava.eval.benchmarks.result import BenchmarkResult
+from llava.eval.benchmarks.submission import write_json_document
+from llava.eval.benchmarks.vizwiz import convert_vizwiz
+from llava.eval.benchmarks.vqav2 import convert_vqav2
 
 
 class ScoreFiles(NamedTuple):
