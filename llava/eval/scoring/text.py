@@ -93,7 +93,7 @@ def _format_calibration(name: str, calibration: Calibration | None) -> str:
 
 
 def align(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Columns side by side: the first `texts` to the left, the others to the right."""
+    """Lay out columns side by side: the first `texts` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
