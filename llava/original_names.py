@@ -130,7 +130,7 @@ LEFT_OUT: Mapping[str, str] = {
         ("utils", "violates_moderation", _MODERATION),
         ("eval.model_vqa_loader", "CustomDataset create_data_loader", _ANSWER_BATCH),
         ("eval.m4c_evaluator", "TextCapsBleu4Evaluator", "BLEU needs Java; use pycocoevalcap itself"),
-        ("eval", "eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual eval_pope eval_science_qa", _SCORES),
+        ("eval", "eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual eval_science_qa", _SCORES),
         ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery eval_textvqa summarize_gpt_review", _SCORES),
         ("eval", "generate_webpage_data_from_table", _SCORES),
         ("eval", "model_qa model_vqa_mmbench model_vqa_science qa_baseline_gpt35", _ANSWERS),

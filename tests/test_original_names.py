@@ -39,6 +39,7 @@ FREQUENT = {
     "llava.eval.run_llava": "eval_model load_image load_images image_parser",
     "llava.eval.model_vqa": "eval_model get_chunk split_list",
     "llava.eval.model_vqa_loader": "eval_model get_chunk split_list",
+    "llava.eval.eval_pope": "eval_pope",
     "llava.eval.m4c_evaluator": "EvalAIAnswerProcessor TextVQAAccuracyEvaluator STVQAAccuracyEvaluator "
     "STVQAANLSEvaluator",
     "llava.serve.cli": "load_image main",

@@ -33,7 +33,7 @@ from llava.inference.batch.questions import Question
 
 RUN_SUFFIX = ".run.json"
 JOURNAL_SUFFIX = ".journal"
-_WAY_OUT = "pass --overwrite to start over, or choose another --answers-file"
+_ANOTHER_FILE = "choose another --answers-file"
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """Memory address in the text of some errors, which differs from run to run."""
 
@@ -93,6 +93,7 @@ class AnswersFile:
         overwrite: start over, whatever files exist.
         rank: of this process; rank 0 writes the common files.
         world_size: number of ranks.
+        another_file: what to do instead of overwriting, for messages.
 
     Attributes:
         journal_path: of this rank.
@@ -114,7 +115,9 @@ class AnswersFile:
         overwrite: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        another_file: str = _ANOTHER_FILE,
     ) -> None:
+        self._way_out = f"pass --overwrite to start over, or {another_file}"
         self.path = Path(expand_home(path))
         self.run_path = self.path.with_name(self.path.name + RUN_SUFFIX)
         self.journal_path = self._journal_path(rank)
@@ -125,7 +128,7 @@ class AnswersFile:
         self._questions, self._run, self._overwrite = questions, dict(run), overwrite
         self._rank, self._world_size = rank, world_size
         if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{self.path} is not a file; choose another --answers-file")
+            raise ValueError(f"{self.path} is not a file; {another_file}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.journal_path)
         try:
@@ -218,13 +221,13 @@ class AnswersFile:
         from llava.inference.batch.fingerprint import is_same_run_value  # imports torch
 
         if not self.run_path.is_file():
-            raise ValueError(f"{self.path} exists, but its {self.run_path.name} does not; {_WAY_OUT}")
+            raise ValueError(f"{self.path} exists, but its {self.run_path.name} does not; {self._way_out}")
         try:
             before = parse_json(read_text(self.run_path, most=MAX_SETTINGS_BYTES))
             if not isinstance(before, dict):
                 raise TypeError("not a JSON object")
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.run_path} is damaged ({error}); {_WAY_OUT}") from error
+            raise ValueError(f"{self.run_path} is damaged ({error}); {self._way_out}") from error
         differing = [
             f"{key} was {show(before.get(key))}, is {show(self._run.get(key))}"
             for key in dict.fromkeys((*self._run, *before))
@@ -232,7 +235,7 @@ class AnswersFile:
         ]
         if not differing:
             return
-        raise ValueError(f"{self.path} belongs to another run ({'; '.join(differing)}); {_WAY_OUT}")
+        raise ValueError(f"{self.path} belongs to another run ({'; '.join(differing)}); {self._way_out}")
 
     def _read(self) -> Iterator[tuple[Question, Path, int, dict[str, Any]]]:
         """Yield each answer's question, file, offset and record; only the last line of a file may be incomplete."""
@@ -244,7 +247,7 @@ class AnswersFile:
                     question = index.find(record)
                     check_record(record)
                 except ValueError as error:
-                    raise ValueError(f"{place} line {number} {error}; {_WAY_OUT}") from error
+                    raise ValueError(f"{place} line {number} {error}; {self._way_out}") from error
                 yield question, place, offset, record
 
     def _count(self, question: Question, record: Mapping[str, Any]) -> bool:

@@ -1,0 +1,95 @@
+"""Files of a benchmark: its questions and images, and the list of what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llava.data.table.bad_rows import TableError
+from llava.eval.benchmarks.catalog import Benchmark, QuestionFormat
+from llava.image_files.errors import ImageError
+from llava.image_files.paths import resolve_image
+from llava.inference.batch.questions import Question, read_question_file
+
+
+class Missing(NamedTuple):
+    """A file or folder that a benchmark needs; `origin` says where it comes from."""
+
+    path: Path
+    problem: str
+    origin: str
+
+
+class Prepared(NamedTuple):
+    """Questions of a benchmark and their image folder, or what is missing for them."""
+
+    benchmark: Benchmark
+    questions: list[Question]
+    images: Path
+    missing: tuple[Missing, ...] = ()
+
+
+def prepare(benchmark: Benchmark, data: Path, limit: int | None, *, needs_images: bool = True) -> Prepared:
+    """Read the questions of a benchmark and look for every file that it needs.
+
+    Args:
+        benchmark: from the catalog.
+        data: folder of all benchmarks.
+        limit: only the first questions; None = all.
+        needs_images: whether images are read, or existing answers scored.
+    """
+    folder = data / benchmark.folder
+    paths = [benchmark.question_file, *benchmark.annotations]
+    if needs_images and benchmark.images is not None:
+        paths.append(benchmark.images)
+    missing = [
+        Missing(folder / path, "is missing", benchmark.origins[path])
+        for path in paths
+        if not _has_content(folder / path)
+    ]
+    images = folder / (benchmark.images or "")
+    question_file = folder / benchmark.question_file
+    if any(lack.path == question_file for lack in missing):
+        return Prepared(benchmark, [], images, tuple(missing))
+    questions, images = _read_questions(benchmark, question_file, images)
+    questions = questions[:limit]
+    if needs_images and benchmark.images is not None and all(lack.path != images for lack in missing):
+        missing += _find_missing_images(benchmark, questions, images)
+    return Prepared(benchmark, questions, images, tuple(missing))
+
+
+def describe_missing(parts: Sequence[Prepared]) -> str:
+    """Return the message that lists what is missing for each benchmark; "" if nothing is."""
+    lines = []
+    for part in parts:
+        if part.missing:
+            lines.append(f"{part.benchmark.title} ({part.benchmark.name}) can't run:")
+            lines += [f"  {path} {problem}; it comes from {origin}" for path, problem, origin in part.missing]
+    return "\n".join(lines)
+
+
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _find_missing_images(benchmark: Benchmark, questions: Sequence[Question], folder: Path) -> list[Missing]:
+    names = dict.fromkeys(name for question in questions for name in question.images)
+    absent = [name for name in names if not _is_there(folder, name)]
+    if not absent:
+        return []
+    problem = f"lacks {len(absent)} of {len(names)} images, the first {absent[0]}"
+    return [Missing(folder, problem, benchmark.origins[benchmark.images or ""])]
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return resolve_image(folder, name).is_file()
+    except ImageError:
+        return False
+
+
+def _read_questions(benchmark: Benchmark, path: Path, images: Path) -> tuple[list[Question], Path]:
+    if benchmark.question_format is QuestionFormat.LINES:
+        return read_question_file(path).questions, images
+    raise TableError(f"{path}: {benchmark.question_format.value} are not read yet")
