@@ -19,7 +19,8 @@ from pathlib import Path
 from llava.eval.benchmarks.lines import read_answer_lines
 from llava.eval.benchmarks.mmbench import read_mmbench_table
 from llava.eval.benchmarks.mmbench_score import convert_mmbench, has_true_answers, score_mmbench
-from llava.eval.benchmarks.submission import print_result, write_xlsx
+from llava.eval.benchmarks.submission import write_xlsx
+from llava.eval.benchmarks.text import format_result
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
 from llava.files.terminal_text import print_text
@@ -67,7 +68,7 @@ def convert(table: str, answers: Path, upload: Path) -> None:
     notes = (*notes, *write_xlsx(upload, submission))
     print_text("\n".join([*notes, f"wrote {upload}: {len(rows)} answers"]))
     if result:
-        print_result(result)
+        print_text(format_result(result))
     else:
         print_text(f"{table} has no true answers: MMBench's server scores this split")
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors, describe_ids
-from llava.eval.benchmarks.mmbench import LETTERS, ROTATION, MmbenchRow, is_missing, rotated_letters
-from llava.eval.benchmarks.result import BenchmarkResult, Figure, QuestionScore
+from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors, describe_ids, plain_text
+from llava.eval.benchmarks.mmbench import LETTERS, MmbenchRow, is_missing, rotated_letters
+from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import note_empty_answers
 
 _NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -71,7 +71,7 @@ def pair_mmbench(rows: Sequence[MmbenchRow], answers: Sequence[AnswerLine], name
     for answer in answers:
         key = (str(answer.question_id), _round_of(answer))
         row = wanted.get(key)
-        if row is None or key in found or _plain(row.cells["question"]) not in _plain(answer.prompt):
+        if row is None or key in found or plain_text(row.cells["question"]) not in plain_text(answer.prompt):
             others.append(key[0])
         else:
             found[key] = answer
@@ -112,21 +112,21 @@ def score_mmbench(rows: Sequence[MmbenchRow], answers: Sequence[AnswerLine], nam
         raise BenchmarkError("the table has no true answers: MMBench's server scores this split")
     pairs = pair_mmbench(rows, answers, name)
     by_question: dict[int, list[MmbenchAnswer]] = defaultdict(list)
-    for pair in pairs:
+    for pair in sorted(pairs, key=lambda pair: (pair.row.index, pair.round_id)):  # the question itself comes first
         by_question[pair.row.group].append(pair)
     scores = tuple(
         QuestionScore(str(group), str(group), _kind_of(parts[0].row), float(all(map(_is_right, parts))))
         for group, parts in by_question.items()
     )
-    figures = [Figure("circular accuracy", _percent([score.score for score in scores]))]
-    first = [float(_is_right(pair)) for pair in pairs if pair.row.index < ROTATION and pair.round_id == 0]
-    if len(pairs) > len(scores):
-        figures.append(Figure("accuracy without rotations", _percent(first)))
-    else:
-        figures = [Figure("accuracy", figures[0].value)]
+    has_rotations = len(pairs) > len(scores)
+    figures = [accuracy_figure("circular accuracy" if has_rotations else "accuracy", scores)]
+    if has_rotations:
+        first = [parts[0] for parts in by_question.values()]
+        plain = [score._replace(score=float(_is_right(pair))) for score, pair in zip(scores, first, strict=True)]
+        figures.append(accuracy_figure("accuracy without rotations", plain))
     kinds = dict.fromkeys(score.kind for score in scores)
     for kind in kinds if len(kinds) > 1 else ():
-        figures.append(Figure(kind, _percent([score.score for score in scores if score.kind == kind])))
+        figures.append(accuracy_figure(kind, [score for score in scores if score.kind == kind]))
     return BenchmarkResult(tuple(figures), scores, (*_describe_unread(pairs), *count_errors(answers)))
 
 
@@ -163,10 +163,6 @@ def _kind_of(row: MmbenchRow) -> str:
     return next((row.cells[column] for column in _KIND_COLUMNS if row.cells.get(column)), "all")
 
 
-def _percent(scores: Sequence[float]) -> float:
-    return 100 * sum(scores) / len(scores) if scores else 0.0
-
-
 def _describe_unread(pairs: Sequence[MmbenchAnswer]) -> tuple[str, ...]:
     unread = sum(pair.letter is None and not pair.answer.error for pair in pairs)
     if not unread:
@@ -174,7 +170,3 @@ def _describe_unread(pairs: Sequence[MmbenchAnswer]) -> tuple[str, ...]:
     return (
         f"{unread} of {len(pairs)} answers name no option and count as wrong; MMBench's server asks GPT-4 for these",
     )
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Files of benchmark servers: JSON annotations in, submission files out."""
+"""Files of benchmark servers: JSON annotations in, submission files in JSON and .xlsx out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors
-from llava.eval.benchmarks.result import BenchmarkResult
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_home
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
-from llava.files.terminal_text import print_text
 
 _NOT_IN_XLSX = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _MOST_IN_XLSX = 32_767  # characters of a cell
@@ -83,10 +81,3 @@ def write_xlsx(path: str | os.PathLike[str], table: Sequence[Sequence[int | str 
 def note_empty_answers(answers: Sequence[AnswerLine]) -> tuple[str, ...]:
     """Return the note on error records, which a submission holds as empty answers."""
     return count_errors(answers, "are submitted empty")
-
-
-def print_result(result: BenchmarkResult) -> None:
-    """Print the notes and the figures of a result."""
-    width = max(len(figure.name) for figure in result.figures)
-    lines = [f"{figure.name.ljust(width)}  {figure.value:.2f} {figure.unit}" for figure in result.figures]
-    print_text("\n".join([*result.notes, *lines]))
