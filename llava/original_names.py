@@ -73,9 +73,8 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "llava.serve.cli": _LOAD_IMAGE,
     "llava.eval.model_vqa": _CHUNKS,
     "llava.eval.model_vqa_loader": _CHUNKS,
-    "llava.eval.m4c_evaluator": _from(
-        _EVALUATION, "EvalAIAnswerProcessor STVQAANLSEvaluator STVQAAccuracyEvaluator TextVQAAccuracyEvaluator"
-    ),
+    "llava.eval.m4c_evaluator": _from(_EVALUATION, "STVQAANLSEvaluator STVQAAccuracyEvaluator")
+    | _from("llava.eval.benchmarks.textvqa", "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
     "llava.train.llava_trainer": _from(
         _TRAINER,
         "LLaVATrainer LengthGroupedSampler get_length_grouped_indices get_modality_length_grouped_indices",
@@ -131,7 +130,7 @@ LEFT_OUT: Mapping[str, str] = {
         ("eval.model_vqa_loader", "CustomDataset create_data_loader", _ANSWER_BATCH),
         ("eval.m4c_evaluator", "TextCapsBleu4Evaluator", "BLEU needs Java; use pycocoevalcap itself"),
         ("eval", "eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual eval_science_qa", _SCORES),
-        ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery eval_textvqa summarize_gpt_review", _SCORES),
+        ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery summarize_gpt_review", _SCORES),
         ("eval", "generate_webpage_data_from_table", _SCORES),
         ("eval", "model_qa model_vqa_mmbench model_vqa_science qa_baseline_gpt35", _ANSWERS),
         ("serve", "controller gradio_web_server model_worker register_worker sglang_worker test_message", _SERVING),

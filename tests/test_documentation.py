@@ -52,6 +52,7 @@ PROGRAMS = (
     "-m llava.eval.run_llava",
     "-m llava.eval.vqa_score",
     "-m llava.eval.eval_pope",
+    "-m llava.eval.eval_textvqa",
     "-m llava.eval.report",
     "-m llava.serve.cli",
     "-m llava.serve.web",

@@ -40,6 +40,7 @@ FREQUENT = {
     "llava.eval.model_vqa": "eval_model get_chunk split_list",
     "llava.eval.model_vqa_loader": "eval_model get_chunk split_list",
     "llava.eval.eval_pope": "eval_pope",
+    "llava.eval.eval_textvqa": "eval_single prompt_processor",
     "llava.eval.m4c_evaluator": "EvalAIAnswerProcessor TextVQAAccuracyEvaluator STVQAAccuracyEvaluator "
     "STVQAANLSEvaluator",
     "llava.serve.cli": "load_image main",
