@@ -49,6 +49,8 @@ PROGRAMS = (
     "-m llava.data.doctor",
     "-m llava.model.plan",
     "-m llava.eval.model_vqa_loader",
+    "-m llava.eval.model_vqa_mmbench",
+    "-m llava.eval.model_vqa_science",
     "-m llava.eval.run_llava",
     "-m llava.eval.vqa_score",
     "-m llava.eval.eval_pope",
