@@ -55,6 +55,8 @@ PROGRAMS = (
     "-m llava.eval.vqa_score",
     "-m llava.eval.eval_pope",
     "-m llava.eval.eval_textvqa",
+    "-m llava.eval.eval_gqa",
+    "scripts/convert_gqa_for_eval.py",
     "-m llava.eval.report",
     "-m llava.serve.cli",
     "-m llava.serve.web",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -62,6 +64,22 @@ class Data:
         self.draw("vizwiz/test", names)
         lines = [{"question_id": key, "image": name, "text": f"What is this?{SHORT}"} for key, name in enumerate(names)]
         self.write_lines("vizwiz/llava_test.jsonl", lines)
+
+    def lay_out_mmbench(self, language: str = "en") -> None:
+        """Two questions about one image, the first in two rotations; the second row names the first's image."""
+        name = {"en": "mmbench/mmbench_dev_20230712.tsv", "cn": "mmbench_cn/mmbench_dev_cn_20231003.tsv"}[language]
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 48), (200, 30, 30)).save(buffer, "PNG")
+        image = base64.b64encode(buffer.getvalue()).decode()
+        rows = [
+            ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"),
+            ("1", "Which color is it?", "", "red", "blue", "", "", "A", "color", image),
+            ("1000001", "Which color is it?", "", "blue", "red", "", "", "B", "color", image),
+            ("2", "What is it?", "Look.", "a dog", "a wall", "a cat", "", "B", "thing", image),
+        ]
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
 
     def words(self, names: str, *more: object, model: Path | str | None = None) -> list[str]:
         start = ("--suite", names, "--model-path", model or self.model, "--data", self.folder, "--device", "cpu")

@@ -33,8 +33,8 @@ def test_two_benchmarks_with_one_load(data, loads, capsys):
     assert [line["question_id"] for line in data.answers(POPE_ANSWERS)] == list(range(1, 28))
     assert {line["model_id"] for line in data.answers(VIZWIZ_ANSWERS)} == {"llava-tiny"}
     out = capsys.readouterr().out
-    assert table_line(out, "POPE  ")[:7] == ["POPE", "27", "F1", "score,", "mean", "of", "3"]
-    assert table_line(out, "VizWiz  ")[:6] == ["VizWiz", "2", "not", "scored", "here", "-"]
+    assert table_line(out, "POPE  ")[:8] == ["POPE", "27", "27", "F1", "score,", "mean", "of", "3"]
+    assert table_line(out, "VizWiz  ")[:7] == ["VizWiz", "2", "-", "not", "scored", "here", "-"]
     upload = data.folder / "vizwiz/answers_upload/llava-tiny.json"
     assert [entry["image"] for entry in json.loads(upload.read_text())] == [
         "VizWiz_test_00000000.jpg",
@@ -189,6 +189,24 @@ def test_score_only_needs_answers_and_no_model(data, loads, capsys):
     (data.folder / "pope/val2014").rename(data.folder / "elsewhere")
     assert data("pope", "--score-only", model="no/such/llava-tiny") == 0
     assert loads == ["llava-tiny"]
+
+
+def test_mmbench_in_both_languages(data, loads, capsys):
+    data.lay_out_mmbench()
+    data.lay_out_mmbench("cn")
+    assert data("mmbench,mmbench_cn") == 0
+    assert loads == ["llava-tiny"]
+    prompts = [line["prompt"] for line in data.answers("mmbench/answers/mmbench_dev_20230712/llava-tiny.jsonl")]
+    assert prompts[2].splitlines() == [
+        "Look.", "What is it?", "A. a dog", "B. a wall", "C. a cat",
+        "Answer with the option's letter from the given choices directly.",
+    ]  # fmt: skip
+    [first, *_] = data.answers("mmbench_cn/answers/mmbench_dev_cn_20231003/llava-tiny.jsonl")
+    assert first["prompt"].endswith("B. blue\n请直接回答选项字母。")
+    out = capsys.readouterr().out
+    assert table_line(out, "MMBench  ")[:5] == ["MMBench", "3", "2", "circular", "accuracy"]
+    for upload in ("mmbench_dev_20230712", "mmbench_dev_cn_20231003"):
+        assert (data.folder / f"mmbench/answers_upload/{upload}/llava-tiny.xlsx").is_file()
 
 
 @pytest.mark.parametrize(
