@@ -48,6 +48,8 @@ PROGRAMS = (
     "llava/train/train_mem.py",
     "-m llava.data.doctor",
     "-m llava.model.plan",
+    "-m llava.eval.eval_gpt_review_bench",
+    "-m llava.eval.summarize_gpt_review",
     "-m llava.eval.model_vqa_loader",
     "-m llava.eval.model_vqa_mmbench",
     "-m llava.eval.model_vqa_science",
