@@ -73,6 +73,8 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "llava.serve.cli": _LOAD_IMAGE,
     "llava.eval.model_vqa": _CHUNKS,
     "llava.eval.model_vqa_loader": _CHUNKS,
+    "llava.eval.model_vqa_mmbench": {**_CHUNKS, **_from(_EVALUATION, "", eval_model="eval_model_mmbench")},
+    "llava.eval.model_vqa_science": {**_CHUNKS, **_from(_EVALUATION, "", eval_model="eval_model_science")},
     "llava.eval.m4c_evaluator": _from(_EVALUATION, "STVQAANLSEvaluator STVQAAccuracyEvaluator")
     | _from("llava.eval.benchmarks.textvqa", "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
     "llava.train.llava_trainer": _from(
@@ -129,10 +131,10 @@ LEFT_OUT: Mapping[str, str] = {
         ("utils", "violates_moderation", _MODERATION),
         ("eval.model_vqa_loader", "CustomDataset create_data_loader", _ANSWER_BATCH),
         ("eval.m4c_evaluator", "TextCapsBleu4Evaluator", "BLEU needs Java; use pycocoevalcap itself"),
-        ("eval", "eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual eval_science_qa", _SCORES),
-        ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery summarize_gpt_review", _SCORES),
+        ("eval", "eval_gpt_review eval_gpt_review_visual eval_science_qa", _SCORES),
+        ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery", _SCORES),
         ("eval", "generate_webpage_data_from_table", _SCORES),
-        ("eval", "model_qa model_vqa_mmbench model_vqa_science qa_baseline_gpt35", _ANSWERS),
+        ("eval", "model_qa qa_baseline_gpt35", _ANSWERS),
         ("serve", "controller gradio_web_server model_worker register_worker sglang_worker test_message", _SERVING),
         ("train.llava_trainer", "split_to_even_chunks", "use llava.data.length_sampler.group_by_length"),
         ("train", "llama_flash_attn_monkey_patch llama_xformers_attn_monkey_patch train_xformers", _ATTENTION),

@@ -12,14 +12,14 @@ from PIL import Image
 
 from llava.eval.benchmarks import submission
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError
-from llava.eval.benchmarks.mmbench import (
+from llava.eval.benchmarks.mmbench.score import convert_mmbench, pair_mmbench, read_option, score_mmbench
+from llava.eval.benchmarks.mmbench.table import (
     ROTATION,
     MmbenchRow,
     build_mmbench_requests,
-    name_mmbench_images,
+    extract_mmbench_images,
     read_mmbench_table,
 )
-from llava.eval.benchmarks.mmbench_score import convert_mmbench, pair_mmbench, read_option, score_mmbench
 
 SCRIPT = "convert_mmbench_for_submission.py"
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -55,9 +55,13 @@ def rows(tmp_path):
     return read_mmbench_table(write_table(tmp_path / "mmbench.tsv"))
 
 
+def build(rows, **options):
+    return build_mmbench_requests(rows, {row.index: f"{row.index}.png" for row in rows}, **options)
+
+
 def replies(rows, texts, **options):
     """One answer for each request, in the form in which the model program writes it."""
-    requests = build_mmbench_requests(rows, lambda place: f"{place}.png", **options)
+    requests = build(rows, **options)
     records = [
         {"question_id": question.question_id, "text": text, **keys}
         for (question, keys), text in zip(requests, texts, strict=True)
@@ -83,26 +87,26 @@ def test_a_table_is_read_as_pandas_reads_it(tmp_path_factory, values):
 
 
 def test_prompts_are_the_originals(rows):
-    requests = build_mmbench_requests(rows, "image {}".format, single_pred_prompt=True)
+    requests = build(rows, single_pred_prompt=True)
     assert [request.question.text for request in requests] == [
         f"A hint\nof two lines\nWhat is it?\nA. dog\nB. cat\n{LETTER}",
         f'Which "one"?\nA. up\nB. down\nC. left\nD. =1+1\n{LETTER}',
         f"A hint\nof two lines\nWhat is it?\nA. cat\nB. dog\n{LETTER}",
     ]
-    assert requests[1].question.images == ("image 1",)
+    assert requests[1].question.images == ("1.png",)
     assert requests[0].keys == {
         "round_id": 0,
         "prompt": "A hint\nof two lines\nWhat is it?\nA. dog\nB. cat",
         "options": ["dog", "cat"],
         "option_char": ["A", "B"],
     }
-    assert build_mmbench_requests(rows, str)[1].question.text == 'Which "one"?\nA. up\nB. down\nC. left\nD. =1+1'
-    chinese = build_mmbench_requests(rows, str, single_pred_prompt=True, lang="cn")
+    assert build(rows)[1].question.text == 'Which "one"?\nA. up\nB. down\nC. left\nD. =1+1'
+    chinese = build(rows, single_pred_prompt=True, lang="cn")
     assert chinese[0].question.text.endswith("\n请直接回答选项字母。")
 
 
 def test_all_rounds_rotate_the_options(rows):
-    requests = build_mmbench_requests(rows, str, all_rounds=True)
+    requests = build(rows, all_rounds=True)
     assert [
         (r.question.question_id, r.keys["round_id"], r.keys["options"], r.keys["option_char"]) for r in requests
     ] == [
@@ -118,11 +122,16 @@ def test_all_rounds_rotate_the_options(rows):
 
 
 def test_images_are_written_once(tmp_path, rows):
-    images = name_mmbench_images("mmbench.tsv", rows)
-    images.write(tmp_path / "images")
-    assert images.names[0] == images.names[2] != images.names[1]
-    colors = [Image.open(tmp_path / "images" / name).getpixel((0, 0)) for name in images.names]
-    assert colors == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
+    folder = tmp_path / "images"
+    names, notes = extract_mmbench_images("mmbench.tsv", rows, folder)
+    assert names[0] == names[ROTATION] != names[1]
+    assert notes == [f"wrote 2 images into {folder}"]
+    colors = {index: Image.open(folder / name).getpixel((0, 0)) for index, name in names.items()}
+    assert colors == {0: (255, 0, 0), 1: (0, 0, 255), ROTATION: (255, 0, 0)}
+    assert extract_mmbench_images("mmbench.tsv", rows, folder) == (
+        names,
+        [f"wrote 0 images into {folder}, which had 2 of them"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,10 +263,20 @@ def test_tables_that_are_broken(tmp_path, text, message):
         read_mmbench_table(tmp_path / "t.tsv")
 
 
+def test_images_that_cannot_be_written(tmp_path, rows):
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchmarkError, match=r"can't be written into .*file \(.*\); pass --image-folder"):
+        extract_mmbench_images("mmbench.tsv", rows, tmp_path / "file")
+    names, _ = extract_mmbench_images("mmbench.tsv", rows, tmp_path / "images")
+    (tmp_path / "images" / names[0]).write_bytes(b"another")
+    with pytest.raises(BenchmarkError, match=r"image .* of the table is another file than the one there"):
+        extract_mmbench_images("mmbench.tsv", rows, tmp_path / "images")
+
+
 def test_images_that_are_none(tmp_path):
     (tmp_path / "t.tsv").write_text("index\tquestion\tA\tB\timage\n7\tq\ta\tb\tno base64!\n8\tq\ta\tb\t9\n")
     with pytest.raises(BenchmarkError, match=r"t\.tsv: 2 bad rows\n  index 7: image holds .*\n  index 8: image holds"):
-        name_mmbench_images(tmp_path / "t.tsv", read_mmbench_table(tmp_path / "t.tsv"))
+        extract_mmbench_images(tmp_path / "t.tsv", read_mmbench_table(tmp_path / "t.tsv"), tmp_path / "images")
     (tmp_path / "t.tsv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BenchmarkError, match="is not UTF-8 at byte 0"):
         read_mmbench_table(tmp_path / "t.tsv")
