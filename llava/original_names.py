@@ -18,7 +18,7 @@ from typing import Any
 _LLAMA, _ARCH, _TOWER = "llava.model.llava_llama", "llava.model.llava_arch", "llava.model.vision_tower"
 _CONFIGURATION, _MM_UTILS = "llava.model.configuration", "llava.mm_utils"
 _TRAINING, _TRAINER = "llava.original.training", "llava.original.trainer"
-_FLAGS = "llava.train.flags"
+_FLAGS, _TEXTVQA = "llava.train.flags", "llava.eval.benchmarks.textvqa"
 _EVALUATION, _PROJECTORS, _LOGS = "llava.original.evaluation", "llava.original.projectors", "llava.original.logs"
 
 
@@ -74,7 +74,10 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "llava.eval.model_vqa": _CHUNKS,
     "llava.eval.model_vqa_loader": _CHUNKS,
     "llava.eval.m4c_evaluator": _from(_EVALUATION, "STVQAANLSEvaluator STVQAAccuracyEvaluator")
-    | _from("llava.eval.benchmarks.textvqa", "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
+    | _from(_TEXTVQA, "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
+    "llava.eval.eval_textvqa": _from(_TEXTVQA, "TextVQAAccuracyEvaluator prompt_processor"),
+    "llava.eval.eval_science_qa": _from(_EVALUATION, "convert_caps")
+    | _from("llava.eval.benchmarks.scienceqa", "get_pred_idx"),
     "llava.train.llava_trainer": _from(
         _TRAINER,
         "LLaVATrainer LengthGroupedSampler get_length_grouped_indices get_modality_length_grouped_indices",
@@ -129,7 +132,7 @@ LEFT_OUT: Mapping[str, str] = {
         ("utils", "violates_moderation", _MODERATION),
         ("eval.model_vqa_loader", "CustomDataset create_data_loader", _ANSWER_BATCH),
         ("eval.m4c_evaluator", "TextCapsBleu4Evaluator", "BLEU needs Java; use pycocoevalcap itself"),
-        ("eval", "eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual eval_science_qa", _SCORES),
+        ("eval", "eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual", _SCORES),
         ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery summarize_gpt_review", _SCORES),
         ("eval", "generate_webpage_data_from_table", _SCORES),
         ("eval", "model_qa model_vqa_mmbench model_vqa_science qa_baseline_gpt35", _ANSWERS),

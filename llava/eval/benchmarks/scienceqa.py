@@ -1,0 +1,257 @@
+"""Scores of ScienceQA: the option's letter is read from an answer, as in the original.
+
+Source: P. Lu et al., Learn to Explain, NeurIPS 2022; the way in which the original LLaVA reads letters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.data.table.bad_rows import BadRows
+from llava.eval.benchmarks.lines import (
+    AnswerLine,
+    BenchmarkError,
+    QuestionLine,
+    count_errors,
+    drop_instructions,
+    pair_lines,
+    raise_bad_rows,
+)
+from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
+from llava.eval.benchmarks.submission import read_json_document
+from llava.files.home_directory import expand_home
+from llava.files.terminal_text import show, show_list
+
+OPTIONS = ("A", "B", "C", "D", "E")
+FAILED = "FAILED"
+"""Letter of an answer that names no option."""
+WITH_IMAGE, TEXT_ALONE = "with image", "text alone"
+_PROBLEMS, _SPLITS = "problems.json", "pid_splits.json"
+
+
+class Problem(NamedTuple):
+    """A question of a split: `choices` is the number of its options, `answer` the letter of the right one."""
+
+    question_id: str
+    text: str
+    image: str | None
+    choices: int
+    answer: str
+
+
+class Judged(NamedTuple):
+    """A problem with its answer, and the letter that was read from it."""
+
+    problem: Problem
+    answer: AnswerLine
+    letter: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the letter is the right one."""
+        return self.letter == self.problem.answer
+
+
+def list_files(folder: str | os.PathLike[str], split: str) -> list[Path]:
+    """Return the paths of problems.json, pid_splits.json and `llava_<split>_CQM-A.json` in a folder."""
+    return [Path(expand_home(folder)) / name for name in (_PROBLEMS, _SPLITS, f"llava_{split}_CQM-A.json")]
+
+
+def read_problems(
+    folder: str | os.PathLike[str], split: str = "test", options: Sequence[str] = OPTIONS
+) -> list[Problem]:
+    """Read the problems of a split from ScienceQA's own files, else from `llava_<split>_CQM-A.json`.
+
+    Args:
+        folder: with problems.json and pid_splits.json, or with the original's file of conversations.
+        split: train, val, test, minival or minitest.
+        options: letters of the choices.
+
+    Raises:
+        BenchmarkError: if there are no such files, or they can't be read.
+    """
+    own, splits, converted = list_files(folder, split)
+    if own.exists() and splits.exists():
+        problems = _read_own_files(own, splits, split, options)
+    elif converted.exists():
+        problems = _read_conversations(converted, options)
+    else:
+        raise BenchmarkError(
+            f"{folder} holds neither {_PROBLEMS} and {_SPLITS} nor {converted.name}; name the folder that has them"
+        )
+    if len({problem.question_id for problem in problems}) < len(problems):
+        raise BenchmarkError(f"{folder}: ids of the split {split} are repeated; download it again")
+    return problems
+
+
+def find_letter(text: str, options: Sequence[str] = OPTIONS) -> str | None:
+    """Return the option that an answer names: "B", "B. ...", "The answer is B." or "The answer is B"; else None.
+
+    A line end counts as ". ", as in the original.
+    """
+    text = text.replace("\n", ". ")
+    if text.strip() in options:
+        return text.strip()
+    if text[:1] in options and text[1:3] == ". ":
+        return text[0]
+    letters = "|".join(map(re.escape, options))
+    found = re.search(rf"The answer is ({letters})\.", text) or re.search(rf"The answer is ({letters})", text)
+    return found[1] if found and letters else None
+
+
+def get_pred_idx(prediction: str, choices: Sequence[Any], options: Sequence[str]) -> int:
+    """Return the index of the option that an answer names among as many as there are choices; -1 if it names none."""
+    letter = find_letter(prediction, options[: len(choices)])
+    return -1 if letter is None else list(options).index(letter)
+
+
+def judge(
+    problems: Sequence[Problem], answers: Sequence[AnswerLine], name: str, options: Sequence[str] = OPTIONS
+) -> list[Judged]:
+    """Pair problems with their answers by id, and read the letters.
+
+    Args:
+        problems: from `read_problems`.
+        answers: in any order; their prompts hold the questions.
+        name: of the answer file, for messages.
+        options: letters of the choices.
+
+    Raises:
+        BenchmarkError: if the files don't belong together.
+    """
+    questions = [QuestionLine(problem.question_id, problem.text, problem.image, {}) for problem in problems]
+    pairs = pair_lines(questions, drop_instructions(questions, answers), name)
+    by_id = {str(answer.question_id): answer for answer in answers}
+    return [
+        Judged(problem, by_id[problem.question_id], find_letter(answer.text, options) or FAILED)
+        for problem, (_, answer) in zip(problems, pairs, strict=True)
+    ]
+
+
+def score(
+    problems: Sequence[Problem], answers: Sequence[AnswerLine], name: str, options: Sequence[str] = OPTIONS
+) -> BenchmarkResult:
+    """Return the accuracy of questions with an image, of all and of those with text alone; arguments as in `judge`."""
+    return build_result(judge(problems, answers, name, options))
+
+
+def build_result(judged: Sequence[Judged]) -> BenchmarkResult:
+    """Return the accuracies of judged answers."""
+    scores = tuple(
+        QuestionScore(
+            one.problem.question_id,
+            one.problem.question_id,
+            TEXT_ALONE if one.problem.image is None else WITH_IMAGE,
+            float(one.is_right),
+        )
+        for one in judged
+    )
+    parts = {kind: [score for score in scores if score.kind == kind] for kind in (WITH_IMAGE, TEXT_ALONE)}
+    figures = [accuracy_figure("accuracy", scores)]
+    if parts[WITH_IMAGE]:
+        figures.insert(0, accuracy_figure(f"accuracy, {WITH_IMAGE}", parts[WITH_IMAGE]))
+    if parts[TEXT_ALONE]:
+        figures.append(accuracy_figure(f"accuracy, {TEXT_ALONE}", parts[TEXT_ALONE]))
+    answers = [one.answer for one in judged]
+    failed = sum(one.letter == FAILED and not one.answer.error for one in judged)
+    notes = (f"{failed} of {len(judged)} answers name no option and count as wrong",) if failed else ()
+    return BenchmarkResult(tuple(figures), scores, (*notes, *count_errors(answers)))
+
+
+def format_analyses(judged: Sequence[Judged]) -> dict[str, list[dict[str, Any]]]:
+    """Return what the original writes to --output-file: each answer with its letter, right ones and wrong ones."""
+    analyses: dict[str, list[dict[str, Any]]] = {"correct": [], "incorrect": []}
+    for one in judged:
+        analyses["correct" if one.is_right else "incorrect"].append(
+            {
+                "question_id": one.problem.question_id,
+                "parsed_ans": one.letter,
+                "ground_truth": one.problem.answer,
+                "question": one.answer.prompt,
+                "pred": _on_one_line(one.answer.text),
+                "is_multimodal": one.problem.image is not None,
+            }
+        )
+    return analyses
+
+
+def format_indices(judged: Sequence[Judged], options: Sequence[str] = OPTIONS) -> dict[str, Any]:
+    """Return what the original writes to --output-result: accuracy in percent, and the index of each option read."""
+    correct = sum(one.is_right for one in judged)
+    return {
+        "acc": 100 * correct / len(judged),
+        "correct": correct,
+        "count": len(judged),
+        "results": {
+            one.problem.question_id: get_pred_idx(one.letter, range(one.problem.choices), options) for one in judged
+        },
+        "outputs": {one.problem.question_id: _on_one_line(one.answer.text) for one in judged},
+    }
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", ". ")
+
+
+def _read_own_files(path: Path, split_path: Path, split: str, options: Sequence[str]) -> list[Problem]:
+    entries, splits = read_json_document(path), read_json_document(split_path)
+    ids = splits.get(split) if isinstance(splits, dict) else None
+    if not isinstance(ids, list) or not ids:
+        known = show_list(list(splits)) if isinstance(splits, dict) else "none"
+        raise BenchmarkError(f"{split_path} has no split {show(split)}; it has {known}")
+    if not isinstance(entries, dict):
+        raise BenchmarkError(f"{path} is not an object of problems; download it again")
+    bad, problems = BadRows(str(path), "problem of the split"), []
+    for number, question_id in enumerate(map(str, ids), start=1):
+        problem = _read_own_entry(question_id, entries.get(question_id), options)
+        if problem is None:
+            bad.add(number, f"{show(question_id)} lacks its question, choices or answer, an index below {len(options)}")
+        else:
+            problems.append(problem)
+    raise_bad_rows(bad)
+    return problems
+
+
+def _read_own_entry(question_id: str, entry: Any, options: Sequence[str]) -> Problem | None:
+    if not isinstance(entry, dict):
+        return None
+    text, choices, answer, image = (entry.get(key) for key in ("question", "choices", "answer", "image"))
+    if not isinstance(text, str) or not isinstance(choices, list) or not isinstance(image, str | None):
+        return None
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < min(len(choices), len(options)):
+        return None
+    return Problem(question_id, text, image or None, len(choices), options[answer])
+
+
+def _read_conversations(path: Path, options: Sequence[str]) -> list[Problem]:
+    entries = read_json_document(path)
+    if not isinstance(entries, list) or not entries:
+        raise BenchmarkError(f"{path} is not a list of conversations; download it again")
+    bad, problems = BadRows(str(path), "conversation"), []
+    for number, entry in enumerate(entries, start=1):
+        problem = _read_conversation(entry, options) if isinstance(entry, dict) else None
+        if problem is None:
+            bad.add(number, "no 'id', and 'conversations' of a question and its letter")
+        else:
+            problems.append(problem)
+    raise_bad_rows(bad)
+    return problems
+
+
+def _read_conversation(entry: Mapping[str, Any], options: Sequence[str]) -> Problem | None:
+    question_id, image, turns = (entry.get(key) for key in ("id", "image", "conversations"))
+    if isinstance(question_id, bool) or not isinstance(question_id, int | str) or not isinstance(image, str | None):
+        return None
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
+        return None
+    text, right = turns[0].get("value"), turns[1].get("value")
+    letter = find_letter(right, options) if isinstance(right, str) else None
+    if not isinstance(text, str) or letter is None:
+        return None
+    choices = sum(1 for _ in takewhile(lambda option: f"\n{option}. " in text, options))
+    return Problem(str(question_id), text, image or None, choices, letter)
