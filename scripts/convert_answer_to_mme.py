@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llava.eval.benchmarks.lines import read_answer_lines
 from llava.eval.benchmarks.mme import TASKS, format_mme_files, read_mme_truths, score_mme
-from llava.eval.benchmarks.submission import print_result
+from llava.eval.benchmarks.text import format_result
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_home
 from llava.files.overwrite_check import find_overwrite, shared_directory
@@ -64,7 +64,7 @@ def convert(benchmark: Path, answers: Path, results: Path) -> None:
     for name, text in files.items():
         with atomic_write(results / name) as stream:
             stream.write(text)
-    print_result(result)
+    print_text(format_result(result))
     print_text(f"wrote {len(files)} files into {results}")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from llava.eval.benchmarks.lines import read_answer_lines
 from llava.eval.benchmarks.seed import DATA_TYPES, convert_seed, read_seed_questions, score_seed
-from llava.eval.benchmarks.submission import print_result
+from llava.eval.benchmarks.text import format_result
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
@@ -57,7 +57,7 @@ def convert(args: argparse.Namespace) -> None:
     entries = convert_seed(questions, answers, args.result_file)
     with atomic_write(args.result_upload_file) as stream:
         stream.writelines(json.dumps(entry) + "\n" for entry in entries)
-    print_result(result)
+    print_text(format_result(result))
     print_text(f"wrote {args.result_upload_file}: {len(entries)} answers")
 
 

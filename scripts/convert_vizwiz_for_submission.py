@@ -13,7 +13,8 @@ import argparse
 from collections.abc import Sequence
 
 from llava.eval.benchmarks.lines import read_answer_lines, read_question_lines
-from llava.eval.benchmarks.submission import print_result, write_json_document
+from llava.eval.benchmarks.submission import write_json_document
+from llava.eval.benchmarks.text import format_result
 from llava.eval.benchmarks.vizwiz import convert_vizwiz, read_vizwiz_annotations, score_vizwiz
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
@@ -61,7 +62,7 @@ def convert(args: argparse.Namespace) -> None:
     write_json_document(args.result_upload_file, entries)
     print_text("\n".join([*notes, f"wrote {args.result_upload_file}: {len(entries)} answers"]))
     if result:
-        print_result(result)
+        print_text(format_result(result))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ PROGRAMS = (
     "scripts/convert_checkpoint.py",
     "scripts/quantize_checkpoint.py",
     "scripts/convert_answer_to_mme.py",
+    "scripts/convert_mmbench_for_submission.py",
     "scripts/convert_mmvet_for_eval.py",
     "scripts/convert_seed_for_submission.py",
     "scripts/convert_vizwiz_for_submission.py",

@@ -18,7 +18,7 @@ from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.model_names import get_model_name_from_path
 from llava.files.overwrite_check import find_overwrite, output_file
-from llava.files.terminal_text import print_text
+from llava.files.terminal_text import format_message, print_text
 from llava.inference.command_line import (
     add_model_arguments,
     refuse_absent_device,
@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--overwrite discards the answers that --score-only scores; leave one out")
     names = [get_model_name_from_path(path) for path in (args.model_path, args.compare_with) if path]
     if len(set(names)) < len(names):
-        parser.error(f"--model-path and --compare-with are both named {names[0]}, as their answers would be; rename one")
+        parser.error(
+            f"--model-path and --compare-with are both named {names[0]}, as their answers would be; rename one"
+        )
     inputs = {"--model-path": args.model_path, "--compare-with": args.compare_with}
     if args.json is not None and (message := find_overwrite({"--json": output_file(args.json)}, inputs)):
         parser.error(message)
@@ -131,8 +133,8 @@ def _run(args: argparse.Namespace, rank: DistributedRank) -> int:
         return 0
     tuned, base = by_model[-1], by_model[0] if args.compare_with else []
     pairs = pair_outcomes(base, tuned)
-    for outcomes in by_model:
-        print_text("\n" + format_outcomes(outcomes))
+    for model, outcomes in zip(models, by_model, strict=True):
+        print_text("\n" + format_outcomes(name_model(model), outcomes))
     if pairs:
         print_text("\n" + format_pairs(pairs))
     if args.json is not None:
@@ -160,9 +162,9 @@ def _select(args: argparse.Namespace, parts: Sequence[Prepared]) -> list[Prepare
         return complete
     if not args.skip_missing or not complete:
         way_out = f"; or pass --skip-missing for the other {len(complete)}" if complete else ""
-        raise ValueError(f"{message}\nput these files there (docs/benchmarks.md){way_out}")
+        raise ValueError(f"{message}\nPut these files there (docs/benchmarks.md){way_out}.")
     if read_rank().rank == 0:
-        print_text(f"{message}\nleft out", file=sys.stderr)
+        print(format_message(f"{message}\nleft out"), file=sys.stderr)
     return complete
 
 
@@ -171,7 +173,9 @@ def _refuse_missing_answers(parts: Sequence[Prepared], data: Path, models: Seque
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         listed = "\n  ".join(missing)
-        raise ValueError(f"--score-only scores answers that exist; these do not:\n  {listed}\nleave the flag out")
+        raise ValueError(
+            f"--score-only scores answers that exist; these do not:\n  {listed}\nanswer first, without the flag"
+        )
 
 
 if __name__ == "__main__":

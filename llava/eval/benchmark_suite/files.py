@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from llava.data.table.bad_rows import TableError
 from llava.eval.benchmarks.catalog import Benchmark, QuestionFormat
+from llava.eval.benchmarks.mmbench import build_mmbench_requests, name_mmbench_images, read_mmbench_table
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import resolve_image
 from llava.inference.batch.questions import Question, read_question_file
@@ -52,7 +53,7 @@ def prepare(benchmark: Benchmark, data: Path, limit: int | None, *, needs_images
     question_file = folder / benchmark.question_file
     if any(lack.path == question_file for lack in missing):
         return Prepared(benchmark, [], images, tuple(missing))
-    questions, images = _read_questions(benchmark, question_file, images)
+    questions, images = _read_questions(benchmark, question_file, images, needs_images=needs_images)
     questions = questions[:limit]
     if needs_images and benchmark.images is not None and all(lack.path != images for lack in missing):
         missing += _find_missing_images(benchmark, questions, images)
@@ -89,7 +90,23 @@ def _is_there(folder: Path, name: str) -> bool:
         return False
 
 
-def _read_questions(benchmark: Benchmark, path: Path, images: Path) -> tuple[list[Question], Path]:
+def _read_questions(
+    benchmark: Benchmark, path: Path, images: Path, *, needs_images: bool
+) -> tuple[list[Question], Path]:
     if benchmark.question_format is QuestionFormat.LINES:
         return read_question_file(path).questions, images
+    if benchmark.question_format is QuestionFormat.MMBENCH:
+        return _read_mmbench(path, benchmark.language, needs_images=needs_images)
     raise TableError(f"{path}: {benchmark.question_format.value} are not read yet")
+
+
+def _read_mmbench(path: Path, language: str, *, needs_images: bool) -> tuple[list[Question], Path]:
+    """Read a table of MMBench; write its images into a folder beside it, if they are needed and not there yet."""
+    folder = path.parent / "images" / path.stem
+    rows = read_mmbench_table(path)
+    embedded = name_mmbench_images(path, rows)
+    if needs_images:
+        embedded.write(folder)
+    names = embedded.names
+    requests = build_mmbench_requests(rows, names.__getitem__, single_pred_prompt=True, lang=language)
+    return [request.question for request in requests], folder

@@ -16,7 +16,7 @@ from llava.eval.benchmark_suite.files import Prepared
 from llava.eval.benchmark_suite.outcome import Outcome
 from llava.eval.benchmark_suite.scores import ScoreFiles, score
 from llava.files.model_names import get_model_name_from_path
-from llava.files.terminal_text import print_text, report_error
+from llava.files.terminal_text import report_error
 from llava.inference.command_line import REFUSED, load_session
 from llava.inference.distributed import DistributedRank
 from llava.inference.sampling import Sampling
@@ -98,7 +98,7 @@ def _answer(
     """Return the exit code, and the seconds that answering took; None if all answers existed."""
     benchmark = part.benchmark
     if rank.rank == 0:
-        print_text(f"{benchmark.title}: {len(part.questions)} questions", file=sys.stderr)
+        print(f"{benchmark.title}: {len(part.questions)} questions", file=sys.stderr)
     path = benchmark.answers_path(Path(args.data), name_model(args))
     flags = argparse.Namespace(**vars(args), image_folder=str(part.images), answers_file=str(path))
     sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)

@@ -15,7 +15,7 @@ _ABSENT = "-"
 
 def format_outcomes(model: str, outcomes: Sequence[Outcome]) -> str:
     """Return the table of one model: a line for each benchmark, then the notes and what has to be submitted."""
-    head = ["benchmark", "questions", "", "figure", "95 % interval", "7B", "13B", "seconds"]
+    head = ["benchmark", "questions", "scored", "", "figure", "95 % interval", "7B", "13B", "seconds"]
     lines = [head, *(_format_line(outcome) for outcome in outcomes)]
     notes = [f"{outcome.benchmark.title}: {note}" for outcome in outcomes for note in _notes(outcome)]
     legend = "7B, 13B: published figures of LLaVA-1.5; seconds: answering in this run, without loading the model"
@@ -76,6 +76,7 @@ def _format_line(outcome: Outcome) -> list[str]:
     return [
         outcome.benchmark.title,
         str(outcome.questions),
+        str(len(outcome.result.questions) or _ABSENT),
         "not scored here" if figure is None else figure.name,
         _ABSENT if figure is None else format_value(figure),
         _ABSENT if figure is None else format_interval(figure) or _ABSENT,
@@ -87,6 +88,9 @@ def _format_line(outcome: Outcome) -> list[str]:
 
 def _notes(outcome: Outcome) -> list[str]:
     notes = list(outcome.result.notes)
+    if outcome.questions < outcome.benchmark.questions:
+        whole = f"the benchmark's {outcome.benchmark.questions}"
+        notes.append(f"{outcome.questions} of {whole} questions; published figures are of all")
     if outcome.upload is not None:
         where = f"; submit it to {outcome.benchmark.server}" if outcome.benchmark.server else ""
         notes.append(f"wrote {outcome.upload}{where}")

@@ -59,6 +59,7 @@ class Benchmark:
         distinct_images: images they are about; None if that is not known.
         question_format: of the question file.
         max_new_tokens: longest answer.
+        language: of the instruction in MMBench's prompts.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Benchmark:
     distinct_images: int | None
     question_format: QuestionFormat = QuestionFormat.LINES
     max_new_tokens: int = 128
+    language: str = "en"
 
     def answers_path(self, data: Path, model: str) -> Path:
         """Return the path of a model's answers."""
@@ -222,16 +224,14 @@ BENCHMARKS = (
         folder="MME",
         question_file="llava_mme.jsonl",
         images="MME_Benchmark_release_version",
-        annotations=("eval_tool/Your_Results",),
+        annotations=(),
         origins={
             "llava_mme.jsonl": EVAL_ZIP,
             "MME_Benchmark_release_version":
                 "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
-            "eval_tool/Your_Results":
-                "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
         },
         answers="answers/{model}.jsonl",
-        upload=None,
+        upload="eval_tool/answers/{model}",
         server="",
         prompt=_WORD,
         published=Published("perception", 1510.7, 1531.3, "points"),
@@ -273,6 +273,7 @@ BENCHMARKS = (
         distinct_images=1_164,
         question_format=QuestionFormat.MMBENCH,
         max_new_tokens=1024,
+        language="cn",
     ),
     Benchmark(
         name="seed",

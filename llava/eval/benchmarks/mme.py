@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from llava.data.table.bad_rows import BadRows, TableError
-from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors, describe_ids
-from llava.eval.benchmarks.result import BenchmarkResult, Figure, QuestionScore
+from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors, describe_ids, plain_text
+from llava.eval.benchmarks.result import BenchmarkResult, Figure, QuestionScore, accuracy_figure
 from llava.files.home_directory import expand_home
 from llava.files.regular_files import MAX_SETTINGS_BYTES, read_text
 
@@ -148,8 +148,9 @@ def score_mme(answers: Sequence[AnswerLine], truths: Sequence[Truth], name: str)
         if points.keys() & set(tasks)
     ]
     figures = [*totals, *(Figure(task, value, "points") for task, value in points.items())]
-    for task, (accuracy, accuracy_plus) in shares.items():
-        figures += [Figure(f"{task} accuracy", 100 * accuracy), Figure(f"{task} accuracy+", 100 * accuracy_plus)]
+    for task, (_, accuracy_plus) in shares.items():
+        part = [score for score in scores if score.kind == task]
+        figures += [accuracy_figure(f"{task} accuracy", part), Figure(f"{task} accuracy+", 100 * accuracy_plus)]
     return BenchmarkResult(tuple(figures), scores, (*_describe_gaps(points), *_count_others(answers)))
 
 
@@ -219,4 +220,4 @@ def _count_others(answers: Sequence[AnswerLine]) -> tuple[str, ...]:
 def _plain(question: str) -> str:
     for instruction in _INSTRUCTIONS:
         question = question.replace(instruction, " ")
-    return " ".join(question.replace("<image>", " ").split())
+    return plain_text(question)

@@ -6,8 +6,15 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors, describe_ids, index_answers
-from llava.eval.benchmarks.result import BenchmarkResult, Figure, QuestionScore
+from llava.eval.benchmarks.lines import (
+    AnswerLine,
+    BenchmarkError,
+    count_errors,
+    describe_ids,
+    index_answers,
+    plain_text,
+)
+from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import read_json_document
 from llava.eval.scoring.question_keys import canonical_id
 from llava.files.terminal_text import show
@@ -102,12 +109,12 @@ def score_seed(questions: Sequence[SeedQuestion], answers: Sequence[AnswerLine],
         QuestionScore(str(question.question_id), question.data_id, question.kind, float(answer.text == question.answer))
         for question, answer in pairs
     )
-    figures = [Figure("all", _mean(scores))]
+    figures = [accuracy_figure("all", scores)]
     for data_type in DATA_TYPES:
         part = [score for score, question in zip(scores, questions, strict=True) if question.data_type == data_type]
-        figures += [Figure(data_type, _mean(part))] if part else []
+        figures += [accuracy_figure(data_type, part)] if part else []
     for kind in dict.fromkeys(score.kind for score in scores):
-        figures.append(Figure(kind, _mean([score for score in scores if score.kind == kind])))
+        figures.append(accuracy_figure(kind, [score for score in scores if score.kind == kind]))
     return BenchmarkResult(tuple(figures), scores, (*_describe_answers(pairs), *count_errors(answers)))
 
 
@@ -130,20 +137,12 @@ def _read_question(entry: Any, names: dict[str, str]) -> SeedQuestion | None:
     return SeedQuestion(question_id, data_id, entry["data_type"], kind, entry["answer"], text)
 
 
-def _mean(scores: Sequence[QuestionScore]) -> float:
-    return 100 * sum(score.score for score in scores) / len(scores)
-
-
 def _describe_answers(pairs: Sequence[tuple[SeedQuestion, AnswerLine]]) -> tuple[str, ...]:
     notes = []
     others = sum(answer.text not in _LETTERS and not answer.error for _, answer in pairs)
     if others:
         notes.append(f"{others} of {len(pairs)} answers are not one letter of A to D and count as wrong")
-    asked = [
-        " ".join(question.text.split()) in " ".join(answer.prompt.split())
-        for question, answer in pairs
-        if answer.prompt
-    ]
+    asked = [plain_text(question.text) in plain_text(answer.prompt) for question, answer in pairs if answer.prompt]
     if not all(asked):
         notes.append(
             f"{asked.count(False)} of {len(pairs)} prompts are not about the annotations' question of their id; check "

@@ -1,19 +1,21 @@
-"""Files of benchmark servers: JSON annotations in, submission files out."""
+"""Files of benchmark servers: JSON annotations in, submission files in JSON and .xlsx out."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors
-from llava.eval.benchmarks.result import BenchmarkResult
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_home
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
-from llava.files.terminal_text import print_text
+
+_NOT_IN_XLSX = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_MOST_IN_XLSX = 32_767  # characters of a cell
 
 
 def read_json_document(path: str | os.PathLike[str]) -> Any:
@@ -40,13 +42,42 @@ def write_json_document(path: str | os.PathLike[str], value: Any, *, indent: int
         stream.write(json.dumps(value, indent=indent))
 
 
+def write_xlsx(path: str | os.PathLike[str], table: Sequence[Sequence[int | str | None]]) -> tuple[str, ...]:
+    """Write rows of cells as the only sheet of a spreadsheet, atomically; return notes.
+
+    A text that begins like a formula stays a text. Control characters, which .xlsx can't hold, become spaces, and a
+    cell has at most 32,767 characters: cells that this changes are counted in the notes.
+
+    Raises:
+        BenchmarkError: if openpyxl is not installed.
+        OSError: if it can't be written.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell import WriteOnlyCell
+    except ImportError as error:
+        raise BenchmarkError(f'{path}: .xlsx files need openpyxl; run: pip install "llava[tables]"') from error
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    changed = 0
+    for row in table:
+        cells = []
+        for value in row:
+            cell = WriteOnlyCell(sheet)
+            if isinstance(value, str):
+                text = _NOT_IN_XLSX.sub(" ", value)[:_MOST_IN_XLSX]
+                changed += text != value
+                cell.value = text
+                cell.data_type = "s"
+            else:
+                cell.value = value
+            cells.append(cell)
+        sheet.append(cells)
+    with atomic_write(path, "wb") as stream:
+        book.save(stream)
+    return (f"{changed} cells were too long for .xlsx, or had control characters, and are changed",) if changed else ()
+
+
 def note_empty_answers(answers: Sequence[AnswerLine]) -> tuple[str, ...]:
     """Return the note on error records, which a submission holds as empty answers."""
     return count_errors(answers, "are submitted empty")
-
-
-def print_result(result: BenchmarkResult) -> None:
-    """Print the notes and the figures of a result."""
-    width = max(len(figure.name) for figure in result.figures)
-    lines = [f"{figure.name.ljust(width)}  {figure.value:.2f} {figure.unit}" for figure in result.figures]
-    print_text("\n".join([*result.notes, *lines]))

@@ -16,7 +16,7 @@ from llava.eval.benchmarks.lines import (
     describe_ids,
     pair_lines,
 )
-from llava.eval.benchmarks.result import BenchmarkResult, Figure, QuestionScore
+from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import note_empty_answers, read_json_document
 from llava.eval.scoring.accuracy import score_answer
 from llava.files.terminal_text import show
@@ -95,8 +95,7 @@ def score_vizwiz(
         QuestionScore(image, image, "all", score_answer(None if answer.error else answer.text, annotations[image]))
         for image, (_, answer) in zip(images, pairs, strict=True)
     )
-    accuracy = 100 * sum(score.score for score in scores) / len(scores)
-    return BenchmarkResult((Figure("accuracy", accuracy),), scores, count_errors(answers))
+    return BenchmarkResult((accuracy_figure("accuracy", scores),), scores, count_errors(answers))
 
 
 def _true_answers(entry: Mapping[str, Any]) -> tuple[str, ...]:
