@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.benchmarks.lines import read_answer_lines
-from llava.eval.benchmarks.mmbench import read_mmbench_table
-from llava.eval.benchmarks.mmbench_score import convert_mmbench, has_true_answers, score_mmbench
+from llava.eval.benchmarks.mmbench.score import convert_mmbench, has_true_answers, score_mmbench
+from llava.eval.benchmarks.mmbench.table import read_mmbench_table
 from llava.eval.benchmarks.submission import write_xlsx
 from llava.eval.benchmarks.text import format_result
 from llava.files.home_directory import expand_homes

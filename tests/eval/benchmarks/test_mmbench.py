@@ -12,14 +12,14 @@ from PIL import Image
 
 from llava.eval.benchmarks import submission
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError
-from llava.eval.benchmarks.mmbench import (
+from llava.eval.benchmarks.mmbench.score import convert_mmbench, pair_mmbench, read_option, score_mmbench
+from llava.eval.benchmarks.mmbench.table import (
     ROTATION,
     MmbenchRow,
     build_mmbench_requests,
     name_mmbench_images,
     read_mmbench_table,
 )
-from llava.eval.benchmarks.mmbench_score import convert_mmbench, pair_mmbench, read_option, score_mmbench
 
 SCRIPT = "convert_mmbench_for_submission.py"
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -55,9 +55,13 @@ def rows(tmp_path):
     return read_mmbench_table(write_table(tmp_path / "mmbench.tsv"))
 
 
+def build(rows, **options):
+    return build_mmbench_requests(rows, {row.index: f"{row.index}.png" for row in rows}, **options)
+
+
 def replies(rows, texts, **options):
     """One answer for each request, in the form in which the model program writes it."""
-    requests = build_mmbench_requests(rows, lambda place: f"{place}.png", **options)
+    requests = build(rows, **options)
     records = [
         {"question_id": question.question_id, "text": text, **keys}
         for (question, keys), text in zip(requests, texts, strict=True)
@@ -83,26 +87,26 @@ def test_a_table_is_read_as_pandas_reads_it(tmp_path_factory, values):
 
 
 def test_prompts_are_the_originals(rows):
-    requests = build_mmbench_requests(rows, "image {}".format, single_pred_prompt=True)
+    requests = build(rows, single_pred_prompt=True)
     assert [request.question.text for request in requests] == [
         f"A hint\nof two lines\nWhat is it?\nA. dog\nB. cat\n{LETTER}",
         f'Which "one"?\nA. up\nB. down\nC. left\nD. =1+1\n{LETTER}',
         f"A hint\nof two lines\nWhat is it?\nA. cat\nB. dog\n{LETTER}",
     ]
-    assert requests[1].question.images == ("image 1",)
+    assert requests[1].question.images == ("1.png",)
     assert requests[0].keys == {
         "round_id": 0,
         "prompt": "A hint\nof two lines\nWhat is it?\nA. dog\nB. cat",
         "options": ["dog", "cat"],
         "option_char": ["A", "B"],
     }
-    assert build_mmbench_requests(rows, str)[1].question.text == 'Which "one"?\nA. up\nB. down\nC. left\nD. =1+1'
-    chinese = build_mmbench_requests(rows, str, single_pred_prompt=True, lang="cn")
+    assert build(rows)[1].question.text == 'Which "one"?\nA. up\nB. down\nC. left\nD. =1+1'
+    chinese = build(rows, single_pred_prompt=True, lang="cn")
     assert chinese[0].question.text.endswith("\n请直接回答选项字母。")
 
 
 def test_all_rounds_rotate_the_options(rows):
-    requests = build_mmbench_requests(rows, str, all_rounds=True)
+    requests = build(rows, all_rounds=True)
     assert [
         (r.question.question_id, r.keys["round_id"], r.keys["options"], r.keys["option_char"]) for r in requests
     ] == [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, count_errors, describe_ids, plain_text
-from llava.eval.benchmarks.mmbench import LETTERS, MmbenchRow, is_missing, rotated_letters
+from llava.eval.benchmarks.mmbench.table import LETTERS, MmbenchRow, is_missing, rotated_letters
 from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import note_empty_answers
 

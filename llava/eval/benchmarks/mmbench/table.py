@@ -10,7 +10,7 @@ import base64
 import binascii
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +128,7 @@ def name_mmbench_images(path: str | os.PathLike[str], rows: Sequence[MmbenchRow]
 
 def build_mmbench_requests(
     rows: Sequence[MmbenchRow],
-    image_of: Callable[[int], str],
+    images: Mapping[int, str],
     *,
     single_pred_prompt: bool = False,
     all_rounds: bool = False,
@@ -138,13 +138,13 @@ def build_mmbench_requests(
 
     Args:
         rows: of the table.
-        image_of: place of a row, from 0 -> name of its image.
+        images: index of a row -> name of its image, from `name_mmbench_images`.
         single_pred_prompt: ask for the letter alone.
         all_rounds: ask each row once for every rotation of its options.
         lang: language of that instruction, a key of `INSTRUCTIONS`.
     """
     requests = []
-    for place, row in enumerate(rows):
+    for row in rows:
         for round_id in range(len(row.options) if all_rounds else 1):
             options = _rotate(row.options, round_id)
             prompt = format_prompt(row, options)
@@ -155,7 +155,7 @@ def build_mmbench_requests(
                 "options": list(options),
                 "option_char": list(rotated_letters(row, round_id)),
             }
-            requests.append(MmbenchRequest(Question(row.index, text, (image_of(place),)), keys))
+            requests.append(MmbenchRequest(Question(row.index, text, (images[row.index],)), keys))
     return requests
 
 
