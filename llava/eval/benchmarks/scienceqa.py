@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.data.table.bad_rows import BadRows
 from llava.eval.benchmarks.lines import (
     AnswerLine,
     BenchmarkError,
     QuestionLine,
+    convert_entries,
     count_errors,
     drop_instructions,
     pair_lines,
-    raise_bad_rows,
 )
 from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import read_json_document
@@ -206,25 +205,19 @@ def _read_own_files(path: Path, split_path: Path, split: str, options: Sequence[
         raise BenchmarkError(f"{split_path} has no split {show(split)}; it has {known}")
     if not isinstance(entries, dict):
         raise BenchmarkError(f"{path} is not an object of problems; download it again")
-    bad, problems = BadRows(str(path), "problem of the split"), []
-    for number, question_id in enumerate(map(str, ids), start=1):
-        problem = _read_own_entry(question_id, entries.get(question_id), options)
-        if problem is None:
-            bad.add(number, f"{show(question_id)} lacks its question, choices or answer, an index below {len(options)}")
-        else:
-            problems.append(problem)
-    raise_bad_rows(bad)
-    return problems
+    return convert_entries(
+        path, "problem of the split", map(str, ids), lambda key: _read_own_entry(key, entries.get(key), options)
+    )
 
 
-def _read_own_entry(question_id: str, entry: Any, options: Sequence[str]) -> Problem | None:
-    if not isinstance(entry, dict):
-        return None
-    text, choices, answer, image = (entry.get(key) for key in ("question", "choices", "answer", "image"))
+def _read_own_entry(question_id: str, entry: Any, options: Sequence[str]) -> Problem:
+    fields = entry if isinstance(entry, dict) else {}
+    text, choices, answer, image = (fields.get(key) for key in ("question", "choices", "answer", "image"))
     if not isinstance(text, str) or not isinstance(choices, list) or not isinstance(image, str | None):
-        return None
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < min(len(choices), len(options)):
-        return None
+        raise ValueError(f"{show(question_id)} has no 'question' and 'choices'")
+    most = min(len(choices), len(options))
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < most:
+        raise ValueError(f"{show(question_id)} has the answer {show(answer)}, not the index of one of {most} options")
     return Problem(question_id, text, image or None, len(choices), options[answer])
 
 
@@ -232,26 +225,19 @@ def _read_conversations(path: Path, options: Sequence[str]) -> list[Problem]:
     entries = read_json_document(path)
     if not isinstance(entries, list) or not entries:
         raise BenchmarkError(f"{path} is not a list of conversations; download it again")
-    bad, problems = BadRows(str(path), "conversation"), []
-    for number, entry in enumerate(entries, start=1):
-        problem = _read_conversation(entry, options) if isinstance(entry, dict) else None
-        if problem is None:
-            bad.add(number, "no 'id', and 'conversations' of a question and its letter")
-        else:
-            problems.append(problem)
-    raise_bad_rows(bad)
-    return problems
+    return convert_entries(path, "conversation", entries, lambda entry: _read_conversation(entry, options))
 
 
-def _read_conversation(entry: Mapping[str, Any], options: Sequence[str]) -> Problem | None:
-    question_id, image, turns = (entry.get(key) for key in ("id", "image", "conversations"))
+def _read_conversation(entry: Any, options: Sequence[str]) -> Problem:
+    fields = entry if isinstance(entry, dict) else {}
+    question_id, image, turns = (fields.get(key) for key in ("id", "image", "conversations"))
     if isinstance(question_id, bool) or not isinstance(question_id, int | str) or not isinstance(image, str | None):
-        return None
+        raise ValueError("no 'id', or an 'image' that is not a text")
     if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
-        return None
+        raise ValueError("no 'conversations' of a question and its letter")
     text, right = turns[0].get("value"), turns[1].get("value")
     letter = find_letter(right, options) if isinstance(right, str) else None
     if not isinstance(text, str) or letter is None:
-        return None
+        raise ValueError(f"the second turn is {show(right)}, not the letter of one of {len(options)} options")
     choices = sum(1 for _ in takewhile(lambda option: f"\n{option}. " in text, options))
     return Problem(str(question_id), text, image or None, choices, letter)
