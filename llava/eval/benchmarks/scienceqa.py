@@ -30,6 +30,7 @@ OPTIONS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
 """Letter of an answer that names no option."""
 WITH_IMAGE, TEXT_ALONE = "with image", "text alone"
+_SENTENCE = re.compile("The answer is ([A-Z]).")
 _PROBLEMS, _SPLITS = "problems.json", "pid_splits.json"
 
 
@@ -89,24 +90,22 @@ def read_problems(
 
 
 def find_letter(text: str, options: Sequence[str] = OPTIONS) -> str | None:
-    """Return the option that an answer names: "B", "B. ...", "The answer is B." or "The answer is B"; else None.
+    """Return the option that an answer names: "B", "B. ..." or, once, "The answer is B."; else None.
 
-    A line end counts as ". ", as in the original.
+    As in the original, any sign may follow the letter of "The answer is B.", which may be none of the options.
     """
-    text = text.replace("\n", ". ")
-    if text.strip() in options:
-        return text.strip()
+    if text in options:
+        return text
     if text[:1] in options and text[1:3] == ". ":
         return text[0]
-    letters = "|".join(map(re.escape, options))
-    found = re.search(rf"The answer is ({letters})\.", text) or re.search(rf"The answer is ({letters})", text)
-    return found[1] if found and letters else None
+    found = _SENTENCE.findall(text)
+    return found[0] if len(found) == 1 else None
 
 
 def get_pred_idx(prediction: str, choices: Sequence[Any], options: Sequence[str]) -> int:
-    """Return the index of the option that an answer names among as many as there are choices; -1 if it names none."""
-    letter = find_letter(prediction, options[: len(choices)])
-    return -1 if letter is None else list(options).index(letter)
+    """Return the index of an option's letter among as many options as there are choices; -1 if it is not there."""
+    letters = list(options[: len(choices)])
+    return letters.index(prediction) if prediction in letters else -1
 
 
 def judge(
@@ -172,7 +171,7 @@ def format_analyses(judged: Sequence[Judged]) -> dict[str, list[dict[str, Any]]]
                 "parsed_ans": one.letter,
                 "ground_truth": one.problem.answer,
                 "question": one.answer.prompt,
-                "pred": _on_one_line(one.answer.text),
+                "pred": one.answer.text,
                 "is_multimodal": one.problem.image is not None,
             }
         )
@@ -189,12 +188,8 @@ def format_indices(judged: Sequence[Judged], options: Sequence[str] = OPTIONS) -
         "results": {
             one.problem.question_id: get_pred_idx(one.letter, range(one.problem.choices), options) for one in judged
         },
-        "outputs": {one.problem.question_id: _on_one_line(one.answer.text) for one in judged},
+        "outputs": {one.problem.question_id: one.answer.text for one in judged},
     }
-
-
-def _on_one_line(text: str) -> str:
-    return text.replace("\n", ". ")
 
 
 def _read_own_files(path: Path, split_path: Path, split: str, options: Sequence[str]) -> list[Problem]:
@@ -237,7 +232,7 @@ def _read_conversation(entry: Any, options: Sequence[str]) -> Problem:
         raise ValueError("no 'conversations' of a question and its letter")
     text, right = turns[0].get("value"), turns[1].get("value")
     letter = find_letter(right, options) if isinstance(right, str) else None
-    if not isinstance(text, str) or letter is None:
+    if not isinstance(text, str) or letter not in options:
         raise ValueError(f"the second turn is {show(right)}, not the letter of one of {len(options)} options")
     choices = sum(1 for _ in takewhile(lambda option: f"\n{option}. " in text, options))
-    return Problem(str(question_id), text, image or None, choices, letter)
+    return Problem(str(question_id), text, image or None, choices, str(letter))

@@ -92,10 +92,10 @@ def test_conversations_are_read_where_these_are_not(tmp_path):
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("B", "B"), (" B ", "B"), ("B. red", "B"), ("B\nbecause", "B"), ("B\n", "B"), ("The answer is C.", "C"),
-        ("So: The answer is C", "C"), ("The answer is A, no. The answer is B.", "B"), ("E", "E"),
-        ("B.", None), ("b", None), ("", None), ("F", None), ("The answer is F.", None), ("B) red", None),
-        ("it is B", None), ("the answer is B", None), (" B. red", None),
+        ("B", "B"), ("B. red", "B"), ("B. ", "B"), ("E", "E"), ("The answer is C.", "C"), ("The answer is C, no", "C"),
+        ("The answer is F.", "F"), ("A. The answer is B.", "A"), ("The answer is A, no. The answer is B.", None),
+        ("The answer is C", None), ("B.", None), (" B", None), ("B\n", None), ("B\nred", None), ("b", None), ("", None),
+        ("F", None), ("B) red", None), ("it is B", None), ("the answer is B.", None), (" B. red", None),
     ],
 )  # fmt: skip
 def test_letter_of_an_answer(text, letter):
@@ -103,14 +103,8 @@ def test_letter_of_an_answer(text, letter):
 
 
 def test_index_among_the_choices():
-    assert [get_pred_idx(text, ["x", "y"], list("ABCDE")) for text in ("B", "C", FAILED, "E. The answer is A")] == [
-        1,
-        -1,
-        -1,
-        0,
-    ]
-    assert find_letter("2", "12") == "2"
-    assert find_letter("The answer is 1", ()) is None
+    assert [get_pred_idx(text, ["x", "y"], list("ABCDE")) for text in ("B", "C", FAILED, "A. x")] == [1, -1, -1, -1]
+    assert find_letter("2", list("12")) == "2"
 
 
 def test_accuracies_by_hand(folder):
