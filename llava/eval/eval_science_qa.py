@@ -1,6 +1,7 @@
 """Score answers to ScienceQA: accuracy of questions with an image, of all, and of those with text alone.
 
-The option's letter is read from "B", "B. ..." and "The answer is B."; an answer that names none counts as wrong. --base-dir holds problems.json and pid_splits.json, or the original's llava_<split>_CQM-A.json.
+The option's letter is read from "B", "B. ..." and "The answer is B."; an answer that names none counts as wrong.
+--base-dir holds problems.json and pid_splits.json, or the original's llava_<split>_CQM-A.json.
 
 Example:
     python -m llava.eval.eval_science_qa --base-dir playground/data/eval/scienceqa --result-file answers.jsonl \\
