@@ -55,7 +55,7 @@ def answer_questions(
     rank: DistributedRank,
     wait: Callable[[], None],
     load: Callable[[], Session],
-    **files: str,
+    **files: Any,
 ) -> int:
     """Write the answers file: resume it, or begin; all ranks call this.
 

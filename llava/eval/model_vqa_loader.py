@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from llava.data.data_files import extract_table_images, find_unused_flags, list_files
 from llava.data.table.options import add_table_flags, given_table_flags, table_options
-from llava.eval.answer_questions import add_engine_arguments, answer_questions, check_engine_arguments
-from llava.files.home_directory import expand_home, expand_homes
-from llava.files.overwrite_check import find_overwrite, output_file
+from llava.eval.answer_program import (
+    add_answer_arguments,
+    answer_program,
+    parse_answer_arguments,
+    refuse_overwrite,
+)
+from llava.files.home_directory import expand_home
 from llava.files.regular_files import MAX_SETTINGS_BYTES, is_file, read_text
 from llava.files.terminal_text import show
-from llava.image_files.paths import describe_lost_folder
-from llava.inference.batch.answers_file import JOURNAL_SUFFIX, RUN_SUFFIX
 from llava.inference.batch.questions import read_question_file, split_chunk
 from llava.inference.command_line import (
-    add_model_arguments,
-    add_sampling_arguments,
-    load_session,
     parse_sampling,
     refuse_absent_device,
     run_program,
 )
-from llava.inference.distributed import DistributedRank, process_group, read_rank
+from llava.inference.distributed import DistributedRank, read_rank
 from llava.inference.sampling import Sampling
 from llava.original_names import lazy_names
 
@@ -35,7 +32,6 @@ __getattr__ = lazy_names(__name__)
 
 logger = logging.getLogger(__name__)
 
-_SEED = 0
 _EXAMPLE = """example:
   python -m llava.eval.model_vqa_loader --model-path llava_merged_model --image-folder playground/data_infer/images \\
       --question-file playground/data_infer/questions.jsonl --answers-file answers.jsonl
@@ -62,19 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_arguments(parser)
+    add_answer_arguments(
+        parser,
+        questions="questions: JSON lines, or a table",
+        images="directory of the images (default: the current one)",
+        max_new_tokens=128,
+    )
     add = parser.add_argument
-    add("--image-folder", default="", metavar="DIR", help="directory of the images (default: the current one)")
-    add("--question-file", required=True, metavar="FILE", help="questions: JSON lines, or a table")
-    add("--answers-file", required=True, metavar="FILE", help="answers, JSON lines; written when all are complete")
-    add("--num-chunks", type=int, default=1, help="chunks the questions are split into (default: %(default)s)")
-    add("--chunk-idx", type=int, default=0, help="chunk to answer, counted from 0 (default: %(default)s)")
-    add_sampling_arguments(parser, temperature=0.0, max_new_tokens=128, seed=_SEED)
-    add("--limit", type=int, metavar="N", help="answer only the first N questions of the chunk (default: all)")
     add("--with-scores", action="store_true", help="add log-probability and runner-up of each answer to its metadata")
     add("--choices", type=read_choices, metavar="A,B,...",
         help="score these answers instead of generating: separated by commas, or a file with one a line")  # fmt: skip
-    add_engine_arguments(parser)
     add_table_flags(parser, with_answers=False)
     return parser
 
@@ -114,20 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, as in `--help`.
     """
     parser = build_parser()
-    args = expand_homes(
-        parser.parse_args(argv),
-        "model_path",
-        "model_base",
-        "vision_tower",
-        "image_folder",
-        "question_file",
-        "answers_file",
-    )
-    if args.num_chunks < 1 or not 0 <= args.chunk_idx < args.num_chunks:
-        parser.error(f"--chunk-idx {args.chunk_idx} of --num-chunks {args.num_chunks}: chunks are counted from 0")
-    check_engine_arguments(parser, args)
-    if message := _find_overwrite(args):
-        parser.error(message)
+    args = parse_answer_arguments(parser, argv)
+    choices_file = args.choices.file if args.choices else None
+    refuse_overwrite(parser, args, {"--question-file": list_files(args.question_file), "--choices": choices_file})
     if message := find_unused_flags(given_table_flags(args), {"--question-file": args.question_file}):
         parser.error(message)
     sampling = parse_sampling(parser, args)
@@ -139,19 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(lambda: _run(args, sampling, read_rank()))
 
 
-def _find_overwrite(args: argparse.Namespace) -> str | None:
-    inputs = {
-        "--question-file": list_files(args.question_file),
-        "--choices": args.choices and args.choices.file,
-        "--model-path": args.model_path,
-        "--model-base": args.model_base,
-        "--vision-tower": args.vision_tower,
-    }
-    name = glob.escape(Path(args.answers_file).name)
-    output = output_file(args.answers_file, beside=(name + RUN_SUFFIX, name + JOURNAL_SUFFIX + "*"))
-    return find_overwrite({"--answers-file": output}, inputs)
-
-
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
     if rank.rank == 0:
         print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
@@ -160,13 +129,7 @@ def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) ->
     written = extract_table_images(args.question_file, found.table, args.image_folder, "--image-folder")
     for note in (*found.notes, *written) if rank.rank == 0 else ():
         logger.warning("%s", note)
-    if any(question.images for question in questions) and (reason := describe_lost_folder(args.image_folder)):
-        raise ValueError(f"--image-folder {args.image_folder} {reason}; give the one that holds the images")
-    args.device = rank.device(args.device)
-    with process_group(rank) as wait:
-        return answer_questions(
-            args, sampling, questions, rank, wait, lambda: load_session(args, compiles=args.compile)
-        )
+    return answer_program(args, sampling, questions, rank)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from llava.eval.benchmarks.textvqa import EvalAIAnswerProcessor
-from llava.eval.model_vqa_loader import main
 from llava.inference.batch.questions import split_chunk
 
 Item = TypeVar("Item")
@@ -42,11 +42,29 @@ def eval_model(args: Any) -> None:
         RuntimeError: if it stopped; its messages are on stderr.
         SystemExit: if a flag's value is unusable.
     """
-    given = {flag: getattr(args, name, None) for name, flag in _FLAGS.items()}
-    argv = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
-    code = main(argv)
+    _run("model_vqa_loader", args, _FLAGS)
+
+
+def eval_model_science(args: Any) -> None:
+    """Answer ScienceQA, as `python -m llava.eval.model_vqa_science` does; arguments and errors as of `eval_model`."""
+    _run("model_vqa_science", args, {**_FLAGS, "single_pred_prompt": "--single-pred-prompt"})
+
+
+def eval_model_mmbench(args: Any) -> None:
+    """Answer MMBench, as `python -m llava.eval.model_vqa_mmbench` does; arguments and errors as of `eval_model`."""
+    names = ("single_pred_prompt", "all_rounds", "lang")
+    _run("model_vqa_mmbench", args, _FLAGS | {name: f"--{name.replace('_', '-')}" for name in names})
+
+
+def _run(program: str, args: Any, flags: Mapping[str, str]) -> None:
+    given = {flag: getattr(args, name, None) for name, flag in flags.items()}
+    argv = []
+    for flag, value in given.items():
+        if value is not None and value is not False:
+            argv += [flag] if value is True else [flag, str(value)]
+    code = importlib.import_module(f"llava.eval.{program}").main(argv)
     if code > 1:
-        raise RuntimeError(f"model_vqa_loader stopped with exit code {code}; its messages are above")
+        raise RuntimeError(f"{program} stopped with exit code {code}; its messages are above")
 
 
 def convert_caps(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from llava.eval.model_vqa import eval_model, get_chunk, split_list
 
 from llava.eval import model_vqa_loader
 from llava.eval.eval_science_qa import convert_caps
-from llava.original import evaluation
 from llava.original.evaluation import edit_distance
 
 
@@ -89,6 +88,6 @@ def test_a_question_file_is_answered(goldens, tmp_path):
 
 
 def test_a_run_that_stops_is_an_error(monkeypatch):
-    monkeypatch.setattr(evaluation, "main", lambda argv: 2)
+    monkeypatch.setattr(model_vqa_loader, "main", lambda argv: 2)
     with pytest.raises(RuntimeError, match=r"^model_vqa_loader stopped with exit code 2; its messages are above$"):
         eval_model(SimpleNamespace(model_path="x"))

@@ -17,7 +17,7 @@ from llava.eval.benchmarks.mmbench.table import (
     ROTATION,
     MmbenchRow,
     build_mmbench_requests,
-    name_mmbench_images,
+    extract_mmbench_images,
     read_mmbench_table,
 )
 
@@ -122,11 +122,16 @@ def test_all_rounds_rotate_the_options(rows):
 
 
 def test_images_are_written_once(tmp_path, rows):
-    images = name_mmbench_images("mmbench.tsv", rows)
-    images.write(tmp_path / "images")
-    assert images.names[0] == images.names[2] != images.names[1]
-    colors = [Image.open(tmp_path / "images" / name).getpixel((0, 0)) for name in images.names]
-    assert colors == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
+    folder = tmp_path / "images"
+    names, notes = extract_mmbench_images("mmbench.tsv", rows, folder)
+    assert names[0] == names[ROTATION] != names[1]
+    assert notes == [f"wrote 2 images into {folder}"]
+    colors = {index: Image.open(folder / name).getpixel((0, 0)) for index, name in names.items()}
+    assert colors == {0: (255, 0, 0), 1: (0, 0, 255), ROTATION: (255, 0, 0)}
+    assert extract_mmbench_images("mmbench.tsv", rows, folder) == (
+        names,
+        [f"wrote 0 images into {folder}, which had 2 of them"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -258,10 +263,20 @@ def test_tables_that_are_broken(tmp_path, text, message):
         read_mmbench_table(tmp_path / "t.tsv")
 
 
+def test_images_that_cannot_be_written(tmp_path, rows):
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchmarkError, match=r"can't be written into .*file \(.*\); pass --image-folder"):
+        extract_mmbench_images("mmbench.tsv", rows, tmp_path / "file")
+    names, _ = extract_mmbench_images("mmbench.tsv", rows, tmp_path / "images")
+    (tmp_path / "images" / names[0]).write_bytes(b"another")
+    with pytest.raises(BenchmarkError, match=r"image .* of the table is another file than the one there"):
+        extract_mmbench_images("mmbench.tsv", rows, tmp_path / "images")
+
+
 def test_images_that_are_none(tmp_path):
     (tmp_path / "t.tsv").write_text("index\tquestion\tA\tB\timage\n7\tq\ta\tb\tno base64!\n8\tq\ta\tb\t9\n")
     with pytest.raises(BenchmarkError, match=r"t\.tsv: 2 bad rows\n  index 7: image holds .*\n  index 8: image holds"):
-        name_mmbench_images(tmp_path / "t.tsv", read_mmbench_table(tmp_path / "t.tsv"))
+        extract_mmbench_images(tmp_path / "t.tsv", read_mmbench_table(tmp_path / "t.tsv"), tmp_path / "images")
     (tmp_path / "t.tsv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BenchmarkError, match="is not UTF-8 at byte 0"):
         read_mmbench_table(tmp_path / "t.tsv")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.table.bad_rows import BadRows, TableError
-from llava.data.table.embedded_images import EmbeddedImages, name_embedded_images
+from llava.data.table.embedded_images import name_embedded_images
 from llava.data.table.grid import ImageCell, Problems
-from llava.eval.benchmarks.lines import BenchmarkError
+from llava.eval.benchmarks.lines import BenchmarkError, raise_bad_rows
 from llava.files.home_directory import expand_home
 from llava.files.regular_files import read_text
-from llava.inference.batch.questions import Question
+from llava.inference.batch.questions import Question, number_repeats
 
 LETTERS = ("A", "B", "C", "D")
 ROTATION = 1_000_000  # added to a question's index for each rotation of its options that is a row
@@ -96,17 +96,33 @@ def read_mmbench_table(path: str | os.PathLike[str]) -> list[MmbenchRow]:
         else:
             seen.add(row.index)
             rows.append(row)
-    _raise_if_any(bad)
+    raise_bad_rows(bad)
     if not rows:
         raise BenchmarkError(f"{path} has no questions; download it again")
     return rows
 
 
-def name_mmbench_images(path: str | os.PathLike[str], rows: Sequence[MmbenchRow]) -> EmbeddedImages:
-    """Name the images that the table holds in base64; several rows with one image have one name.
+def default_image_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder beside a table into which its images are written."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_images")
+
+
+def extract_mmbench_images(
+    path: str | os.PathLike[str], rows: Sequence[MmbenchRow], folder: Path
+) -> tuple[dict[int, str], list[str]]:
+    """Write the images that the table holds in base64 into a folder, each once.
+
+    Args:
+        path: of the table, for messages.
+        rows: all of the table; the image of one may be the index of another.
+        folder: is made if it is missing; images that it has already are left.
+
+    Returns:
+        Index of each row -> file name, the same for rows with the same image; and notes.
 
     Raises:
-        BenchmarkError: if rows hold no image; the first 20 are listed.
+        BenchmarkError: if rows hold no image (the first 20 are listed), or an image can't be written.
     """
     by_index = {row.index: row.cells["image"] for row in rows}
     problems: Problems = defaultdict(list)
@@ -122,8 +138,17 @@ def name_mmbench_images(path: str | os.PathLike[str], rows: Sequence[MmbenchRow]
     bad = BadRows(os.fspath(path), unit="index")
     for row, texts in problems.items():
         bad.add(rows[row].index, "; ".join(texts))
-    _raise_if_any(bad)
-    return images
+    raise_bad_rows(bad)
+    try:
+        notes = images.write(folder)
+    except TableError as error:
+        raise BenchmarkError(str(error)) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise BenchmarkError(
+            f"the images of {path} can't be written into {folder} ({reason}); pass --image-folder"
+        ) from error
+    return {row.index: name for row, name in zip(rows, images.names, strict=True)}, notes
 
 
 def build_mmbench_requests(
@@ -134,11 +159,11 @@ def build_mmbench_requests(
     all_rounds: bool = False,
     lang: str = "en",
 ) -> list[MmbenchRequest]:
-    """Return the requests of rows, in order.
+    """Return the requests of rows, in order; no two questions are equal.
 
     Args:
         rows: of the table.
-        images: index of a row -> name of its image, from `name_mmbench_images`.
+        images: index of a row -> name of its image, from `extract_mmbench_images`.
         single_pred_prompt: ask for the letter alone.
         all_rounds: ask each row once for every rotation of its options.
         lang: language of that instruction, a key of `INSTRUCTIONS`.
@@ -156,7 +181,8 @@ def build_mmbench_requests(
                 "option_char": list(rotated_letters(row, round_id)),
             }
             requests.append(MmbenchRequest(Question(row.index, text, (images[row.index],)), keys))
-    return requests
+    questions = number_repeats(request.question for request in requests)
+    return [MmbenchRequest(question, request.keys) for question, request in zip(questions, requests, strict=True)]
 
 
 def format_prompt(row: MmbenchRow, options: Sequence[str]) -> str:
@@ -238,10 +264,3 @@ def _read_cell(text: str, start: int) -> tuple[str | None, int]:
     if close < 0 or (end < len(text) and text[end] not in "\t\n"):
         return None, end
     return text[start + 1 : close].replace('""', '"'), end
-
-
-def _raise_if_any(bad: BadRows) -> None:
-    try:
-        bad.raise_if_any("Download the table again.")
-    except TableError as error:
-        raise BenchmarkError(str(error)) from error
