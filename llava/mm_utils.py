@@ -14,10 +14,10 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, StoppingCr
 
 from llava.clip_image_processor import CLIPPixels
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.files.model_names import get_model_name_from_path as get_model_name_from_path
 from llava.image_files.decode import decode_image, to_rgb
 from llava.image_files.resize import expand_to_square
 from llava.image_processing import pixels_of, split_anyres
+from llava.model_names import get_model_name_from_path as get_model_name_from_path
 from llava.original_names import lazy_names
 
 __getattr__ = lazy_names(__name__)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import SWITCH
-from llava.files.model_names import get_model_name_from_path
 from llava.files.terminal_text import print_text, report_error
 from llava.image_files.errors import NOT_READ
 from llava.image_files.paths import describe_lost_folder
@@ -19,6 +18,7 @@ from llava.inference.batch.questions import Question, digest_questions
 from llava.inference.command_line import INTERRUPTED, REFUSED, selected_bits
 from llava.inference.distributed import DistributedRank
 from llava.inference.sampling import Sampling
+from llava.model_names import get_model_name_from_path
 
 if TYPE_CHECKING:  # for annotations: it imports torch
     from llava.inference.session import Session

@@ -16,7 +16,6 @@ from llava.eval.benchmark_suite.summary import format_outcomes, format_pairs, to
 from llava.eval.benchmarks.catalog import BENCHMARKS, DATA, NAMES, Benchmark, find_benchmark
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
-from llava.files.model_names import get_model_name_from_path
 from llava.files.overwrite_check import find_overwrite, output_file
 from llava.files.terminal_text import format_message, print_text
 from llava.inference.command_line import (
@@ -25,6 +24,7 @@ from llava.inference.command_line import (
     run_program,
 )
 from llava.inference.distributed import DistributedRank, process_group, read_rank
+from llava.model_names import get_model_name_from_path
 
 _EXAMPLE = f"""examples:
   python -m llava.eval.suite --suite pope,textvqa --model-path liuhaotian/llava-v1.5-7b

@@ -15,11 +15,11 @@ from llava.eval.answer_questions import answer_questions
 from llava.eval.benchmark_suite.files import Prepared
 from llava.eval.benchmark_suite.outcome import Outcome
 from llava.eval.benchmark_suite.scores import ScoreFiles, score
-from llava.files.model_names import get_model_name_from_path
 from llava.files.terminal_text import report_error
 from llava.inference.command_line import REFUSED, load_session
 from llava.inference.distributed import DistributedRank
 from llava.inference.sampling import Sampling
+from llava.model_names import get_model_name_from_path
 
 if TYPE_CHECKING:  # for annotations: it imports torch
     from llava.inference.session import Session

@@ -208,7 +208,7 @@ BENCHMARKS = (
         origins={
             "llava_pope_test.jsonl": EVAL_ZIP,
             "val2014": "http://images.cocodataset.org/zips/val2014.zip",
-            "coco": "output/coco of https://github.com/AoiDragon/POPE at e3e39262c85a6a83f26cf5094022a782cb0df58d",
+            "coco": "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco",
         },
         answers="answers/{model}.jsonl",
         upload=None,

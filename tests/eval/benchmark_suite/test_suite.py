@@ -122,7 +122,7 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(data, loads, capsys)
     folder = data.folder
     assert f"{folder}/pope/llava_pope_test.jsonl is missing; it comes from eval.zip: https://drive.google.com/" in err
     assert f"{folder}/pope/val2014 is missing; it comes from http://images.cocodataset.org/zips/val2014.zip" in err
-    assert f"{folder}/pope/coco is missing; it comes from output/coco of https://github.com/AoiDragon/POPE" in err
+    assert f"{folder}/pope/coco is missing; it comes from https://github.com/AoiDragon/POPE/tree/e3e3926" in err
     assert f"{folder}/vizwiz/test lacks 1 of 2 images, the first VizWiz_test_00000001.jpg; it comes from" in err
     assert loads == []
 
