@@ -51,7 +51,7 @@ def test_the_second_run_has_nothing_to_do(data, loads, capsys):
     assert data("pope") == 0
     again = capsys.readouterr().out
     assert loads == ["llava-tiny"]
-    assert table_line(again, "POPE")[:-1] == table_line(first, "POPE  ")[:-1]
+    assert table_line(again, "POPE  ")[:-1] == table_line(first, "POPE  ")[:-1]
     assert table_line(again, "POPE  ")[-1] == "-"
     assert (data.folder / POPE_ANSWERS).read_bytes() == before
     assert data("pope,vizwiz") == 0
@@ -189,6 +189,28 @@ def test_score_only_needs_answers_and_no_model(data, loads, capsys):
     (data.folder / "pope/val2014").rename(data.folder / "elsewhere")
     assert data("pope", "--score-only", model="no/such/llava-tiny") == 0
     assert loads == ["llava-tiny"]
+
+
+def test_scripts_of_the_originals_names_run_to_the_end(data):
+    data.lay_out_scienceqa()
+    environment = {**os.environ, "MODEL": str(data.model), "DATA": str(data.folder), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "scripts/v1_5/eval/sqa.sh", "--device", "cpu"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert table_line(done.stdout, "ScienceQA  ")[:3] == ["ScienceQA", "2", "2"]
+    assert [line["prompt"] for line in data.answers("scienceqa/answers/llava-tiny.jsonl")] == [
+        "<image>\nWhich is it?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly.",
+        "Which rhymes?\nA. so\nB. go\nAnswer with the option's letter from the given choices directly.",
+    ]
+
+
+def test_ids_that_repeat(data, capsys):
+    data.lay_out_textvqa()
+    assert data("textvqa") == 0
+    assert table_line(capsys.readouterr().out, "TextVQA  ")[1:3] == ["2", "2"]
+    assert [line["question_id"] for line in data.answers("textvqa/answers/llava-tiny.jsonl")] == ["a", "a"]
+    assert data("textvqa", "--limit", 1) == 0
+    assert table_line(capsys.readouterr().out, "TextVQA  ")[1:3] == ["1", "1"]
 
 
 def test_mmbench_in_both_languages(data, loads, capsys):
