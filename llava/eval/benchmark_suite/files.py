@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from llava.data.table.bad_rows import TableError
 from llava.eval.benchmarks.catalog import Benchmark, QuestionFormat
-from llava.eval.benchmarks.mmbench import build_mmbench_requests, name_mmbench_images, read_mmbench_table
+from llava.eval.benchmarks.mmbench.table import (
+    build_mmbench_requests,
+    default_image_folder,
+    extract_mmbench_images,
+    read_mmbench_table,
+)
+from llava.eval.benchmarks.science_questions import read_science_questions
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import resolve_image
 from llava.inference.batch.questions import Question, read_question_file
@@ -23,12 +28,16 @@ class Missing(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Questions of a benchmark and their image folder, or what is missing for them."""
+    """Questions of a benchmark and their image folder, or what is missing for them.
+
+    `record_keys` holds what the answers of a question have besides, as the original's have it.
+    """
 
     benchmark: Benchmark
     questions: list[Question]
     images: Path
     missing: tuple[Missing, ...] = ()
+    record_keys: Mapping[Question, Mapping[str, Any]] = {}
 
 
 def prepare(benchmark: Benchmark, data: Path, limit: int | None, *, needs_images: bool = True) -> Prepared:
@@ -53,11 +62,11 @@ def prepare(benchmark: Benchmark, data: Path, limit: int | None, *, needs_images
     question_file = folder / benchmark.question_file
     if any(lack.path == question_file for lack in missing):
         return Prepared(benchmark, [], images, tuple(missing))
-    questions, images = _read_questions(benchmark, question_file, images, needs_images=needs_images)
-    questions = questions[:limit]
+    prepared = _read_questions(benchmark, question_file, images, needs_images=needs_images)
+    questions = prepared.questions[:limit]
     if needs_images and benchmark.images is not None and all(lack.path != images for lack in missing):
         missing += _find_missing_images(benchmark, questions, images)
-    return Prepared(benchmark, questions, images, tuple(missing))
+    return prepared._replace(questions=questions, missing=tuple(missing))
 
 
 def describe_missing(parts: Sequence[Prepared]) -> str:
@@ -90,23 +99,18 @@ def _is_there(folder: Path, name: str) -> bool:
         return False
 
 
-def _read_questions(
-    benchmark: Benchmark, path: Path, images: Path, *, needs_images: bool
-) -> tuple[list[Question], Path]:
-    if benchmark.question_format is QuestionFormat.LINES:
-        return read_question_file(path).questions, images
+def _read_questions(benchmark: Benchmark, path: Path, images: Path, *, needs_images: bool) -> Prepared:
     if benchmark.question_format is QuestionFormat.MMBENCH:
-        return _read_mmbench(path, benchmark.language, needs_images=needs_images)
-    raise TableError(f"{path}: {benchmark.question_format.value} are not read yet")
+        return _read_mmbench(benchmark, path, needs_images=needs_images)
+    if benchmark.question_format is QuestionFormat.SCIENCE:
+        return Prepared(benchmark, read_science_questions(path, single_pred_prompt=True), images)
+    return Prepared(benchmark, read_question_file(path).questions, images)
 
 
-def _read_mmbench(path: Path, language: str, *, needs_images: bool) -> tuple[list[Question], Path]:
+def _read_mmbench(benchmark: Benchmark, path: Path, *, needs_images: bool) -> Prepared:
     """Read a table of MMBench; write its images into a folder beside it, if they are needed and not there yet."""
-    folder = path.parent / "images" / path.stem
-    rows = read_mmbench_table(path)
-    embedded = name_mmbench_images(path, rows)
-    if needs_images:
-        embedded.write(folder)
-    names = embedded.names
-    requests = build_mmbench_requests(rows, names.__getitem__, single_pred_prompt=True, lang=language)
-    return [request.question for request in requests], folder
+    rows, folder = read_mmbench_table(path), default_image_folder(path)
+    names = extract_mmbench_images(path, rows, folder)[0] if needs_images else {row.index: "" for row in rows}
+    requests = build_mmbench_requests(rows, names, single_pred_prompt=True, lang=benchmark.language)
+    keys = {request.question: request.keys for request in requests}
+    return Prepared(benchmark, [request.question for request in requests], folder, record_keys=keys)

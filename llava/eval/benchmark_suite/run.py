@@ -103,7 +103,8 @@ def _answer(
     flags = argparse.Namespace(**vars(args), image_folder=str(part.images), answers_file=str(path))
     sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
     calls, loading, start = load.calls, load.seconds, time.perf_counter()
-    code = answer_questions(flags, sampling, part.questions, rank, wait, load, another_file=f"move {path} away")
+    files = {"another_file": f"move {path} away", "record_keys": part.record_keys}
+    code = answer_questions(flags, sampling, part.questions, rank, wait, load, **files)
     seconds = time.perf_counter() - start - (load.seconds - loading)
     return code, seconds if load.calls > calls else None
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from llava.eval.benchmarks.catalog import Benchmark
 from llava.eval.benchmarks.lines import QuestionLine, pair_lines, read_answer_lines, read_question_lines
-from llava.eval.benchmarks.mmbench import read_mmbench_table
-from llava.eval.benchmarks.mmbench_score import convert_mmbench, has_true_answers, score_mmbench
+from llava.eval.benchmarks.mmbench.score import convert_mmbench, has_true_answers, score_mmbench
+from llava.eval.benchmarks.mmbench.table import read_mmbench_table
 from llava.eval.benchmarks.mme import format_mme_files, read_mme_truths, score_mme
 from llava.eval.benchmarks.mmvet import convert_mmvet
 from llava.eval.benchmarks.pope import read_labels
