@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -36,7 +40,7 @@ TOKENIZER = REPOSITORY / "tests" / "data" / "goldens" / "llava-v1.5-golden"
 ANSWER_TOKENS, CAPTION_TOKENS = 3, 128
 SPREAD = 0.02
 CAPTION_PROMPT = "Describe the image in detail."
-DRAWN = 96
+NOISE = 64  # standard deviation of a pixel's value
 TINY_TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -206,14 +210,18 @@ def image_name(number: int) -> str:
 
 
 def draw_images(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Write noise as JPEG; beyond the first 96, files are links to these."""
-    for number in range(count):
-        path = folder / image_name(number)
-        if number < DRAWN:
-            channels = [Image.effect_noise(size, 64) for _ in range(3)]
-            Image.merge("RGB", channels).save(path, quality=85)
-        else:
-            os.link(folder / image_name(number % DRAWN), path)
+    """Write distinct noise as JPEG, on all cores; call it before CUDA is used, since processes are forked."""
+    paths = [folder / image_name(number) for number in range(count)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        for _ in pool.map(draw_image, paths, range(count), itertools.repeat(size), chunksize=16):
+            pass
+
+
+def draw_image(path: Path, seed: int, size: tuple[int, int]) -> None:
+    """Write one image of normal noise, whose pixels follow from the seed."""
+    width, height = size
+    noise = np.random.default_rng(seed).normal(128, NOISE, (height, width, 3))
+    Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(path, quality=85)
 
 
 def image_reader(bench: Bench) -> ImageLoader:

@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.folder:
         return measure(options)
     rows: dict[str, Any] = {}
-    for gpus in options.gpus:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        draw_images(Path(folder), options.images * max(options.gpus), image_size(options.tiny))
+        for gpus in options.gpus:
             rows[str(gpus)] = launch(gpus, folder, options)
     base = rows[str(options.gpus[0])]["questions_per_second"] / options.gpus[0]
     for gpus, row in rows.items():
@@ -67,7 +68,6 @@ def launch(gpus: int, folder: str, options: argparse.Namespace) -> dict[str, Any
     Raises:
         subprocess.CalledProcessError: if the run fails.
     """
-    draw_images(Path(folder), options.images * gpus, image_size(options.tiny))
     words = ["--folder", folder, "--images", str(options.images * gpus), *(["--tiny"] if options.tiny else [])]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     subprocess.run([*torchrun, __file__, *words], check=True)

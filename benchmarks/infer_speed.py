@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measure batch answering at LLaVA-1.5-7B's sizes with random weights: image files to answers on disk, in one run.
 
-Questions are a sample of VQAv2's, with its numbers of questions per image; images are drawn noise, 640 x 480 JPEG.
-Every answer has exactly three tokens, a caption 128. The same questions go to transformers'
-`LlavaForConditionalGeneration`, to vLLM where it is installed, with the same weights, and a part of them one at a time
-to our own model, to count how often answers agree.
+Questions are a sample of VQAv2's, with its numbers of questions per image; images are drawn noise, 640 x 480 JPEG, all
+distinct, since vLLM finds an image again by its content. Every answer has exactly three tokens, a caption 128. The same
+questions go to transformers' `LlavaForConditionalGeneration`, to vLLM where it is installed, with the same weights, and
+a part of them one at a time to our own model, to count how often answers agree.
 
 Example: python benchmarks/infer_speed.py --output speed.json
          python benchmarks/infer_speed.py --parts --profile      (only GPU utilisation and idle gaps)
@@ -49,13 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llava").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
     device = torch.device(options.device)
-    report: dict[str, Any] = {"machine": describe_machine(device), "rows": []}
-    print(report["machine"], flush=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        drawn = time.perf_counter()
         draw_images(Path(folder), options.images, image_size(options.tiny))
-        print(f"drew images in {time.perf_counter() - drawn:.1f} s", flush=True)
+        print(f"drew images in {time.perf_counter() - start:.1f} s", flush=True)
+        report: dict[str, Any] = {"machine": describe_machine(device), "rows": []}
+        print(report["machine"], flush=True)
         bench = Bench(options, device, Path(folder))
         for part in order_parts(options):
             if time.perf_counter() - start > options.budget:

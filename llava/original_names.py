@@ -18,7 +18,7 @@ from typing import Any
 _LLAMA, _ARCH, _TOWER = "llava.model.llava_llama", "llava.model.llava_arch", "llava.model.vision_tower"
 _CONFIGURATION, _MM_UTILS = "llava.model.configuration", "llava.mm_utils"
 _TRAINING, _TRAINER = "llava.original.training", "llava.original.trainer"
-_FLAGS = "llava.train.flags"
+_FLAGS, _TEXTVQA = "llava.train.flags", "llava.eval.benchmarks.textvqa"
 _EVALUATION, _PROJECTORS, _LOGS = "llava.original.evaluation", "llava.original.projectors", "llava.original.logs"
 
 
@@ -76,7 +76,10 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "llava.eval.model_vqa_mmbench": {**_CHUNKS, **_from(_EVALUATION, "", eval_model="eval_model_mmbench")},
     "llava.eval.model_vqa_science": {**_CHUNKS, **_from(_EVALUATION, "", eval_model="eval_model_science")},
     "llava.eval.m4c_evaluator": _from(_EVALUATION, "STVQAANLSEvaluator STVQAAccuracyEvaluator")
-    | _from("llava.eval.benchmarks.textvqa", "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
+    | _from(_TEXTVQA, "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
+    "llava.eval.eval_textvqa": _from(_TEXTVQA, "TextVQAAccuracyEvaluator prompt_processor"),
+    "llava.eval.eval_science_qa": _from(_EVALUATION, "convert_caps")
+    | _from("llava.eval.benchmarks.scienceqa", "get_pred_idx"),
     "llava.train.llava_trainer": _from(
         _TRAINER,
         "LLaVATrainer LengthGroupedSampler get_length_grouped_indices get_modality_length_grouped_indices",
@@ -131,7 +134,7 @@ LEFT_OUT: Mapping[str, str] = {
         ("utils", "violates_moderation", _MODERATION),
         ("eval.model_vqa_loader", "CustomDataset create_data_loader", _ANSWER_BATCH),
         ("eval.m4c_evaluator", "TextCapsBleu4Evaluator", "BLEU needs Java; use pycocoevalcap itself"),
-        ("eval", "eval_gpt_review eval_gpt_review_visual eval_science_qa", _SCORES),
+        ("eval", "eval_gpt_review eval_gpt_review_visual", _SCORES),
         ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery", _SCORES),
         ("eval", "generate_webpage_data_from_table", _SCORES),
         ("eval", "model_qa qa_baseline_gpt35", _ANSWERS),

@@ -59,6 +59,7 @@ PROGRAMS = (
     "-m llava.eval.eval_pope",
     "-m llava.eval.eval_textvqa",
     "-m llava.eval.eval_gqa",
+    "-m llava.eval.eval_science_qa",
     "scripts/convert_gqa_for_eval.py",
     "-m llava.eval.report",
     "-m llava.serve.cli",

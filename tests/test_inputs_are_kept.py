@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.data.doctor import __main__ as doctor
-from llava.eval import model_vqa_loader, vqa_score
+from llava.eval import eval_science_qa, model_vqa_loader, vqa_score
 from llava.eval.report import __main__ as report
 from llava.model import plan
 from llava.train import train
@@ -161,6 +161,16 @@ CASES = [  # program, command line, part of its message
         "scripts/convert_vizwiz_for_submission.py",
         ["--annotation-file", "q.jsonl", "--result-file", "a.jsonl", "--result-upload-file", "hard.jsonl"],
         f"--annotation-file q.jsonl {LINKED} --result-upload-file",
+    ),
+    (
+        "scripts/convert_gqa_for_eval.py",
+        ["--src", "a.jsonl", "--dst", "a.jsonl"],
+        "--dst a.jsonl would write over --src a.jsonl; choose another --dst",
+    ),
+    (
+        eval_science_qa,
+        ["--base-dir", ".", "--result-file", "a.jsonl", "--output-result", "a.jsonl"],
+        "--output-result a.jsonl would write over --result-file a.jsonl",
     ),
     (report, [*REPORT, "-o", "T.csv"], "--output T.csv would write over --annotations T.csv; choose another --output"),
     (report, [*REPORT, "--questions", "saved", "-o", "saved/state.json"], "over --questions saved/state.json; choose"),

@@ -43,6 +43,7 @@ FREQUENT = {
     "llava.eval.model_vqa_science": "eval_model get_chunk split_list",
     "llava.eval.eval_pope": "eval_pope",
     "llava.eval.eval_textvqa": "eval_single prompt_processor",
+    "llava.eval.eval_science_qa": "get_pred_idx convert_caps",
     "llava.eval.m4c_evaluator": "EvalAIAnswerProcessor TextVQAAccuracyEvaluator STVQAAccuracyEvaluator "
     "STVQAANLSEvaluator",
     "llava.serve.cli": "load_image main",

@@ -17,12 +17,13 @@ from pathlib import Path
 from llava.eval.benchmarks.catalog import find_benchmark
 from llava.eval.benchmarks.lines import BenchmarkError, read_answer_lines
 from llava.eval.benchmarks.text import format_result
-from llava.eval.benchmarks.textvqa import prompt_processor, read_annotations, score
+from llava.eval.benchmarks.textvqa import read_annotations, score
 from llava.files.home_directory import expand_home
 from llava.files.terminal_text import print_text, report_error
 from llava.inference.command_line import REFUSED, run_program
+from llava.original_names import lazy_names
 
-__all__ = ["eval_single", "main", "prompt_processor"]
+__getattr__ = lazy_names(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:

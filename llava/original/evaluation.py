@@ -1,4 +1,4 @@
-"""The original's evaluation functions: chunks of a question file, and ST-VQA scores."""
+"""The original's evaluation functions: chunks of a question file, answers as captions, ST-VQA scores."""
 
 from __future__ import annotations
 
@@ -65,6 +65,11 @@ def _run(program: str, args: Any, flags: Mapping[str, str]) -> None:
     code = importlib.import_module(f"llava.eval.{program}").main(argv)
     if code > 1:
         raise RuntimeError(f"{program} stopped with exit code {code}; its messages are above")
+
+
+def convert_caps(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return answers as captions, `{image_id, caption}`; the id of a question is a number."""
+    return [{"image_id": int(result["question_id"]), "caption": result["text"]} for result in results]
 
 
 class STVQAAccuracyEvaluator:

@@ -14,6 +14,7 @@ from llava.eval.m4c_evaluator import (
 from llava.eval.model_vqa import eval_model, get_chunk, split_list
 
 from llava.eval import model_vqa_loader
+from llava.eval.eval_science_qa import convert_caps
 from llava.original.evaluation import edit_distance
 
 
@@ -61,6 +62,10 @@ def test_scores_of_stvqa():
 @pytest.mark.parametrize(("first", "second", "distance"), [("kitten", "sitting", 3), ("", "ab", 2), ("ab", "ab", 0)])
 def test_edit_distance(first, second, distance):
     assert edit_distance(first, second) == edit_distance(second, first) == distance
+
+
+def test_answers_as_captions():
+    assert convert_caps([{"question_id": "7", "text": "red"}]) == [{"image_id": 7, "caption": "red"}]
 
 
 def test_parts_of_a_list():

@@ -30,14 +30,19 @@ class Missing(NamedTuple):
 class Prepared(NamedTuple):
     """Questions of a benchmark and their image folder, or what is missing for them.
 
-    `record_keys` holds what the answers of a question have besides, as the original's have it.
+    Attributes:
+        benchmark: from the catalog.
+        questions: in order; none if something is missing.
+        images: image folder.
+        record_keys: question -> keys that its answer's line has besides.
+        missing: files and folders.
     """
 
     benchmark: Benchmark
     questions: list[Question]
     images: Path
+    record_keys: Mapping[Question, Mapping[str, Any]]
     missing: tuple[Missing, ...] = ()
-    record_keys: Mapping[Question, Mapping[str, Any]] = {}
 
 
 def prepare(benchmark: Benchmark, data: Path, limit: int | None, *, needs_images: bool = True) -> Prepared:
@@ -58,15 +63,13 @@ def prepare(benchmark: Benchmark, data: Path, limit: int | None, *, needs_images
         for path in paths
         if not _has_content(folder / path)
     ]
-    images = folder / (benchmark.images or "")
-    question_file = folder / benchmark.question_file
-    if any(lack.path == question_file for lack in missing):
-        return Prepared(benchmark, [], images, tuple(missing))
-    prepared = _read_questions(benchmark, question_file, images, needs_images=needs_images)
-    questions = prepared.questions[:limit]
-    if needs_images and benchmark.images is not None and all(lack.path != images for lack in missing):
-        missing += _find_missing_images(benchmark, questions, images)
-    return prepared._replace(questions=questions, missing=tuple(missing))
+    part = Prepared(benchmark, [], folder / (benchmark.images or ""), {}, tuple(missing))
+    if any(lack.path == folder / benchmark.question_file for lack in missing):
+        return part
+    part = _read_questions(part, folder / benchmark.question_file, limit, needs_images=needs_images)
+    if needs_images and benchmark.images is not None and all(lack.path != part.images for lack in missing):
+        missing += _find_missing_images(benchmark, part.questions, part.images)
+    return part._replace(missing=tuple(missing))
 
 
 def describe_missing(parts: Sequence[Prepared]) -> str:
@@ -99,18 +102,17 @@ def _is_there(folder: Path, name: str) -> bool:
         return False
 
 
-def _read_questions(benchmark: Benchmark, path: Path, images: Path, *, needs_images: bool) -> Prepared:
-    if benchmark.question_format is QuestionFormat.MMBENCH:
-        return _read_mmbench(benchmark, path, needs_images=needs_images)
-    if benchmark.question_format is QuestionFormat.SCIENCE:
-        return Prepared(benchmark, read_science_questions(path, single_pred_prompt=True), images)
-    return Prepared(benchmark, read_question_file(path).questions, images)
-
-
-def _read_mmbench(benchmark: Benchmark, path: Path, *, needs_images: bool) -> Prepared:
-    """Read a table of MMBench; write its images into a folder beside it, if they are needed and not there yet."""
+def _read_questions(part: Prepared, path: Path, limit: int | None, *, needs_images: bool) -> Prepared:
+    if part.benchmark.question_format is QuestionFormat.LINES:
+        return part._replace(questions=read_question_file(path).questions[:limit])
+    if part.benchmark.question_format is QuestionFormat.SCIENCE:
+        return part._replace(questions=read_science_questions(path, single_pred_prompt=True)[:limit])
     rows, folder = read_mmbench_table(path), default_image_folder(path)
-    names = extract_mmbench_images(path, rows, folder)[0] if needs_images else {row.index: "" for row in rows}
-    requests = build_mmbench_requests(rows, names, single_pred_prompt=True, lang=benchmark.language)
+    if not needs_images:
+        questions = [Question(row.index, "") for row in rows[:limit]]
+        return part._replace(questions=questions, images=folder)
+    images, _ = extract_mmbench_images(path, rows, folder)
+    language = part.benchmark.language
+    requests = build_mmbench_requests(rows[:limit], images, single_pred_prompt=True, lang=language)
     keys = {request.question: request.keys for request in requests}
-    return Prepared(benchmark, [request.question for request in requests], folder, record_keys=keys)
+    return part._replace(questions=list(keys), images=folder, record_keys=keys)

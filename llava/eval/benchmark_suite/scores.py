@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from llava.eval.benchmarks import gqa, pope, scienceqa, textvqa
 from llava.eval.benchmarks.catalog import Benchmark
 from llava.eval.benchmarks.lines import QuestionLine, pair_lines, read_answer_lines, read_question_lines
 from llava.eval.benchmarks.mmbench.score import convert_mmbench, has_true_answers, score_mmbench
 from llava.eval.benchmarks.mmbench.table import read_mmbench_table
 from llava.eval.benchmarks.mme import format_mme_files, read_mme_truths, score_mme
 from llava.eval.benchmarks.mmvet import convert_mmvet
-from llava.eval.benchmarks.pope import read_labels
-from llava.eval.benchmarks.pope import score as score_pope
 from llava.eval.benchmarks.result import BenchmarkResult
+from llava.eval.benchmarks.science_questions import read_science_questions
 from llava.eval.benchmarks.seed import convert_seed, read_seed_questions, score_seed
 from llava.eval.benchmarks.submission import note_empty_answers, write_json_document, write_xlsx
-from llava.eval.benchmarks.textvqa import prompt_processor, read_annotations
-from llava.eval.benchmarks.textvqa import score as score_textvqa
 from llava.eval.benchmarks.vizwiz import convert_vizwiz
 from llava.eval.benchmarks.vqav2 import convert_vqav2
-from llava.eval.scoring.question_keys import canonical_id
+from llava.eval.scoring.question_keys import QuestionId, canonical_id
 from llava.files.atomic_files import atomic_write
 
 
@@ -90,16 +89,16 @@ def _mme(files: ScoreFiles) -> BenchmarkResult:
 
 
 def _pope(files: ScoreFiles) -> BenchmarkResult:
-    answers, labels = read_answer_lines(files.answers), read_labels(files.folder / "coco")
-    return score_pope(_questions(files), answers, labels, str(files.answers))
+    answers, labels = read_answer_lines(files.answers), pope.read_labels(files.folder / "coco")
+    return pope.score(_questions(files), answers, labels, str(files.answers))
 
 
 def _textvqa(files: ScoreFiles) -> BenchmarkResult:
-    annotations = read_annotations(files.folder / "TextVQA_0.5.1_val.json")
+    annotations = textvqa.read_annotations(files.folder / "TextVQA_0.5.1_val.json")
     if files.limit is not None:
-        asked = {(str(question.question_id), prompt_processor(question.text)) for question in _questions(files)}
+        asked = {(str(question.question_id), textvqa.prompt_processor(question.text)) for question in _questions(files)}
         annotations = [one for one in annotations if (str(one.question_id), one.text.lower()) in asked]
-    return score_textvqa(annotations, read_answer_lines(files.answers), str(files.answers))
+    return textvqa.score(annotations, read_answer_lines(files.answers), str(files.answers))
 
 
 def _mmbench(files: ScoreFiles) -> BenchmarkResult:
@@ -110,21 +109,49 @@ def _mmbench(files: ScoreFiles) -> BenchmarkResult:
     if not has_true_answers(rows):
         return BenchmarkResult((), (), notes)
     result = score_mmbench(rows, answers, str(files.answers))
-    return BenchmarkResult(result.figures, result.questions, (*result.notes, *notes))
+    return replace(result, notes=(*result.notes, *notes))
 
 
 def _seed(files: ScoreFiles) -> BenchmarkResult:
-    asked = {canonical_id(question.question_id) for question in _questions(files)}
     known = read_seed_questions(files.folder / "SEED-Bench.json")
+    asked = _asked_ids(_questions(files))
     questions = [question for question in known if canonical_id(question.question_id) in asked]
     answers = read_answer_lines(files.answers)
     result = score_seed(questions, answers, str(files.answers))
     lines = [json.dumps(entry) + "\n" for entry in convert_seed(questions, answers, str(files.answers))]
     with atomic_write(files.upload) as stream:
         stream.writelines(lines)
-    left = len(known) - len(questions)
-    note = (f"{left} of the {len(known)} questions of SEED-Bench.json are not in the question file",) if left else ()
-    return BenchmarkResult(result.figures, result.questions, (*result.notes, *note))
+    return _note_unasked(result, len(known), len(questions))
+
+
+def _gqa(files: ScoreFiles) -> BenchmarkResult:
+    known = gqa.read_gqa_questions(files.folder / "data/testdev_balanced_questions.json")
+    asked = _asked_ids(_questions(files))
+    questions = [question for question in known if canonical_id(question.question_id) in asked]
+    answers = read_answer_lines(files.answers)
+    result = gqa.score(questions, answers, str(files.answers))
+    write_json_document(files.upload, gqa.convert_gqa(answers, str(files.answers))[0])
+    return _note_unasked(result, len(known), len(questions))
+
+
+def _scienceqa(files: ScoreFiles) -> BenchmarkResult:
+    asked = {str(question.question_id) for question in read_science_questions(files.questions)[: files.limit]}
+    known = scienceqa.read_problems(files.folder)
+    problems = [problem for problem in known if problem.question_id in asked]
+    result = scienceqa.score(problems, read_answer_lines(files.answers), str(files.answers))
+    return _note_unasked(result, len(known), len(problems))
+
+
+def _asked_ids(questions: Sequence[QuestionLine]) -> set[QuestionId]:
+    return {canonical_id(question.question_id) for question in questions}
+
+
+def _note_unasked(result: BenchmarkResult, known: int, asked: int) -> BenchmarkResult:
+    """Add the note on true answers whose questions are not in the question file."""
+    if known == asked:
+        return result
+    note = f"{known - asked} of the {known} questions with true answers are not among those asked"
+    return replace(result, notes=(*result.notes, note))
 
 
 def _llavabench(files: ScoreFiles) -> BenchmarkResult:
@@ -135,7 +162,9 @@ def _llavabench(files: ScoreFiles) -> BenchmarkResult:
 
 _SCORERS: Mapping[str, Callable[[ScoreFiles], BenchmarkResult]] = {
     "vqav2": _vqav2,
+    "gqa": _gqa,
     "vizwiz": _vizwiz,
+    "scienceqa": _scienceqa,
     "textvqa": _textvqa,
     "pope": _pope,
     "mme": _mme,

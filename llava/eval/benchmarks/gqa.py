@@ -9,16 +9,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava.data.table.bad_rows import BadRows
 from llava.eval.benchmarks.lines import (
     AnswerLine,
     BenchmarkError,
     QuestionLine,
+    convert_entries,
     count_errors,
     drop_instructions,
     index_answers,
     pair_lines,
-    raise_bad_rows,
 )
 from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import note_empty_answers, read_json_document
@@ -36,15 +35,7 @@ def read_gqa_questions(path: str | os.PathLike[str]) -> list[QuestionLine]:
     document = read_json_document(path)
     if not isinstance(document, dict) or not document:
         raise BenchmarkError(f"{path} is not an object of questions; name testdev_balanced_questions.json")
-    bad, questions = BadRows(os.fspath(path), "question"), []
-    for number, (question_id, entry) in enumerate(document.items(), start=1):
-        texts = [entry.get(key) for key in ("question", "answer", "imageId")] if isinstance(entry, dict) else [None]
-        if all(isinstance(text, str) for text in texts):
-            questions.append(QuestionLine(question_id, texts[0], texts[2], entry))
-        else:
-            bad.add(number, "no 'question', 'answer' and 'imageId'; the test split's answers are not published")
-    raise_bad_rows(bad)
-    return questions
+    return convert_entries(path, "question", document.items(), _read_question)
 
 
 def read_prediction(text: str) -> str:
@@ -94,6 +85,14 @@ def convert_gqa(answers: Sequence[AnswerLine], name: str) -> tuple[list[dict[str
         for answer in index_answers(answers, name).values()
     ]
     return predictions, note_empty_answers(answers)
+
+
+def _read_question(item: tuple[str, Any]) -> QuestionLine:
+    question_id, entry = item
+    texts = [entry.get(key) for key in ("question", "answer", "imageId")] if isinstance(entry, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("no 'question', 'answer' and 'imageId'; the test split's answers are not published")
+    return QuestionLine(question_id, texts[0], texts[2], entry)
 
 
 def _kind(record: Mapping[str, Any]) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from llava.data.table.bad_rows import BadRows, TableError
 from llava.eval.scoring.question_keys import QuestionId, canonical_id
@@ -16,6 +16,7 @@ from llava.files.regular_files import read_text
 from llava.files.terminal_text import shorten, show
 
 _SHOWN = 3
+_Entry, _Converted = TypeVar("_Entry"), TypeVar("_Converted")
 
 
 class BenchmarkError(TableError):
@@ -97,6 +98,30 @@ def read_json_lines(
     if not records:
         raise BenchmarkError(f"{path} is empty; make the file again")
     return records
+
+
+def convert_entries(
+    source: str | os.PathLike[str], unit: str, entries: Iterable[_Entry], convert: Callable[[_Entry], _Converted]
+) -> list[_Converted]:
+    """Convert the entries of a file one by one.
+
+    Args:
+        source: of the entries, for messages.
+        unit: what an entry is called in messages.
+        entries: in the order of the file.
+        convert: raises ValueError with what is wrong with an entry.
+
+    Raises:
+        BenchmarkError: if entries can't be converted; the first 20 are listed.
+    """
+    bad, converted = BadRows(os.fspath(source), unit), []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            converted.append(convert(entry))
+        except ValueError as error:
+            bad.add(number, str(error))
+    raise_bad_rows(bad)
+    return converted
 
 
 def raise_bad_rows(bad: BadRows) -> None:

@@ -119,6 +119,7 @@ def judge(
         BenchmarkError: if files don't belong together.
     """
     by_split: dict[str, list[Judged]] = {}
+    scored: list[AnswerLine] = []
     asked: Counter[tuple[str, str, str]] = Counter()
     missing: dict[str, list[str]] = {}
     for question, answer in pair_lines(questions, answers, name):
@@ -128,6 +129,7 @@ def judge(
         if label is None:
             missing.setdefault(split, []).append(str(question.question_id))
         else:
+            scored.append(answer)
             said = None if answer.error else read_yes_no(answer.text)
             by_split.setdefault(split, []).append(Judged(question, label, said))
     if twice := sum(count > 1 for count in asked.values()):
@@ -135,7 +137,7 @@ def judge(
             f"{twice} of {len(questions)} questions stand in the question file more than once; make it again"
         )
     _refuse_other_files(by_split, missing, labels)
-    notes = [*_note_missing(by_split, missing), *_note_unasked(by_split, labels), *count_errors(answers)]
+    notes = [*_note_missing(by_split, missing), *_note_unasked(by_split, labels), *count_errors(scored)]
     return {split: by_split[split] for split in sorted(by_split, key=_order)}, tuple(notes)
 
 

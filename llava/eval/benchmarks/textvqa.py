@@ -11,15 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava.data.table.bad_rows import BadRows
 from llava.data.vqa_normalize import normalize_challenge_answer, tokenize_challenge_answer
 from llava.eval.benchmarks.lines import (
     AnswerLine,
     BenchmarkError,
     QuestionLine,
+    convert_entries,
     count_errors,
     pair_lines,
-    raise_bad_rows,
 )
 from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import read_json_document
@@ -41,15 +40,7 @@ def read_annotations(path: str | os.PathLike[str]) -> list[QuestionLine]:
     entries = document.get("data") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:
         raise BenchmarkError(f"{path} has no list 'data'; name TextVQA_0.5.1_val.json")
-    bad, questions = BadRows(os.fspath(path), "annotation"), []
-    for number, entry in enumerate(entries, start=1):
-        if problem := _find_problem(entry):
-            bad.add(number, problem)
-        else:
-            image = str(entry["image_id"])
-            questions.append(QuestionLine(image, entry["question"].lower(), image, entry))
-    raise_bad_rows(bad)
-    return questions
+    return convert_entries(path, "annotation", entries, _read_annotation)
 
 
 def prompt_processor(prompt: str) -> str:
@@ -84,13 +75,7 @@ def score(annotations: Sequence[QuestionLine], answers: Sequence[AnswerLine], na
     Raises:
         BenchmarkError: if the files don't belong together.
     """
-    bad, asked = BadRows(name, "answer"), []
-    for number, answer in enumerate(answers, start=1):
-        try:
-            asked.append(answer._replace(prompt=prompt_processor(answer.prompt)) if answer.prompt else answer)
-        except ValueError as error:
-            bad.add(number, str(error))
-    raise_bad_rows(bad)
+    asked = convert_entries(name, "answer", answers, _ask_question_alone)
     scores = tuple(
         QuestionScore(
             str(question.record.get("question_id", f"{question.question_id}/{question.text}")),
@@ -145,12 +130,18 @@ class TextVQAAccuracyEvaluator:
         return sum(score_text(entry["pred_answer"], entry["gt_answers"]) for entry in pred_list) / len(pred_list)
 
 
-def _find_problem(entry: Any) -> str | None:
+def _ask_question_alone(answer: AnswerLine) -> AnswerLine:
+    return answer._replace(prompt=prompt_processor(answer.prompt)) if answer.prompt else answer
+
+
+def _read_annotation(entry: Any) -> QuestionLine:
     if not isinstance(entry, dict):
-        return "not an object {…}"
+        raise ValueError("not an object {…}")
     image, answers = entry.get("image_id"), entry.get("answers")
     if isinstance(image, bool) or not isinstance(image, int | str) or not isinstance(entry.get("question"), str):
-        return "no 'image_id' and 'question'"
+        raise ValueError("no 'image_id' and 'question'")
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        return "no list of texts 'answers'; the test split's answers are not published"
-    return None if len(answers) == _TRUE_ANSWERS else f"{len(answers)} answers; TextVQA has {_TRUE_ANSWERS}"
+        raise ValueError("no list of texts 'answers'; the test split's answers are not published")
+    if len(answers) != _TRUE_ANSWERS:
+        raise ValueError(f"{len(answers)} answers; TextVQA has {_TRUE_ANSWERS}")
+    return QuestionLine(str(image), entry["question"].lower(), str(image), entry)

@@ -114,7 +114,5 @@ def _attention(name: str | None, use_flash: bool) -> str:
     if name not in ATTENTIONS:
         raise ValueError(f"attn_implementation is {name!r}; choose {', '.join(ATTENTIONS)}")
     if name == FLASH_ATTENTION and importlib.util.find_spec("flash_attn") is None:
-        raise ImportError(
-            'flash_attention_2 needs flash-attn; run: pip install -e ".[flash]", or leave it out for SDPA'
-        )
+        raise ImportError("flash_attention_2 needs the package flash-attn; install it, or leave it out for SDPA")
     return name

@@ -196,11 +196,10 @@ def test_mmbench_in_both_languages(data, loads, capsys):
     data.lay_out_mmbench("cn")
     assert data("mmbench,mmbench_cn") == 0
     assert loads == ["llava-tiny"]
-    third = data.answers("mmbench/answers/mmbench_dev_20230712/llava-tiny.jsonl")[2]
-    assert third["prompt"].splitlines() == ["Look.", "What is it?", "A. a dog", "B. a wall", "C. a cat"]
-    assert (third["round_id"], third["options"]) == (0, ["a dog", "a wall", "a cat"])
-    [first, *_] = data.answers("mmbench_cn/answers/mmbench_dev_cn_20231003/llava-tiny.jsonl")
-    assert first["prompt"].endswith("B. blue")
+    lines = data.answers("mmbench/answers/mmbench_dev_20230712/llava-tiny.jsonl")
+    assert lines[2]["prompt"].splitlines() == ["Look.", "What is it?", "A. a dog", "B. a wall", "C. a cat"]
+    assert lines[2]["options"] == ["a dog", "a wall", "a cat"]
+    assert len(data.answers("mmbench_cn/answers/mmbench_dev_cn_20231003/llava-tiny.jsonl")) == 3
     out = capsys.readouterr().out
     assert table_line(out, "MMBench  ")[:5] == ["MMBench", "3", "2", "circular", "accuracy"]
     for upload in ("mmbench_dev_20230712", "mmbench_dev_cn_20231003"):

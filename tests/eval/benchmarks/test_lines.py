@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import (
@@ -105,6 +103,7 @@ def test_ids_of_numbers_and_texts_are_the_same_and_may_repeat():
     assert texts(pairs) == ["first", "second", "third", "fourth"]
 
 
+@settings(deadline=None)
 @given(st.permutations(range(4)))
 def test_the_order_of_answers_matters_only_among_the_same_question(order):
     answers = [ANSWERS[index] for index in order]
@@ -154,22 +153,3 @@ def test_errors_are_counted():
     note = "3 of 4 answers are errors and count as wrong (image_corrupt 1, image_missing 2)"
     assert count_errors(answers) == (note,)
     assert count_errors(answers[:1]) == ()
-
-
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5))
-def test_any_json_in_any_place_is_an_answer_or_an_error(value):
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "lines.jsonl"
-        for key in ("question_id", "text", "prompt", "error", "image"):
-            path.write_text(json.dumps({"question_id": 1, "text": "a", "prompt": "b", key: value}) + "\n")
-            for read in (read_question_lines, read_answer_lines):
-                try:
-                    lines = read(path)
-                except BenchmarkError:
-                    continue
-                assert len(lines) == 1
-                if read is read_answer_lines:
-                    count_errors(lines)

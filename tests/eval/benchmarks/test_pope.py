@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, QuestionLine, read_answer_lines, read_question_lines
@@ -117,6 +117,7 @@ def test_an_error_counts_as_wrong_and_not_as_a_yes():
     assert result.notes == ("2 of 10 answers are errors and count as wrong (image_missing 2)",)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["Yes", "No", "Maybe not", ""]), min_size=10, max_size=10), st.permutations(range(10)))
 def test_figures_are_percentages_in_any_order(said, order):
     questions, answers, labels = make_case()

@@ -6,7 +6,7 @@ import json
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, read_answer_lines, read_question_lines
@@ -66,6 +66,7 @@ def test_answers_are_joined_by_image_and_question(write_annotations):
     assert score(annotations, ANSWERS[::-1], "answers") == result
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["red", "Red!", "blue", "none", "0"]), min_size=10, max_size=10),
     st.sampled_from(["red", "0"]),

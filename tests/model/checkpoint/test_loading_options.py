@@ -45,7 +45,7 @@ def test_flash_attention_that_is_not_installed(goldens, monkeypatch):
         load(goldens, attn_implementation="fast")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for options in ({"attn_implementation": "flash_attention_2"}, {"use_flash_attention_2": True}, {"use_flash": True}):
-        with pytest.raises(ImportError, match=r"^flash_attention_2 needs flash-attn; run: pip install"):
+        with pytest.raises(ImportError, match=r"^flash_attention_2 needs the package flash-attn; install it"):
             read(**options)
 
 
