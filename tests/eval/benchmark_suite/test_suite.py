@@ -127,6 +127,14 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(data, loads, capsys)
     assert loads == []
 
 
+def test_a_missing_checkpoint_is_found_before_the_first_model_answers(data, loads, capsys):
+    data.lay_out_vizwiz()
+    assert data("vizwiz", "--compare-with", data.folder / "no-such-model") == 2
+    assert "no-such-model" in capsys.readouterr().err
+    assert data("vizwiz", model=data.folder / "another") == 2
+    assert loads == []
+
+
 def test_the_rest_runs_if_asked_for(data, capsys):
     data.lay_out_vizwiz()
     assert data("pope,vizwiz") == 2
