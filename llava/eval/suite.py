@@ -120,6 +120,8 @@ def _run(args: argparse.Namespace, rank: DistributedRank) -> int:
     parts = _select(args, [prepare(part, data, args.limit, needs_images=not args.score_only) for part in args.suite])
     if args.score_only:
         _refuse_missing_answers(parts, data, models)
+    else:
+        _refuse_missing_models(models)
     worst, by_model = 0, []
     with process_group(rank) as wait:
         for model in models:
@@ -166,6 +168,14 @@ def _select(args: argparse.Namespace, parts: Sequence[Prepared]) -> list[Prepare
     if read_rank().rank == 0:
         print(format_message(f"{message}\nleft out"), file=sys.stderr)
     return complete
+
+
+def _refuse_missing_models(models: Sequence[argparse.Namespace]) -> None:
+    """Look for the checkpoints of every model before the first one answers; errors as of `ModelSources.find`."""
+    from llava.inference.batch.fingerprint import ModelSources  # imports torch
+
+    for model in models:
+        ModelSources.find(model.model_path, model.model_base, model.vision_tower)
 
 
 def _refuse_missing_answers(parts: Sequence[Prepared], data: Path, models: Sequence[argparse.Namespace]) -> None:

@@ -52,7 +52,7 @@ class Benchmark:
         origins: for each of these paths where it comes from.
         answers: path of the answers file; `{model}` is the model's name.
         upload: path of what an evaluation server or another program takes; None if there is no such file.
-        server: who scores `upload`; "" if it is scored here.
+        server: address of who scores `upload`, or the program that does; "" if it is scored here.
         prompt: what the question file asks for, in words.
         published: figures of LLaVA-1.5 7B and 13B.
         questions: in the question file.
@@ -67,15 +67,15 @@ class Benchmark:
     folder: str
     question_file: str
     images: str | None
-    annotations: tuple[str, ...]
     origins: dict[str, str]
     answers: str
-    upload: str | None
-    server: str
     prompt: str
     published: Published
     questions: int
     distinct_images: int | None
+    annotations: tuple[str, ...] = ()
+    upload: str | None = None
+    server: str = ""
     question_format: QuestionFormat = QuestionFormat.LINES
     max_new_tokens: int = 128
     language: str = "en"
@@ -132,7 +132,6 @@ BENCHMARKS = (
         },
         answers=f"answers/{_GQA}/{{model}}/merge.jsonl",
         upload=f"answers/{_GQA}/{{model}}/testdev_balanced_predictions.json",
-        server="",
         prompt=_WORD,
         published=Published("accuracy", 62.0, 63.3),
         questions=12_578,
@@ -144,7 +143,6 @@ BENCHMARKS = (
         folder="vizwiz",
         question_file="llava_test.jsonl",
         images="test",
-        annotations=(),
         origins={
             "llava_test.jsonl": EVAL_ZIP,
             "test": "https://vizwiz.cs.colorado.edu/VizWiz_final/images/test.zip",
@@ -163,14 +161,11 @@ BENCHMARKS = (
         folder="scienceqa",
         question_file="llava_test_CQM-A.json",
         images="images/test",
-        annotations=(),
         origins={
             "llava_test_CQM-A.json": EVAL_ZIP,
             "images/test": "data/scienceqa of https://github.com/lupantech/ScienceQA",
         },
         answers="answers/{model}.jsonl",
-        upload=None,
-        server="",
         prompt=f"context, question, {_LETTER}",
         published=Published("with image", 66.8, 71.6),
         questions=4_241,
@@ -191,8 +186,6 @@ BENCHMARKS = (
             "TextVQA_0.5.1_val.json": "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
         },
         answers="answers/{model}.jsonl",
-        upload=None,
-        server="",
         prompt="the question, the words that OCR found, and: answer with a word or a phrase",
         published=Published("accuracy", 58.2, 61.3),
         questions=5_000,
@@ -211,8 +204,6 @@ BENCHMARKS = (
             "coco": "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco",
         },
         answers="answers/{model}.jsonl",
-        upload=None,
-        server="",
         prompt=_WORD,
         published=Published("mean F1", 85.9, 85.9),
         questions=8_910,
@@ -224,7 +215,6 @@ BENCHMARKS = (
         folder="MME",
         question_file="llava_mme.jsonl",
         images="MME_Benchmark_release_version",
-        annotations=(),
         origins={
             "llava_mme.jsonl": EVAL_ZIP,
             "MME_Benchmark_release_version":
@@ -232,7 +222,6 @@ BENCHMARKS = (
         },
         answers="answers/{model}.jsonl",
         upload="eval_tool/answers/{model}",
-        server="",
         prompt=_WORD,
         published=Published("perception", 1510.7, 1531.3, "points"),
         questions=2_374,
@@ -244,7 +233,6 @@ BENCHMARKS = (
         folder="mmbench",
         question_file=f"{_MMBENCH}.tsv",
         images=None,
-        annotations=(),
         origins={f"{_MMBENCH}.tsv": f"{_TSV}{_MMBENCH}.tsv"},
         answers=f"answers/{_MMBENCH}/{{model}}.jsonl",
         upload=f"answers_upload/{_MMBENCH}/{{model}}.xlsx",
@@ -262,7 +250,6 @@ BENCHMARKS = (
         folder="mmbench_cn",
         question_file=f"{_MMBENCH_CN}.tsv",
         images=None,
-        annotations=(),
         origins={f"{_MMBENCH_CN}.tsv": f"{_TSV}{_MMBENCH_CN}.tsv"},
         answers=f"answers/{_MMBENCH_CN}/{{model}}.jsonl",
         upload=f"../mmbench/answers_upload/{_MMBENCH_CN}/{{model}}.xlsx",
@@ -290,7 +277,6 @@ BENCHMARKS = (
         },
         answers="answers/{model}/merge.jsonl",
         upload="answers_upload/{model}.jsonl",
-        server="",
         prompt=f"the question, {_LETTER}",
         published=Published("accuracy", 58.6, 61.6),
         questions=17_990,
@@ -302,14 +288,12 @@ BENCHMARKS = (
         folder="llava-bench-in-the-wild",
         question_file="questions.jsonl",
         images="images",
-        annotations=(),
         origins={
             "questions.jsonl": "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
             "images": "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
         },
         answers="answers/{model}.jsonl",
-        upload=None,
-        server="GPT-4, which compares the answers with its own",
+        server="python -m llava.eval.eval_gpt_review_bench",
         prompt=_FREE,
         published=Published("relative score", 65.4, 72.5),
         questions=60,
@@ -322,7 +306,6 @@ BENCHMARKS = (
         folder="mm-vet",
         question_file="llava-mm-vet.jsonl",
         images="images",
-        annotations=(),
         origins={
             "llava-mm-vet.jsonl": EVAL_ZIP,
             "images": "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip",

@@ -182,7 +182,7 @@ def format_indices(judged: Sequence[Judged], options: Sequence[str] = OPTIONS) -
     """Return what the original writes to --output-result: accuracy in percent, and the index of each option read."""
     correct = sum(one.is_right for one in judged)
     return {
-        "acc": 100 * correct / len(judged),
+        "acc": correct / len(judged) * 100,
         "correct": correct,
         "count": len(judged),
         "results": {

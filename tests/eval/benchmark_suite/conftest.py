@@ -65,6 +65,25 @@ class Data:
         lines = [{"question_id": key, "image": name, "text": f"What is this?{SHORT}"} for key, name in enumerate(names)]
         self.write_lines("vizwiz/llava_test.jsonl", lines)
 
+    def lay_out_scienceqa(self) -> None:
+        self.draw("scienceqa/images/test/1", ["image.png"])
+        records = [
+            {"id": "1", "image": "1/image.png", "conversations": turns("<image>\nWhich is it?\nA. red\nB. blue", "A")},
+            {"id": "2", "conversations": turns("Which rhymes?\nA. so\nB. go", "B")},
+        ]
+        (self.folder / "scienceqa/llava_test_CQM-A.json").write_text(json.dumps(records), encoding="utf-8")
+
+    def lay_out_textvqa(self) -> None:
+        """Two questions about one image, whose id both have."""
+        self.draw("textvqa/train_images", ["a.jpg"])
+        texts = ("what is written?", "which color is it?")
+        lines = [
+            {"question_id": "a", "image": "a.jpg", "text": f"{text}\nReference OCR token: X{SHORT}"} for text in texts
+        ]
+        self.write_lines("textvqa/llava_textvqa_val_v051_ocr.jsonl", lines)
+        truths = [{"image_id": "a", "question": text, "answers": ["red"] * 10} for text in texts]
+        (self.folder / "textvqa/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": truths}), encoding="utf-8")
+
     def lay_out_mmbench(self, language: str = "en") -> None:
         """Two questions about one image, the first in two rotations; the second row names the first's image."""
         name = {"en": "mmbench/mmbench_dev_20230712.tsv", "cn": "mmbench_cn/mmbench_dev_cn_20231003.tsv"}[language]
@@ -90,6 +109,10 @@ class Data:
 
     def answers(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 @pytest.fixture

@@ -30,6 +30,38 @@ def test_pope(originals, tmp_path, capsys):
     assert "144 (10000011, " in out
 
 
+def test_scienceqa(originals, shared_path, tmp_path):
+    result = run(originals, "scienceqa", tmp_path)["scienceqa"]
+    expected = json.loads(shared_path("eval/scienceqa/expected.json").read_text())
+    assert figures(result)["accuracy, with image"] == pytest.approx(expected["accuracy_with_image"])
+    assert figures(result)["accuracy"] == pytest.approx(expected["accuracy"])
+    assert result["scored"] == expected["questions"] == 1200
+
+
+def test_gqa_predictions(originals, tmp_path):
+    """GQA's own questions are not here: their answers are made up, right for the first half."""
+    questions = originals.answers("gqa/llava_gqa_testdev_balanced.jsonl")
+    answers = originals.answers("gqa/answers/llava-v1.5-13b.jsonl")
+    truths = {
+        question["question_id"]: {
+            "question": question["text"].partition("\n")[0],
+            "imageId": question["image"].removesuffix(".jpg"),
+            "answer": answer["text"].rstrip(".").lower() if number < 400 else "nothing",
+        }
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=True))
+    }
+    place = originals.folder / "gqa/data/testdev_balanced_questions.json"
+    place.parent.mkdir()
+    place.write_text(json.dumps(truths))
+    originals.write_lines("gqa/answers/llava_gqa_testdev_balanced/llava-v1.5-13b/merge.jsonl", answers)
+    result = run(originals, "gqa", tmp_path)["gqa"]
+    assert result["figures"][0]["value"] == 50
+    predictions = json.loads(Path(result["upload"]).read_text())
+    assert predictions == [
+        {"questionId": answer["question_id"], "prediction": answer["text"].rstrip(".").lower()} for answer in answers
+    ]
+
+
 def test_submission_files(originals, shared_path, tmp_path):
     results = run(originals, "vizwiz", tmp_path) | run(originals, "mmvet", tmp_path, model="llava-v1.5-7b")
     expected = {

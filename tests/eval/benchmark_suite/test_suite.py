@@ -51,7 +51,7 @@ def test_the_second_run_has_nothing_to_do(data, loads, capsys):
     assert data("pope") == 0
     again = capsys.readouterr().out
     assert loads == ["llava-tiny"]
-    assert table_line(again, "POPE")[:-1] == table_line(first, "POPE  ")[:-1]
+    assert table_line(again, "POPE  ")[:-1] == table_line(first, "POPE  ")[:-1]
     assert table_line(again, "POPE  ")[-1] == "-"
     assert (data.folder / POPE_ANSWERS).read_bytes() == before
     assert data("pope,vizwiz") == 0
@@ -127,6 +127,14 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(data, loads, capsys)
     assert loads == []
 
 
+def test_a_missing_checkpoint_is_found_before_the_first_model_answers(data, loads, capsys):
+    data.lay_out_vizwiz()
+    assert data("vizwiz", "--compare-with", data.folder / "no-such-model") == 2
+    assert "no-such-model" in capsys.readouterr().err
+    assert data("vizwiz", model=data.folder / "another") == 2
+    assert loads == []
+
+
 def test_the_rest_runs_if_asked_for(data, capsys):
     data.lay_out_vizwiz()
     assert data("pope,vizwiz") == 2
@@ -189,6 +197,28 @@ def test_score_only_needs_answers_and_no_model(data, loads, capsys):
     (data.folder / "pope/val2014").rename(data.folder / "elsewhere")
     assert data("pope", "--score-only", model="no/such/llava-tiny") == 0
     assert loads == ["llava-tiny"]
+
+
+def test_scripts_of_the_originals_names_run_to_the_end(data):
+    data.lay_out_scienceqa()
+    environment = {**os.environ, "MODEL": str(data.model), "DATA": str(data.folder), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "scripts/v1_5/eval/sqa.sh", "--device", "cpu"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert table_line(done.stdout, "ScienceQA  ")[:3] == ["ScienceQA", "2", "2"]
+    assert [line["prompt"] for line in data.answers("scienceqa/answers/llava-tiny.jsonl")] == [
+        "<image>\nWhich is it?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly.",
+        "Which rhymes?\nA. so\nB. go\nAnswer with the option's letter from the given choices directly.",
+    ]
+
+
+def test_ids_that_repeat(data, capsys):
+    data.lay_out_textvqa()
+    assert data("textvqa") == 0
+    assert table_line(capsys.readouterr().out, "TextVQA  ")[1:3] == ["2", "2"]
+    assert [line["question_id"] for line in data.answers("textvqa/answers/llava-tiny.jsonl")] == ["a", "a"]
+    assert data("textvqa", "--limit", 1) == 0
+    assert table_line(capsys.readouterr().out, "TextVQA  ")[1:3] == ["1", "1"]
 
 
 def test_mmbench_in_both_languages(data, loads, capsys):
