@@ -116,6 +116,7 @@ _SERVING = (
 )
 _ATTENTION = "attention needs no patch: PyTorch's SDPA is used, FlashAttention 2 with use_flash_attn=True"
 _SCORES = "score answers with `python -m llava.eval.vqa_score`, and look at them with `python -m llava.eval.report`"
+_REVIEWS = "review answers with `python -m llava.eval.eval_gpt_review_bench`"
 _ANSWERS = "answer a question file with `python -m llava.eval.model_vqa_loader`"
 _SCALES = "towers over several scales are not supported"
 _MODERATION = "no text is sent to a moderation service; call OpenAI's client yourself"
@@ -134,7 +135,7 @@ LEFT_OUT: Mapping[str, str] = {
         ("utils", "violates_moderation", _MODERATION),
         ("eval.model_vqa_loader", "CustomDataset create_data_loader", _ANSWER_BATCH),
         ("eval.m4c_evaluator", "TextCapsBleu4Evaluator", "BLEU needs Java; use pycocoevalcap itself"),
-        ("eval", "eval_gpt_review eval_gpt_review_visual", _SCORES),
+        ("eval", "eval_gpt_review eval_gpt_review_visual", _REVIEWS),
         ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery", _SCORES),
         ("eval", "generate_webpage_data_from_table", _SCORES),
         ("eval", "model_qa qa_baseline_gpt35", _ANSWERS),

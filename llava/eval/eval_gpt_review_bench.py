@@ -90,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = expand_homes(parser.parse_args(argv), "question", "context", "answer_list", "rule", "output")
     if urllib.parse.urlsplit(args.base_url).scheme not in ("http", "https"):
         parser.error(f"--base-url {args.base_url} is no http(s) address")
-    if not os.environ.get(_KEY):
-        parser.error(f"set {_KEY} to a key of {args.base_url} (a server without keys takes any text)")
     inputs = {"--question": args.question, "--context": args.context, "--answer-list": args.answer_list}
     message = find_overwrite({"--output": output_file(args.output)}, {**inputs, "--rule": args.rule})
     if message:
         parser.error(message)
+    if not os.environ.get(_KEY):
+        parser.error(f"set {_KEY} to a key of {args.base_url} (a server without keys takes any text)")
     return run_program(lambda: review(args))
 
 

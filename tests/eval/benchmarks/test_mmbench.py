@@ -6,7 +6,7 @@ import sys
 
 import pandas
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -72,7 +72,6 @@ def replies(rows, texts, **options):
 cells = st.text(st.sampled_from('ab"\n é你'), max_size=6).map(lambda text: f"x{text}")
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=4))
 def test_a_table_is_read_as_pandas_reads_it(tmp_path_factory, values):
     table = pandas.DataFrame(values, columns=["question", "A", "B"])
@@ -172,7 +171,6 @@ def test_circular_accuracy_of_all_rounds_by_hand(rows):
     assert figures(result) == {"circular accuracy": 50, "accuracy without rotations": 100, "FP-S": 0, "CP": 100}
 
 
-@settings(deadline=None)
 @given(st.randoms())
 def test_the_order_of_answers_does_not_matter(shuffle):
     rows = [

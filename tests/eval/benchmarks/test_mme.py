@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, read_answer_lines
@@ -100,7 +100,6 @@ def test_files_of_the_official_program(folder, converter, write_lines, capsys):
     assert "perception" in capsys.readouterr().out
 
 
-@settings(deadline=None)
 @given(st.randoms())
 def test_the_order_of_answers_does_not_matter(shuffle):
     truths = [Truth("count", f"{image}.txt", f"Are there {count}?", "Yes" if count == image else "No")

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError
@@ -65,7 +65,6 @@ def test_one_data_type_alone(converter, write_lines, tmp_path, capsys):
     assert len((tmp_path / "up.jsonl").read_text().splitlines()) == 3
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from("ABCD"), min_size=1, max_size=8), st.randoms())
 def test_the_order_of_answers_does_not_matter(letters, shuffle):
     questions = [SeedQuestion(n, "a", "image", "kind", "A", "") for n in range(len(letters))]

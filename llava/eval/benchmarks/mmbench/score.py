@@ -71,7 +71,10 @@ def pair_mmbench(rows: Sequence[MmbenchRow], answers: Sequence[AnswerLine], name
     for answer in answers:
         key = (str(answer.question_id), _round_of(answer))
         row = wanted.get(key)
-        if row is None or key in found or plain_text(row.cells["question"]) not in plain_text(answer.prompt):
+        is_other = (
+            row is not None and answer.prompt and plain_text(row.cells["question"]) not in plain_text(answer.prompt)
+        )
+        if row is None or key in found or is_other:
             others.append(key[0])
         else:
             found[key] = answer
@@ -148,6 +151,10 @@ def convert_mmbench(
         cells |= {"index": row.index, _PREDICTION: text[row.index] or None}
         table.append([cells[column] for column in header])
     return table, note_empty_answers(answers)
+
+
+def _is_asked(row: MmbenchRow, answer: AnswerLine) -> bool:
+    return plain_text(row.cells["question"]) in plain_text(answer.prompt)
 
 
 def _is_right(pair: MmbenchAnswer) -> bool:
