@@ -139,8 +139,8 @@ def _run(args: argparse.Namespace, rank: DistributedRank) -> int:
     for model, outcomes in zip(models, by_model, strict=True):
         print_text("\n" + format_outcomes(name_model(model), outcomes))
     pairs = pair_outcomes(*by_model) if args.compare_with else []
-    if pairs:
-        print_text("\n" + format_pairs(pairs))
+    if args.compare_with:
+        print_text("\n" + (format_pairs(pairs) if pairs else "nothing is compared: no benchmark has scores of both"))
     if args.json is not None:
         content = to_json([outcome for outcomes in by_model for outcome in outcomes], pairs)
         with atomic_write(args.json) as stream:

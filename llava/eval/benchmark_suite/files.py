@@ -67,6 +67,10 @@ def prepare(benchmark: Benchmark, data: Path, limit: int | None, *, needs_images
     if any(lack.path == folder / benchmark.question_file for lack in missing):
         return part
     part = _read_questions(part, folder / benchmark.question_file, limit, needs_images=needs_images)
+    if not part.questions:
+        missing.append(
+            Missing(folder / benchmark.question_file, "holds no questions", benchmark.origins[benchmark.question_file])
+        )
     if needs_images and benchmark.images is not None and all(lack.path != part.images for lack in missing):
         missing += _find_missing_images(benchmark, part.questions, part.images)
     return part._replace(missing=tuple(missing))

@@ -127,6 +127,23 @@ def test_what_is_missing_is_listed_before_a_model_is_loaded(data, loads, capsys)
     assert loads == []
 
 
+def test_an_empty_question_file_and_a_broken_one(data, loads, capsys):
+    data.lay_out_vizwiz()
+    path = data.write_lines("vizwiz/llava_test.jsonl", [])
+    assert data("vizwiz") == 2
+    assert f"{path} holds no questions; it comes from eval.zip" in capsys.readouterr().err
+    data.write_lines("vizwiz/llava_test.jsonl", [{"a": 1}])
+    assert data("vizwiz") == 2
+    assert f"{path}: 1 bad row\n  line 1: question_id and text missing" in capsys.readouterr().err
+    assert loads == []
+
+
+def test_nothing_to_compare_is_said(data, goldens, capsys):
+    data.lay_out_vizwiz()
+    assert data("vizwiz", "--compare-with", goldens / "llava-v1.5-golden") == 0
+    assert "nothing is compared: no benchmark has scores of both" in capsys.readouterr().out
+
+
 def test_a_missing_checkpoint_is_found_before_the_first_model_answers(data, loads, capsys):
     data.lay_out_vizwiz()
     assert data("vizwiz", "--compare-with", data.folder / "no-such-model") == 2
