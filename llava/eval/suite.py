@@ -107,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"--model-path and --compare-with are both named {names[0]}, as their answers would be; rename one"
         )
-    inputs = {"--model-path": args.model_path, "--compare-with": args.compare_with}
+    read = [
+        Path(args.data, part.folder, name) for part in args.suite for name in (part.question_file, *part.annotations)
+    ]
+    inputs = {"--model-path": args.model_path, "--compare-with": args.compare_with, "--data": read}
     if args.json is not None and (message := find_overwrite({"--json": output_file(args.json)}, inputs)):
         parser.error(message)
     refuse_absent_device(parser, args.device)
@@ -133,10 +136,9 @@ def _run(args: argparse.Namespace, rank: DistributedRank) -> int:
             by_model.append(outcomes)
     if rank.rank:
         return 0
-    tuned, base = by_model[-1], by_model[0] if args.compare_with else []
-    pairs = pair_outcomes(base, tuned)
     for model, outcomes in zip(models, by_model, strict=True):
         print_text("\n" + format_outcomes(name_model(model), outcomes))
+    pairs = pair_outcomes(*by_model) if args.compare_with else []
     if pairs:
         print_text("\n" + format_pairs(pairs))
     if args.json is not None:

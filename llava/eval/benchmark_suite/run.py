@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.data.table.bad_rows import TableError
 from llava.eval.answer_questions import answer_questions
 from llava.eval.benchmark_suite.files import Prepared
 from llava.eval.benchmark_suite.outcome import Outcome
@@ -117,7 +116,7 @@ def _score(args: argparse.Namespace, part: Prepared, seconds: float | None) -> O
     files = ScoreFiles(folder, folder / benchmark.question_file, answers, upload, args.limit)
     try:
         result = score(benchmark, files)
-    except (TableError, OSError) as error:
+    except (ValueError, OSError) as error:
         report_error(f"{benchmark.title} is not scored: {error}")
         return None
     return Outcome(benchmark, name, answers, len(part.questions), result, upload, seconds)
