@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,15 @@ from llava.files.overwrite_check import find_overwrite, output_file
 from llava.image_files.paths import describe_lost_folder
 from llava.inference.batch.answers_file import JOURNAL_SUFFIX, RUN_SUFFIX
 from llava.inference.batch.questions import Question
-from llava.inference.command_line import add_model_arguments, add_sampling_arguments, load_session
-from llava.inference.distributed import DistributedRank, process_group
+from llava.inference.command_line import (
+    add_model_arguments,
+    add_sampling_arguments,
+    load_session,
+    parse_sampling,
+    refuse_absent_device,
+    run_program,
+)
+from llava.inference.distributed import DistributedRank, process_group, read_rank
 from llava.inference.sampling import Sampling
 
 _SEED = 0
@@ -68,6 +75,27 @@ def refuse_overwrite(
     output = output_file(args.answers_file, beside=(name + RUN_SUFFIX, name + JOURNAL_SUFFIX + "*"))
     if message := find_overwrite({"--answers-file": output}, {**inputs, **model}):
         parser.error(message)
+
+
+def run_benchmark_program(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    run: Callable[[argparse.Namespace, Sampling, DistributedRank], int],
+) -> int:
+    """Check the flags of a program that reads a question file and the model alone, and run it.
+
+    Args:
+        parser: prints usage errors.
+        args: parsed flags.
+        run: answers the questions; returns the exit code.
+
+    Returns:
+        The exit code; 2 after an expected error, which is printed.
+    """
+    refuse_overwrite(parser, args, {"--question-file": args.question_file})
+    sampling = parse_sampling(parser, args)
+    refuse_absent_device(parser, args.device)
+    return run_program(lambda: run(args, sampling, read_rank()))
 
 
 def answer_program(

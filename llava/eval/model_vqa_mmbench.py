@@ -11,7 +11,7 @@ from llava.eval.answer_program import (
     add_answer_arguments,
     answer_program,
     parse_answer_arguments,
-    refuse_overwrite,
+    run_benchmark_program,
 )
 from llava.eval.benchmarks.mmbench.table import (
     INSTRUCTIONS,
@@ -21,8 +21,7 @@ from llava.eval.benchmarks.mmbench.table import (
     read_mmbench_table,
 )
 from llava.inference.batch.questions import split_chunk
-from llava.inference.command_line import parse_sampling, refuse_absent_device, run_program
-from llava.inference.distributed import DistributedRank, read_rank
+from llava.inference.distributed import DistributedRank
 from llava.inference.sampling import Sampling
 from llava.original_names import lazy_names
 
@@ -74,10 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parse_answer_arguments(parser, argv)
     args.image_folder = args.image_folder or str(default_image_folder(args.question_file))
-    refuse_overwrite(parser, args, {"--question-file": args.question_file})
-    sampling = parse_sampling(parser, args)
-    refuse_absent_device(parser, args.device)
-    return run_program(lambda: _run(args, sampling, read_rank()))
+    return run_benchmark_program(parser, args, _run)
 
 
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
