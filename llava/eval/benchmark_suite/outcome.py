@@ -36,7 +36,7 @@ class Outcome:
 
 
 class Pair(NamedTuple):
-    """Two models on the same questions; `difference` is the tuned model's accuracy minus the base's."""
+    """Two models on the same questions; `difference` is the tuned model's mean score minus the base's."""
 
     base: Outcome
     tuned: Outcome

@@ -119,4 +119,5 @@ def _score(args: argparse.Namespace, part: Prepared, seconds: float | None) -> O
     except (ValueError, OSError) as error:
         report_error(f"{benchmark.title} is not scored: {error}")
         return None
-    return Outcome(benchmark, name, answers, len(part.questions), result, upload, seconds)
+    written = upload if upload is not None and upload.exists() else None
+    return Outcome(benchmark, name, answers, len(part.questions), result, written, seconds)

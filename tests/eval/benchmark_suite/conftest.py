@@ -84,6 +84,19 @@ class Data:
         truths = [{"image_id": "a", "question": text, "answers": ["red"] * 10} for text in texts]
         (self.folder / "textvqa/TextVQA_0.5.1_val.json").write_text(json.dumps({"data": truths}), encoding="utf-8")
 
+    def lay_out_mme(self) -> None:
+        """Two tasks of one image each; each image has a question whose answer is yes and one whose answer is no."""
+        questions = []
+        for task in ("color", "artwork"):
+            self.draw(f"MME/MME_Benchmark_release_version/{task}", ["1.png"])
+            truths = [("Is it red?", "Yes"), ("Is it blue?", "No")]
+            (self.folder / f"MME/MME_Benchmark_release_version/{task}/1.txt").write_text(
+                "".join(f"{text} Please answer yes or no.\t{answer}\n" for text, answer in truths), encoding="utf-8"
+            )
+            name = f"{task}/1.png"
+            questions += [{"question_id": name, "image": name, "text": f"{text}{SHORT}"} for text, _ in truths]
+        self.write_lines("MME/llava_mme.jsonl", questions)
+
     def lay_out_mmbench(self, language: str = "en") -> None:
         """Two questions about one image, the first in two rotations; the second row names the first's image."""
         name = {"en": "mmbench/mmbench_dev_20230712.tsv", "cn": "mmbench_cn/mmbench_dev_cn_20231003.tsv"}[language]

@@ -238,6 +238,18 @@ def test_ids_that_repeat(data, capsys):
     assert table_line(capsys.readouterr().out, "TextVQA  ")[1:3] == ["1", "1"]
 
 
+def test_mme_writes_the_files_of_its_own_program(data, capsys):
+    data.lay_out_mme()
+    assert data("mme", "--limit", 3) == 0
+    out = capsys.readouterr().out
+    assert "MME: scored with all questions only" in out
+    assert "wrote" not in out.partition("MME: ")[2]
+    assert data("mme") == 0
+    assert table_line(capsys.readouterr().out, "MME  ")[:4] == ["MME", "4", "4", "perception"]
+    files = sorted(path.name for path in (data.folder / "MME/eval_tool/answers/llava-tiny").iterdir())
+    assert files == ["artwork.txt", "color.txt"]
+
+
 def test_mmbench_in_both_languages(data, loads, capsys):
     data.lay_out_mmbench()
     data.lay_out_mmbench("cn")
