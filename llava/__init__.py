@@ -1,7 +1,11 @@
-"""LLaVA-1.5 for one job: teach it to answer your questions about images, then answer thousands of them."""
+"""LLaVA-1.5 for one job: teach it to answer your questions about images, then answer thousands of them.
+
+`llava.load(path)` loads a model for Python and notebooks; `help(llava.load)` says how.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from llava.library_noise import quiet_bitsandbytes, quiet_pillow
@@ -19,8 +23,8 @@ install()
 
 
 def load(
-    model_path: str,
-    model_base: str | None = None,
+    model_path: str | os.PathLike[str],
+    model_base: str | os.PathLike[str] | None = None,
     *,
     bits: int = 16,
     device: str | None = None,
@@ -39,6 +43,9 @@ def load(
         vision_tower: directory or hub id, for weights that hold none.
         conv_mode: prompt template; None = the one saved with the weights.
 
+    Returns:
+        The model, with `ask`, `ask_many` and `chat`.
+
     Raises:
         FileNotFoundError: if a file is missing.
         ImportError: if bitsandbytes is needed and not installed.
@@ -53,6 +60,12 @@ def load(
     from llava.inference.session import Session
 
     session = Session.load(
-        model_path, model_base, bits=bits, device=device, dtype=dtype, vision_tower=vision_tower, conv_mode=conv_mode
+        os.fspath(model_path),
+        None if model_base is None else os.fspath(model_base),
+        bits=bits,
+        device=device,
+        dtype=dtype,
+        vision_tower=vision_tower,
+        conv_mode=conv_mode,
     )
-    return LoadedModel(session)
+    return LoadedModel(session, os.fspath(model_path))

@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         max_new_tokens=128,
     )
     add = parser.add_argument
+    add("--unique-ids", action="store_true",
+        help="refuse questions in which an id repeats (default: a question is its place in the file)")  # fmt: skip
     add("--with-scores", action="store_true", help="add log-probability and runner-up of each answer to its metadata")
     add("--choices", type=read_choices, metavar="A,B,...",
         help="score these answers instead of generating: separated by commas, or a file with one a line")  # fmt: skip
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
     if rank.rank == 0:
         print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
-    found = read_question_file(args.question_file, table_options(args))
+    found = read_question_file(args.question_file, table_options(args), unique_ids=args.unique_ids)
     questions = split_chunk(found.questions, args.num_chunks, args.chunk_idx)[: args.limit]
     written = extract_table_images(args.question_file, found.table, args.image_folder, "--image-folder")
     for note in (*found.notes, *written) if rank.rank == 0 else ():

@@ -50,6 +50,9 @@ _MISSING_HELP = (
     "score only the questions that every file answers, and list the others "
     "(default: a question without answer, or an answer without question, is an error)"
 )
+_UNIQUE_HELP = (
+    "refuse a file in which a question_id repeats (default: questions with one id are told apart by their texts)"
+)
 _UNANIMOUS_HELP = (
     "where all ten true answers agree: compare normalized, as for all others, or verbatim (case and full stops count), "
     "as VQAv2's own program does (default: normalize)"
@@ -77,10 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_annotation_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Add the flags for the true answers: file, columns, kinds, comparison."""
+    """Add the flags for the true answers: file, columns, kinds, ids, comparison."""
     add = parser.add_argument
     add("--annotations", required=required, metavar="FILE", help=_ANNOTATIONS_HELP)
     add("--kind-key", metavar="NAME", help=_KIND_HELP)
+    add("--unique-ids", action="store_true", help=_UNIQUE_HELP)
     add("--unanimous", choices=("normalize", "verbatim"), default="normalize", help=_UNANIMOUS_HELP)
     add_table_flags(parser)
 
@@ -120,10 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None and (message := find_overwrite({"--json": output_file(args.json)}, inputs)):
         parser.error(message)
     try:
-        references = read_references(args.annotations, options, args.kind_key)
+        unique = args.unique_ids
+        references = read_references(args.annotations, options, args.kind_key, unique_ids=unique)
         texts = {key: references.questions.get(key, "") for key in references.answers}
         paths = name_files(args.answers_file)
-        answers = {name: pair_answers(path, read_answers(path), texts) for name, path in paths.items()}
+        given = {name: read_answers(path, unique_ids=unique) for name, path in paths.items()}
+        answers = {name: pair_answers(paths[name], lines, texts) for name, lines in given.items()}
         notes = compare_ids(answers, references)
         if notes and not args.allow_missing:
             raise TableError("\n".join([*notes, "Complete the answers, or score the rest with --allow-missing."]))

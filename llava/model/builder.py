@@ -63,7 +63,8 @@ def load_pretrained_model(
         load_8bit: bitsandbytes LLM.int8 for the LLM's linear layers.
         load_4bit: bitsandbytes NF4, double quantisation, for the LLM's linear layers.
         device_map: "auto" = the best device, spread over all GPUs if one is too small; "balanced", "balanced_low_0" or
-            "sequential" as in accelerate; a device; a map from module to device; None = the CPU, as in transformers.
+            "sequential" as in accelerate; a device; a map from module to device; "" or {} = the best device alone;
+            None = the CPU, as in transformers.
         device: a single device; overrides `device_map`, but for "cuda", the original's default.
         use_flash_attn: FlashAttention 2 instead of PyTorch's SDPA.
         kwargs: fields of `LoadingOptions`, such as `torch_dtype`, `attn_implementation`, `cache_dir` and

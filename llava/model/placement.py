@@ -30,12 +30,12 @@ def stays_on_host(device_map: DeviceMap) -> bool:
 
 
 def first_device(device_map: DeviceMap) -> torch.device:
-    """Return the first device of a `device_map`, or the best device if accelerate chooses.
+    """Return the first device of a `device_map`, or the best device if accelerate chooses or the map is empty.
 
     Raises:
         ValueError: if the map names the disk or a device that is unknown or not in this machine.
     """
-    if is_strategy(device_map) or device_map == {}:
+    if is_strategy(device_map) or device_map in ({}, ""):
         return best_device()
     if device_map is None:
         return torch.device("cpu")

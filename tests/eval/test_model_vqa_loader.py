@@ -185,7 +185,7 @@ def test_nothing_to_do_reads_no_weights(program, monkeypatch, capsys):
 
 
 def test_it_says_at_once_what_it_does(program, monkeypatch, capsys):
-    def reading(path, options):
+    def reading(path, options, **_):
         assert capsys.readouterr().err == f"reading questions from {program.questions}\n"
         raise TableError("enough")
 

@@ -25,7 +25,6 @@ from llava.eval.scoring.annotations import (
 )
 from llava.eval.scoring.evaluate import Score, ScoreTable, evaluate
 from llava.eval.scoring.intervals import Difference, compare_paired, wilson_interval
-from llava.eval.scoring.question_keys import canonical_id
 from llava.eval.scoring.text import describe_difference, format_p_value, format_table
 from llava.eval.vqa_score import main
 
@@ -191,7 +190,7 @@ def test_references_from_lines(write):
              {"question_id": "q3", "answers": ["b"]}]  # fmt: skip
     answers, kinds, types, images, questions = read_references(write("a.jsonl", lines))
     assert types == images == questions == {}
-    assert answers == {1: ("yes",), 2: ("a",) * 10, "q3": ("b",)}
+    assert answers == {1: ("yes",), "2": ("a",) * 10, "q3": ("b",)}
     assert kinds == dict.fromkeys(answers, "all questions")
     lines = [{"question_id": 1, "answer": "yes", "image": "a.jpg"}, {"question_id": 2, "answer": "no", "image_id": 0}]
     assert read_references(write("c.jsonl", lines)).images == {1: "a.jpg", 2: "0"}
@@ -314,8 +313,8 @@ def texts(answers):
 
 def test_answers_by_question(write, tmp_path):
     lines = [answer(1, "yes"), answer("2", ""), answer(3, "", error="image not found")]
-    assert texts(read_answers(write("a.jsonl", lines))) == {1: "yes", 2: "", 3: None}
-    assert texts(read_answers(write("b.jsonl", [answer(1, "yes"), answer("1", "no")]))) == {1: "yes", (1, 2): "no"}
+    assert texts(read_answers(write("a.jsonl", lines))) == {1: "yes", "2": "", 3: None}
+    assert texts(read_answers(write("b.jsonl", [answer(1, "yes"), answer(1, "no")]))) == {1: "yes", (1, 2): "no"}
     with pytest.raises(TableError, match=r"line 1: no 'text' with the answer\n"):
         read_answers(write("c.jsonl", [{"question_id": 1}]))
     with pytest.raises(TableError, match=r"the file is empty; write the answers first$"):
@@ -331,7 +330,7 @@ def test_answers_with_what_is_noted_about_them(write):
     noted = {"logprob": -0.5, "runner_up": "no", "runner_up_logprob": -1.0}
     lines = [answer("7", "yes", metadata=noted), answer(8, "", error="image_corrupt", metadata=None)]
     assert read_answers(write("a.jsonl", lines)) == {
-        7: GivenAnswer("yes", None, noted, "q"),
+        "7": GivenAnswer("yes", None, noted, "q"),
         8: GivenAnswer(None, "image_corrupt", {}, "q"),
     }
     message = (
@@ -339,7 +338,6 @@ def test_answers_with_what_is_noted_about_them(write):
     )
     with pytest.raises(TableError, match=message):
         read_answers(write("b.jsonl", [answer(1, "yes", metadata={"logprob": "x"}), answer(2, "no", metadata=[1])]))
-    assert [canonical_id(value) for value in ("012", "q1", 3, "³")] == [12, "q1", 3, "³"]
 
 
 REPEATED = [  # id, question, true answer, given answer
@@ -368,14 +366,50 @@ def test_lines_with_one_id_are_joined_by_their_questions(write, tmp_path, order)
     assert (scores["overall"]["questions"], scores["overall"]["accuracy"]) == (4, 0.75)
 
 
-def test_without_their_questions_lines_with_one_id_are_joined_in_order(write, capsys):
+def test_without_their_questions_lines_with_one_id_are_joined_in_order(write, capsys, caplog):
     true = [true_line(row, has_text=False) for row in REPEATED]
     given = write("given.jsonl", [given_line(row) for row in REPEATED])
     assert main(["--answers-file", given, "--annotations", write("true.jsonl", true)]) == 0
     assert " 75.00" in capsys.readouterr().out
-    assert main(["--answers-file", given, "--annotations", write("less.jsonl", true[1:]), "--allow-missing"]) == 1
-    message = "question_id a.jpg is on 3 lines here and on 2 of the other file, and not all of them have their question"
-    assert message in capsys.readouterr().err
+    less = write("less.jsonl", true[1:])
+    assert main(["--answers-file", given, "--annotations", less]) == 1
+    assert caplog.messages[-1] == (
+        f"{given}: question_ids that are on another number of lines in the other file, not always with their question: "
+        "1, a.jpg (3 here, 2 there); these lines are left out: complete the file, or add the questions' text"
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "error: given: questions without an answer: 2 of 3 (a.jpg, a.jpg (line 2 with this id))",
+        "given: answers without a question left under their id: 3 (a.jpg (line 3 with this id), a.jpg (line 4 with "
+        "this id), a.jpg (line 5 with this id))",
+        "Complete the answers, or score the rest with --allow-missing.",
+    ]
+    assert main(["--answers-file", given, "--annotations", less, "--allow-missing"]) == 0
+    assert "100.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ids", "flags", "code", "shown"),
+    [
+        (["007", 7, "x"], [], 0, "100.00"),
+        (["007", "x"], [], 1, "error: a: questions without an answer: 1 of 3 (7)\n"),
+        ([7, "x"], [], 1, "error: a: questions without an answer: 1 of 3 ('007')\n"),
+        (["007", "x"], ["--allow-missing"], 0, "100.00"),
+        (["007", 7, "x", "y"], [], 1, "error: a: answers without a question in the annotations: 1 (y)\n"),
+        (
+            ["007", 7, "x"],
+            ["--unique-ids"],
+            1,
+            "t.jsonl: 1 bad row\n  line 2: question_id '007' is already on line 1, as",
+        ),
+    ],
+)
+def test_ids_with_leading_zeros_are_ids_of_their_own(write, capsys, ids, flags, code, shown):
+    true = {7: "yes", "007": "no", "x": "2", "y": "3"}
+    annotations = write("t.jsonl", [{"question_id": key, "answer": true[key]} for key in (7, "007", "x")])
+    given = write("a.jsonl", [{"question_id": key, "text": true[key]} for key in ids])
+    assert main(["--answers-file", given, "--annotations", annotations, *flags]) == code
+    captured = capsys.readouterr()
+    assert shown in captured.out + captured.err
 
 
 def test_some_answers_of_lines_with_one_id(write, capsys):
@@ -388,7 +422,7 @@ def test_some_answers_of_lines_with_one_id(write, capsys):
     assert "100.00" in capsys.readouterr().out
     twice = write("twice.jsonl", [given_line(row) for row in [*REPEATED, REPEATED[0]]])
     assert main(["--answers-file", twice, "--annotations", true]) == 1
-    message = "answers without a question in the annotations: 1 (a.jpg (line 4 with this id))"
+    message = "answers without a question left under their id: 1 (a.jpg (line 4 with this id))"
     assert message in capsys.readouterr().err
 
 

@@ -1,7 +1,12 @@
 """`llava.load` answers as the batch engine does, and returns rows of the kind that it got."""
 
+import importlib
+import inspect
 import math
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -10,7 +15,7 @@ from llava.image_files.decode import open_image
 from llava.inference.batch.answer_batch import answer_batch
 from llava.inference.batch.questions import Question
 from llava.inference.chat.chat import Chat
-from llava.inference.loaded_model import LoadedModel
+from llava.inference.loaded_model import LoadedModel, _Options
 from llava.inference.sampler import Sampling
 
 NAMES = ("landscape.jpg", "portrait.png")
@@ -41,7 +46,9 @@ def engine_answers(session, rows, folder):
 
 
 def test_load_reads_a_checkpoint(goldens, model, folder):
-    loaded = llava.load(str(goldens / "llava-v1.5-golden"), device="cpu", dtype="float32")
+    loaded = llava.load(goldens / "llava-v1.5-golden", device="cpu", dtype="float32")
+    name = repr(str(goldens / "llava-v1.5-golden"))
+    assert repr(loaded) == f"LoadedModel({name}, device='cpu', dtype=torch.float32)"
     images = [folder / name for name in NAMES]
     assert loaded.ask(images, "same?", max_new_tokens=6) == model.ask(images, "same?", max_new_tokens=6)
 
@@ -61,8 +68,16 @@ def test_images_are_given_as_paths_or_objects_or_not_at_all(model, folder):
     assert model.ask(open_image(path), QUESTIONS[0], max_new_tokens=6) == reply
     assert model.ask([Image.open(path)], QUESTIONS[0], max_new_tokens=6) == reply
     assert model.ask(None, "hello", max_new_tokens=2).text == model.ask([], "hello", max_new_tokens=2).text
+    assert model.ask(path.read_bytes(), QUESTIONS[0], max_new_tokens=6) == reply
+    assert model.ask({"bytes": path.read_bytes(), "path": None}, QUESTIONS[0], max_new_tokens=6) == reply
+    with pytest.raises(TypeError, match="the question is of type int, not a text"):
+        model.ask(path, 3)
     with pytest.raises(ValueError, match="not found"):
         model.ask(folder / "none.jpg", "why?")
+    with pytest.raises(ValueError, match=r"image given as bytes can't be decoded .it holds text"):
+        model.ask(b"abc", "why?")
+    with pytest.raises(TypeError, match=r"image is of type ndarray, not a file name.*convert an array with PIL.Image"):
+        model.ask(np.zeros((4, 4, 3)), "why?")
 
 
 def test_a_chat_is_the_chat_of_the_terminal(model, session, folder):
@@ -103,7 +118,7 @@ def test_dictionaries_come_back_with_answers(model, session, folder, rows):
 
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_a_data_frame_comes_back_as_one(model, folder, rows, library):
-    frame = pytest.importorskip(library).DataFrame(rows)
+    frame = importlib.import_module(library).DataFrame(rows)
     found = model.ask_many(frame, folder, max_new_tokens=6, progress=False)
     assert type(found) is type(frame)
     assert list(found.columns) == [*rows[0], "answer", "probability", "error"]
@@ -118,6 +133,118 @@ def test_a_question_file_is_read(model, folder, tmp_path):
     [row] = model.ask_many(path, folder, max_new_tokens=6, progress=False)
     assert row["question_id"] == "a"
     assert row["answer"] == model.ask(folder / "landscape.jpg", "Is there railing?", max_new_tokens=6).text
+
+
+def answers(rows):
+    return [(row["answer"], row["probability"], row["error"]) for row in rows]
+
+
+def ask(model, rows, *arguments, **options):
+    return model.ask_many(rows, *arguments, max_new_tokens=6, progress=False, **options)
+
+
+def in_memory(rows, folder, convert):
+    return [{**row, "image": convert(folder / row["image"])} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        Path.read_bytes,
+        open_image,
+        Image.open,
+        lambda path: {"bytes": path.read_bytes(), "path": "a.jpg"},
+        lambda path: {"bytes": None, "path": str(path)},
+        lambda path: [path.read_bytes()],
+        lambda path: path,
+    ],
+    ids=["bytes", "image", "opened", "bytes of datasets", "path of datasets", "list", "path"],
+)
+def test_rows_may_hold_their_images(model, folder, rows, convert):
+    held = in_memory(rows, folder, convert)
+    found = ask(model, held)
+    assert answers(found) == answers(ask(model, rows, folder))
+    assert [row["image"] for row in found] == [row["image"] for row in held]
+
+
+def test_files_and_images_in_memory_go_together_and_draws_are_repeated(model, folder, rows):
+    """A draw depends on the seed and the row, not on where its image is kept."""
+    mixed = [*in_memory(rows[:2], folder, Path.read_bytes), *rows[2:]]
+    first, again = (ask(model, mixed, folder, temperature=2.0, seed=5) for _ in range(2))
+    assert answers(first) == answers(again)
+    assert answers(ask(model, mixed, folder)) == answers(ask(model, rows, folder))
+
+
+def test_an_image_in_memory_that_is_damaged_is_an_error_of_its_row_alone(model, folder, rows, tmp_path):
+    (tmp_path / "torn.jpg").write_bytes((folder / NAMES[0]).read_bytes()[:3000])
+    bad = [{**rows[0], "image": cell} for cell in (b"abc", Image.open(tmp_path / "torn.jpg"))]
+    found = ask(model, [*bad, *in_memory(rows[:1], folder, Path.read_bytes)])
+    assert "image of row 0 can't be decoded (it holds text" in found[0]["error"]
+    assert "image of row 1 can't be decoded" in found[1]["error"]
+    assert answers(found[2:]) == answers(ask(model, rows[:1], folder))
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_data_frame_may_hold_its_images(model, folder, rows, library):
+    frame = importlib.import_module(library).DataFrame(in_memory(rows, folder, Path.read_bytes))
+    found = ask(model, frame)
+    assert list(found["answer"]) == [row["answer"] for row in ask(model, rows, folder)]
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_images_inside_a_table_are_extracted_only_meanwhile(model, folder, rows, tmp_path, monkeypatch, ending):
+    pyarrow = importlib.import_module("pyarrow")
+    importlib.import_module("pyarrow.parquet")
+    path, place = tmp_path / f"table{ending}", tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    content = pyarrow.Table.from_pylist(in_memory(rows, folder, Path.read_bytes))
+    if ending == ".parquet":
+        pyarrow.parquet.write_table(content, path)
+    else:
+        with pyarrow.ipc.new_file(path, content.schema) as writer:
+            writer.write_table(content)
+    found = ask(model, path)
+    assert answers(found) == answers(ask(model, rows, folder))
+    assert [len(row["image"]) for row in found] == [1] * 4
+    assert list(place.iterdir()) == []
+
+
+def test_a_table_is_read_with_the_options_of_the_command_line(model, folder, rows, tmp_path):
+    path, expected = tmp_path / "t.txt", answers(ask(model, rows, folder))
+    lines = ["номер|фото|вопрос", *(f"n{i}|{Path(r['image'])}|{r['question']}" for i, r in enumerate(rows))]
+    path.write_text("\n".join(lines), encoding="cp1251")
+    names = {"image_column": "фото", "question_column": "вопрос", "question_id_column": "номер"}
+    found = ask(model, path, folder, **names, delimiter="pipe", encoding="cp1251")
+    assert answers(found) == expected
+    assert [row["question_id"] for row in found] == ["n0", "n1", "n2", "n3"]
+    sheets = tmp_path / "t.xlsx"
+    pandas = importlib.import_module("pandas")
+    with pandas.ExcelWriter(sheets) as writer:
+        pandas.DataFrame([{"x": 1}]).to_excel(writer, sheet_name="first", index=False)
+        pandas.DataFrame(rows).to_excel(writer, sheet_name="second", index=False)
+    assert answers(ask(model, sheets, folder, sheet="second")) == expected
+    with pytest.raises(ValueError, match=r"--delimiter has no effect for rows .*t.xlsx"):
+        ask(model, sheets, folder, delimiter=";")
+    with pytest.raises(ValueError, match="--delimiter: 'ab' is not a character between columns"):
+        ask(model, path, folder, delimiter="ab")
+    with pytest.raises(ValueError, match="sheet has no effect on rows from Python"):
+        ask(model, rows, folder, sheet="second")
+
+
+def test_any_iterable_of_mappings_is_read(model, folder, rows):
+    """Datasets of `datasets` are such: each row is a dictionary with decoded images."""
+    decoded = ({**row, "image": Image.open(folder / row["image"])} for row in rows)
+    assert answers(ask(model, decoded)) == answers(ask(model, rows, folder))
+
+
+def test_type_checkers_know_every_option_of_ask_many():
+    parameters = inspect.signature(LoadedModel.ask_many).parameters.values()
+    options = {one.name: one.annotation for one in parameters if one.kind is one.KEYWORD_ONLY}
+    written = {name: hint.__forward_arg__ for name, hint in _Options.__annotations__.items()}
+    assert options == written
+    page = (Path(__file__).parents[2] / "docs/python.md").read_text(encoding="utf-8")
+    assert [name for name in options if f"`{name}`" not in page] == ["progress"]
 
 
 def test_a_missing_image_is_an_error_of_its_row_alone(model, folder, rows):
@@ -139,12 +266,20 @@ def test_progress_is_shown_unless_it_is_not_wanted(model, folder, rows, capsys):
     [
         ([{"image": "a.jpg"}], ValueError, "row 0: 'question' is None, not a question; it has 'image'"),
         ([{"question": "a"}, {"question": " "}], ValueError, "row 1: 'question' is ' '"),
-        ([{"question": "a", "image": 3}], ValueError, "row 0: 'image' is of type int, not a file name"),
+        ([{"question": "a", "image": object()}], ValueError, "row 0: 'image' is of type object, not a file name"),
+        ([{"question": "a", "image": np.zeros((2, 2))}], ValueError, "ndarray.*convert an array with PIL.Image"),
+        (["a.jpg"], TypeError, "row 0 is of type str; give a dictionary for each question"),
+        ({"question": ["a"]}, TypeError, "rows are of type dict; give a list of dictionaries"),
         ([{"question": "a", "answer": "b"}], ValueError, "a column 'answer' already"),
-        (7, TypeError, "rows are int; give a list of dictionaries, a DataFrame or a file's path"),
+        (7, TypeError, "rows are of type int; give a list of dictionaries, a DataFrame or a file's path"),
         ("none.jsonl", ValueError, "none.jsonl"),
     ],
 )
 def test_rows_that_cannot_be_asked(model, rows, error, message):
     with pytest.raises(error, match=message):
         model.ask_many(rows)
+
+
+def test_a_folder_for_rows_without_images_is_a_mistake(model, folder):
+    with pytest.raises(ValueError, match="image_folder is given, but no row has an image; name their column"):
+        model.ask_many([{"photo": "landscape.jpg", "question": "why?"}], folder)

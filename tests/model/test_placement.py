@@ -53,6 +53,7 @@ def test_strategies_take_the_best_device(goldens, device_map, monkeypatch):
         ({"model": 1, "lm_head": 0}, "cuda:1"),
         ("balanced", "cuda"),
         ({}, "cuda"),
+        ("", "cuda"),
         (None, "cpu"),
     ],
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llava.data.table.image_names import COCO_IMAGE_NAME, build_image_namer
 
@@ -115,6 +116,27 @@ def table_options(
         encoding=args.encoding,
         sheet=args.sheet,
     )
+
+
+def parse_table_values(values: Mapping[str, Any]) -> TableOptions:
+    """Return the options that values from Python give, checked as on a command line.
+
+    Args:
+        values: name of a flag without dashes -> value, None where it is not given; other names are left alone.
+
+    Raises:
+        ValueError: if a flag has a value that no table can have.
+    """
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_table_flags(parser)
+    words = []
+    for flag in given_table_flags(argparse.Namespace(**values)):
+        value = values[flag.removeprefix("--")]
+        words += [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
+    try:
+        return table_options(parser.parse_args(words))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error).removeprefix("argument ")) from error
 
 
 def given_table_flags(args: argparse.Namespace) -> list[str]:

@@ -17,6 +17,7 @@ from llava.data.table.grid import Grid, Problems
 from llava.data.table.image_names import LONGEST_ID, NamedImages, is_id, is_plain_id, name_images
 from llava.data.table.open_grid import open_grid
 from llava.data.table.options import TableOptions
+from llava.data.table.question_ids import canonical_id, find_repeats
 from llava.files.terminal_text import show
 
 _WAY_OUT = "Correct or remove these rows in the table, then run again."
@@ -197,17 +198,10 @@ def _check_unique(ids: Sequence[int | str], grid: Grid, column: str, problems: P
     """Note rows whose id an earlier good row has; "7" and "007" are one id to whoever joins answers with the table."""
     if not problems and not isinstance(ids[0], str) and len(set(ids)) == len(ids):
         return
-    first_line: dict[int | str, int] = {}
-    for row, (line, key) in enumerate(zip(grid.lines, map(_canonical, ids), strict=True)):
-        if row in problems:
-            continue
-        first = first_line.setdefault(key, line)
-        if first != line:
-            problems[row].append(f"{column} {key} is already on {grid.unit} {first}")
-
-
-def _canonical(question_id: int | str) -> int | str:
-    return int(question_id) if isinstance(question_id, str) and is_id(question_id) else question_id
+    good = [row for row in range(len(ids)) if row not in problems]
+    for place, first in find_repeats(ids[row] for row in good):
+        key, line = canonical_id(ids[good[place]]), grid.lines[good[first]]
+        problems[good[place]].append(f"{column} {key} is already on {grid.unit} {line}")
 
 
 def _check_filled(texts: Sequence[str], column: str, problems: Problems) -> None:

@@ -145,12 +145,14 @@ def _collect(args: argparse.Namespace, options: TableOptions) -> Page:
     questions = key_questions(_read_questions(args, options))
     texts = {key: question.text for key, question in questions.items()}
     paths = name_files(args.answers)
-    files = {name: pair_answers(path, read_answers(path), texts) for name, path in paths.items()}
+    unique = args.unique_ids
+    files = {name: pair_answers(path, read_answers(path, unique_ids=unique), texts) for name, path in paths.items()}
     if any(question.images for question in questions.values()) and not Path(args.images).is_dir():
         raise ValueError(f"--images {args.images} is not a directory; give the directory of the images")
     references = None
     if args.annotations is not None:
-        found = read_references(args.annotations, fit_options(args.annotations, options), args.kind_key)
+        fitted = fit_options(args.annotations, options)
+        found = read_references(args.annotations, fitted, args.kind_key, unique_ids=unique)
         references = complete_references(pair_references(found, texts), questions)
     evaluation = None if references is None else evaluate(files, references, args.unanimous)
     rows = _build_rows(questions, files, references, evaluation)
@@ -168,7 +170,8 @@ def _collect(args: argparse.Namespace, options: TableOptions) -> Page:
 
 def _read_questions(args: argparse.Namespace, options: TableOptions) -> list[Question]:
     """Read the questions, write the images that a table of them holds into the folder, and log what must be said."""
-    found = read_question_file(args.questions, fit_options(args.questions, options))
+    fitted = fit_options(args.questions, options)
+    found = read_question_file(args.questions, fitted, unique_ids=args.unique_ids)
     is_read_again = found.table is not None and args.annotations == args.questions
     said_later = {f"{args.questions}: {note}" for note in found.table.notes} if is_read_again else set()
     for note in (*found.notes, *extract_table_images(args.questions, found.table, args.images, "--images")):

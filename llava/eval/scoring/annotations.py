@@ -6,16 +6,17 @@ import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.data.table.bad_rows import BadRows, TableError
 from llava.data.table.open_grid import is_table
 from llava.data.table.options import TableOptions
+from llava.data.table.question_ids import note_repeats
 from llava.data.table.read import Table, read_header, read_table
 from llava.eval.scoring.calibration import find_confidence_problem
-from llava.eval.scoring.question_keys import Keys, QuestionKey, pair_lines
+from llava.eval.scoring.question_keys import Keys, QuestionKey, id_of, pair_lines
 from llava.files.home_directory import expand_home
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
@@ -58,11 +59,12 @@ class GivenAnswer(NamedTuple):
     prompt: str = ""
 
 
-def read_answers(path: str | os.PathLike[str]) -> dict[QuestionKey, GivenAnswer]:
+def read_answers(path: str | os.PathLike[str], *, unique_ids: bool = False) -> dict[QuestionKey, GivenAnswer]:
     """Read an answer file, one JSON object `{question_id, text, metadata, …}` per line.
 
     Args:
         path: the file that batch inference wrote.
+        unique_ids: refuse a file in which a question_id repeats.
 
     Returns:
         Key of the question -> answer; the key is the question_id, and `(id, 2)` for the second line with the same.
@@ -72,6 +74,7 @@ def read_answers(path: str | os.PathLike[str]) -> dict[QuestionKey, GivenAnswer]
     """
     bad, keys = BadRows(os.fspath(path)), Keys()
     answers: dict[QuestionKey, GivenAnswer] = {}
+    lines: list[int] = []
     for line, record in _read_json_lines(path, bad):
         key = _checked_key(record, line, keys, bad)
         if key is None:
@@ -86,7 +89,10 @@ def read_answers(path: str | os.PathLike[str]) -> dict[QuestionKey, GivenAnswer]
         prompt = record.get("prompt")
         asked = prompt if isinstance(prompt, str) else ""
         answers[key] = GivenAnswer(None if error else text, str(error) if error else None, metadata, asked)
+        lines.append(line)
     bad.raise_if_any("Fix these lines, or run the inference again.")
+    if unique_ids:
+        _refuse_repeats(bad, lines, answers)
     if not answers:
         raise TableError(f"{path}: the file is empty; write the answers first")
     return answers
@@ -107,7 +113,11 @@ def pair_answers(
 
 
 def read_references(
-    path: str | os.PathLike[str], options: TableOptions | None = None, kind_key: str | None = None
+    path: str | os.PathLike[str],
+    options: TableOptions | None = None,
+    kind_key: str | None = None,
+    *,
+    unique_ids: bool = False,
 ) -> References:
     """Read the true answers from a table, from lines (.jsonl) or from VQAv2's annotations (.json).
 
@@ -117,6 +127,7 @@ def read_references(
         options: columns and format of a table; its notes are logged.
         kind_key: column or key with the kind of a question; None for `kind`, else `question_type`, else the question's
             first two words, rare ones (below 1 %) together as "other".
+        unique_ids: refuse a file in which a question_id repeats.
 
     Returns:
         Answers, kinds, answer types (column or key `answer_type`), images (`image_id`, else `image`) and questions
@@ -127,7 +138,7 @@ def read_references(
     """
     suffix = Path(path).suffix.lower()
     if is_table(path):
-        return _read_reference_table(path, options or TableOptions(), kind_key)
+        return _read_reference_table(path, options or TableOptions(), kind_key, may_repeat_ids=not unique_ids)
     bad = BadRows(os.fspath(path), unit="line" if suffix == ".jsonl" else "annotation")
     if suffix == ".jsonl":
         records = list(_read_json_lines(path, bad))
@@ -135,7 +146,10 @@ def read_references(
         records = _read_annotations(path)
     else:
         raise TableError(f"{path}: the name ends in {show(suffix)}; annotations are tables, .jsonl or .json files")
-    return _collect_references(records, bad, kind_key)
+    references = _collect_references(records, bad, kind_key)
+    if unique_ids:
+        _refuse_repeats(bad, [number for number, _ in records], references.answers)
+    return references
 
 
 def pair_references(references: References, questions: Mapping[QuestionKey, str]) -> References:
@@ -152,7 +166,9 @@ def derive_kinds(questions: Mapping[QuestionKey, str]) -> dict[QuestionKey, str]
     return {question_id: start if counts[start] >= least else OTHER_KIND for question_id, start in starts.items()}
 
 
-def _read_reference_table(path: str | os.PathLike[str], options: TableOptions, kind_key: str | None) -> References:
+def _read_reference_table(
+    path: str | os.PathLike[str], options: TableOptions, kind_key: str | None, *, may_repeat_ids: bool
+) -> References:
     header = read_header(path, options)
     if kind_key is None:
         kind_key = next((key for key in _KIND_KEYS if key in header), None)
@@ -161,7 +177,7 @@ def _read_reference_table(path: str | os.PathLike[str], options: TableOptions, k
         raise TableError(f"{path}: no column {kind_key!r}; the header has {found}; name another with --kind-key")
     type_key = _TYPE_KEY if _TYPE_KEY in header else None
     keep = tuple(key for key in (type_key, kind_key) if key is not None)
-    table = read_table(path, dataclasses.replace(options, keep=keep), may_repeat_ids=True)
+    table = read_table(path, dataclasses.replace(options, keep=keep), may_repeat_ids=may_repeat_ids)
     for note in table.notes:
         logger.warning("%s: %s", path, note)
     _check_answer_counts(path, table)
@@ -213,6 +229,11 @@ def _collect_references(
     if kind_key is None and len(questions) == len(answers):
         kinds = derive_kinds(questions)
     return References(answers, kinds, types, images, questions)
+
+
+def _refuse_repeats(bad: BadRows, numbers: Sequence[int], keys: Iterable[QuestionKey]) -> None:
+    note_repeats(bad, numbers, list(map(id_of, keys)))
+    bad.raise_if_any("Give each question an id of its own, or leave --unique-ids out.")
 
 
 def _true_answers(record: Mapping[str, Any], number: int, bad: BadRows) -> tuple[str, ...]:

@@ -113,7 +113,11 @@ def compare_ids(answers: Mapping[str, Mapping[QuestionKey, object]], references:
     for name, given in answers.items():
         if missing := references.answers.keys() - given.keys():
             notes.append(f"{name}: questions without an answer: {len(missing)} of {total} ({list_ids(missing)})")
-        if unknown := given.keys() - references.answers.keys():
+        unknown = given.keys() - references.answers.keys()
+        again = {key for key in unknown if id_of(key) in references.answers}
+        if again:
+            notes.append(f"{name}: answers without a question left under their id: {len(again)} ({list_ids(again)})")
+        if unknown := unknown - again:
             notes.append(f"{name}: answers without a question in the annotations: {len(unknown)} ({list_ids(unknown)})")
     return notes
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import SWITCH
+from llava.image_files.image_source import ImageSource
 from llava.inference.batch.answers_file import Answer
 from llava.inference.batch.generate_fallback import generate_answers
 from llava.inference.batch.questions import Question
@@ -39,7 +40,7 @@ DIGITS = 4  # of logprobs in records
 def answer_batch(
     session: Session,
     questions: Sequence[Question],
-    image_folder: str | Path = "",
+    image_folder: str | Path | ImageSource = "",
     sampling: Sampling | None = None,
     *,
     batch_size: int | None = None,
@@ -51,7 +52,7 @@ def answer_batch(
     rank: int = 0,
     world_size: int = 1,
     limits: Limits | None = None,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """Answer questions in the order that suits the device, and yield each answer as soon as it is known.
 
     An answer depends neither on the order of the questions nor on the other questions; at a temperature above 0 it
@@ -61,6 +62,7 @@ def answer_batch(
         session: model and template.
         questions: all of the run; no two are equal (`number_repeats` sees to it), their ids may be.
         image_folder: holds their images; no image is read from outside, unless it is "".
+            An `ImageSource` has further images.
         sampling: how answers are chosen; None = greedy.
         batch_size: most running sequences; None = what fits the device.
         with_scores: add log-probabilities to the answers, see `Answer.scores`.
@@ -115,7 +117,7 @@ class _Run:
     """Options of `answer_batch`, positions of an image, and what makes requests of a question."""
 
     session: Session
-    image_folder: str | Path
+    image_folder: str | Path | ImageSource
     sampling: Sampling
     with_scores: bool
     choices: Sequence[str]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava.image_files.image_source import ImageSource
 from llava.inference.batch.answers_file import Answer
 from llava.inference.batch.questions import Question
 from llava.inference.engine.image_loader import prefetch_session_images
@@ -39,7 +40,7 @@ def default_batch_size(device: torch.device) -> int:
 def generate_answers(
     session: Session,
     questions: Sequence[Question],
-    image_folder: str | Path,
+    image_folder: str | Path | ImageSource,
     sampling: Sampling,
     *,
     batch_size: int | None = None,
@@ -54,6 +55,7 @@ def generate_answers(
         session: model and template.
         questions: of the run.
         image_folder: holds their images; no image is read from outside, unless it is "".
+            An `ImageSource` has further images.
         sampling: how answers are chosen.
         batch_size: questions at a time; None = what fits the device.
         workers: processes that decode images; 0 = threads, None = what suits the device.

@@ -20,6 +20,7 @@ from llava.data.json_rows import RowsFile, RowsFileError, UnreadableLine, read_r
 from llava.data.table.bad_rows import BadRows, TableError
 from llava.data.table.open_grid import is_table
 from llava.data.table.options import TableOptions
+from llava.data.table.question_ids import note_repeats
 from llava.data.table.read import Table, read_table
 from llava.data.table.write import question as question_record
 from llava.files.home_directory import expand_home
@@ -75,7 +76,9 @@ def read_questions(path: str | Path, options: TableOptions | None = None) -> lis
     return found.questions
 
 
-def read_question_file(path: str | Path, options: TableOptions | None = None) -> QuestionFile:
+def read_question_file(
+    path: str | Path, options: TableOptions | None = None, *, unique_ids: bool = False
+) -> QuestionFile:
     """Read a question file: JSON Lines, or a table, whose answers are not read.
 
     Empty lines are skipped, further keys and columns are allowed. A JSON list, objects over several lines and UTF-16
@@ -84,13 +87,14 @@ def read_question_file(path: str | Path, options: TableOptions | None = None) ->
     Args:
         path: of the file.
         options: columns and format of a table.
+        unique_ids: refuse a file in which a question_id repeats.
 
     Raises:
-        TableError: if the file is missing, has another format, or has lines that are not questions; the first 20 are
-            listed.
+        TableError: if the file is missing, has another format, or has lines that are not questions or may not repeat an
+            id; the first 20 are listed.
     """
     options = dataclasses.replace(options or TableOptions(), answer=None, has_answers=False)
-    table = read_table(path, options) if is_table(path) else None
+    table = read_table(path, options, may_repeat_ids=True) if is_table(path) else None
     found = _read_json(path) if table is None else _convert(table, path)
     notes = [*found.notes, *([] if found.rows else [f"{path} has no questions"])]
     bad = BadRows(str(path), unit="question" if table is None and found.unit == "row" else found.unit)
@@ -98,6 +102,9 @@ def read_question_file(path: str | Path, options: TableOptions | None = None) ->
         if isinstance(row, ValueError):
             bad.add(number, str(row).removeprefix(f"line {number} is "))
     bad.raise_if_any("Correct or remove these lines, then run again.")
+    if unique_ids:
+        note_repeats(bad, found.numbers, [question.question_id for question in found.rows])
+        bad.raise_if_any("Give each question an id of its own, or leave --unique-ids out.")
     return QuestionFile(number_repeats(found.rows), [*notes, *_describe_marks(path, found.rows)], table)
 
 

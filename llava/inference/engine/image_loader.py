@@ -16,9 +16,8 @@ from torch.utils.data import Dataset
 
 from llava.clip_image_processor import CLIPPixels
 from llava.data.worker_processes import RestartingLoader, usable_cores
-from llava.image_files.decode import open_image
 from llava.image_files.errors import ImageError
-from llava.image_files.paths import resolve_image
+from llava.image_files.image_source import ImageSource
 from llava.inference.engine.sequence import RequestError
 from llava.inference.session import Session
 from llava.mm_utils import process_images
@@ -34,19 +33,20 @@ class ImageLoader(NamedTuple):
     """Turns file names into pixels.
 
     Attributes:
-        folder: of the files; none is read from outside. "" = no folder, see `resolve_image`.
+        folder: of the files; none is read from outside. "" = no folder, see `resolve_image`. An `ImageSource` has
+            further images.
         processor: image processor of the model.
         settings: with `image_aspect_ratio` and `image_grid_pinpoints` of the model's config.
         dtype: of the pixels.
     """
 
-    folder: str | Path
+    folder: str | Path | ImageSource
     processor: CLIPPixels
     settings: SimpleNamespace
     dtype: torch.dtype
 
     @classmethod
-    def of_session(cls, session: Session, folder: str | Path) -> ImageLoader:
+    def of_session(cls, session: Session, folder: str | Path | ImageSource) -> ImageLoader:
         """Return the loader of a model's images, without the model, so that it can be sent to processes."""
         model, config = session.model, session.model.config
         settings = SimpleNamespace(
@@ -57,8 +57,9 @@ class ImageLoader(NamedTuple):
 
     def load(self, names: Sequence[str]) -> list[Tensor] | RequestError:
         """Return (3, height, width) or (tiles, 3, height, width) per image, or the error of the first bad one."""
+        source = self.folder if isinstance(self.folder, ImageSource) else ImageSource(self.folder)
         try:
-            images = [open_image(resolve_image(self.folder, name)) for name in names]
+            images = [source.open(name) for name in names]
         except ImageError as error:
             return RequestError(error.code, str(error))
         return [process_images([image], self.processor, self.settings)[0].to(self.dtype) for image in images]
@@ -83,7 +84,7 @@ def default_workers(device: torch.device) -> int:
 
 def prefetch_session_images(
     session: Session,
-    folder: str | Path,
+    folder: str | Path | ImageSource,
     groups: Iterable[Sequence[str]],
     *,
     workers: int | None,

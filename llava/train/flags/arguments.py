@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -10,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava.data.table.options import TableOptions, add_table_flags, given_table_flags, table_options
+from llava.data.table.options import TableOptions, parse_table_values
 from llava.files.home_directory import expand_homes
 from llava.inference.distributed import read_rank
 from llava.train.flags.json_flags import JSON_FILE_FLAGS, JSON_FLAGS, read_json_flag
@@ -121,18 +120,7 @@ class DataArguments:
         Raises:
             ValueError: if a flag has a value that no table can have.
         """
-        parser = argparse.ArgumentParser(exit_on_error=False)
-        add_table_flags(parser)
-        values = {flag: getattr(self, flag.removeprefix("--")) for flag in given_table_flags(self)}
-        words = [
-            word
-            for flag, value in values.items()
-            for word in ((flag, *value) if isinstance(value, list) else (f"{flag}={value}",))
-        ]
-        try:
-            return table_options(parser.parse_args(words))
-        except argparse.ArgumentError as error:
-            raise ValueError(str(error).removeprefix("argument ")) from error
+        return parse_table_values(vars(self))
 
 
 @dataclass

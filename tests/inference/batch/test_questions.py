@@ -10,7 +10,13 @@ import pytest
 
 from llava.data.table.bad_rows import TableError
 from llava.data.table.options import TableOptions
-from llava.inference.batch.questions import Question, digest_questions, read_questions, split_chunk
+from llava.inference.batch.questions import (
+    Question,
+    digest_questions,
+    read_question_file,
+    read_questions,
+    split_chunk,
+)
 
 
 def write(tmp_path, content):
@@ -262,3 +268,24 @@ def test_the_digest_is_of_ids_images_texts_and_order():
     ]
     assert len({digest_questions(questions) for questions in digests}) == len(digests)
     assert digest_questions([one, two]) == digest_questions([Question(1, "a"), two])
+
+
+def test_ids_repeat_unless_they_must_not(tmp_path):
+    lines = [{"question_id": key, "text": "a"} for key in (7, "x", "x", "007")]
+    path = write(tmp_path, "\n".join(map(json.dumps, lines)))
+    assert [question.question_id for question in read_questions(path)] == [7, "x", "x", "007"]
+    message = (
+        f"{path}: 2 bad rows\n  line 3: question_id 'x' is already on line 2\n"
+        "  line 4: question_id '007' is already on line 1, as 7\n"
+        "Give each question an id of its own, or leave --unique-ids out."
+    )
+    with pytest.raises(TableError, match=re.escape(message)):
+        read_question_file(path, unique_ids=True)
+
+
+def test_ids_of_a_table_repeat_unless_they_must_not(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("image,question,question_id\na.jpg,What?,7\na.jpg,Who?,7\n")
+    assert read_questions(path) == [Question(7, "What?", ("a.jpg",)), Question(7, "Who?", ("a.jpg",))]
+    with pytest.raises(TableError, match=r"t.csv: 1 bad row\n  line 3: question_id 7 is already on line 2\nGive each"):
+        read_question_file(path, unique_ids=True)
