@@ -19,15 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("scripts", "examples", "llava")
 WRONG_FLAG = "--no_such_flag"
 _GUARD = 'if __name__ == "__main__":'
-_HANDS_ON = {"choose_launcher.py"}
-"""Programs of the scripts that take no flags of their own: `--help` is handed on to training."""
 
 
 def find_programs(root: Path) -> list[list[str]]:
     """Return the arguments of Python that run each program of a checkout, its benchmarks left out."""
     files = sorted([*root.glob("*.py"), *(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))])
     programs = [path.relative_to(root) for path in files if _GUARD in path.read_text(encoding="utf-8")]
-    return [_arguments(path) for path in programs if path.name not in _HANDS_ON]
+    return [_arguments(path) for path in programs]
 
 
 def _arguments(path: Path) -> list[str]:

@@ -26,7 +26,7 @@ def load(
     model_path: str | os.PathLike[str],
     model_base: str | os.PathLike[str] | None = None,
     *,
-    bits: int = 16,
+    bits: int | str = 16,
     device: str | None = None,
     dtype: str | None = None,
     vision_tower: str | None = None,
@@ -37,7 +37,7 @@ def load(
     Args:
         model_path: a checkpoint: a directory, or an id on the hub.
         model_base: base of an adapter or a projector; None = the one that it records.
-        bits: 16, or 8 or 4 through bitsandbytes.
+        bits: 16, or 8 or 4 through bitsandbytes, or "fp8" on GPUs that have it.
         device: None = the best one, or all GPUs if the first is too small.
         dtype: of the weights; None = the device's best.
         vision_tower: directory or hub id, for weights that hold none.

@@ -38,3 +38,6 @@ SYSTEM_PREFIX = -2
 """Group number of the system prefix that all groups of a pack's row share."""
 MASK_BLOCK = 128
 """Positions in a block of FlexAttention's mask; the smallest step of padded lengths of packs."""
+
+FP8 = "fp8"
+"""Format of weights, where 16, 8 and 4 are numbers of bits."""

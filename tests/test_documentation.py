@@ -33,6 +33,7 @@ SHELL_SCRIPTS = [
     *sorted(path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).rglob("*.sh")),
 ]
 PROGRAMS = (
+    "-m llava",
     "task_data_preprocessing.py",
     "scripts/merge_lora_weights.py",
     "scripts/convert_checkpoint.py",
@@ -80,11 +81,13 @@ LAUNCHER_FLAGS |= {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr
 @cache
 def help_text(program: str) -> str:
     """What a program prints for `--help`, run as `__main__` in this process, which has imported the libraries."""
-    printed, (*module_flag, name) = io.StringIO(), program.split()
+    printed, words = io.StringIO(), program.split()
+    module_flag = words[:1] == ["-m"]
+    name, *words = words[module_flag:]
     path = [str((ROOT / name).parent), *sys.path]
     with (
         contextlib.redirect_stdout(printed),
-        patch.multiple(sys, argv=[name, "--help"], path=path),
+        patch.multiple(sys, argv=[name, *words, "--help"], path=path),
         warnings.catch_warnings(),
         pytest.raises(SystemExit) as end,
     ):
@@ -104,8 +107,10 @@ def commands(text: str) -> list[str]:
 
 
 def program_of(command: str) -> str | None:
+    if found := re.match(r"(?:\w+=\S+ )*(?:python -m )?llava (\w+)", command):
+        return f"-m llava {found[1]}"
     known = {**{program: program for program in PROGRAMS}, **WRAPPED}
-    return next((known[name] for name in known if name in command), None)
+    return next((known[name] for name in known if re.search(rf"{re.escape(name)}(?![\w.])", command)), None)
 
 
 def document_commands() -> list[tuple[str, str]]:

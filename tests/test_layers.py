@@ -19,7 +19,8 @@ LAYERS = (  # a module imports its own layer and those of the rows above
     ("mm_utils",),
     ("data", "model"),
     ("inference",),
-    ("eval", "serve", "train"),
+    ("eval", "export", "serve", "train"),
+    ("__main__",),  # the command `llava`: names all programs, imports the one that runs
     ("original",),  # thin entries for callers of the original; nothing imports them but through original_names
 )
 

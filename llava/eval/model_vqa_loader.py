@@ -16,6 +16,7 @@ from llava.eval.answer_program import (
     refuse_overwrite,
 )
 from llava.files.home_directory import expand_home
+from llava.files.program_parser import program_parser
 from llava.files.regular_files import MAX_SETTINGS_BYTES, is_file, read_text
 from llava.files.terminal_text import show
 from llava.inference.batch.questions import read_question_file, split_chunk
@@ -52,11 +53,10 @@ exit code: 0 all questions answered, 1 some have errors, 2 stopped by an error, 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.model_vqa_loader",
-        description="Batch inference: answer a file of questions about images.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.eval.model_vqa_loader",
+        "Batch inference: answer a file of questions about images.",
+        _EXAMPLE,
     )
     add_answer_arguments(
         parser,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.files.home_directory import expand_homes
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import (
     add_model_arguments,
@@ -88,6 +89,7 @@ def _load(args: Any) -> Session:
     # The README's object has none of these: they came later.
     options = {name: getattr(args, name, None) for name in ("device", "dtype", "vision_tower")}
     bits = 4 if getattr(args, "load_4bit", False) else 8 if getattr(args, "load_8bit", False) else 16
+    bits = "fp8" if getattr(args, "fp8", False) else bits
     sources = ModelSources.find(args.model_path, args.model_base, options["vision_tower"])
     with _LOADING:
         fingerprints = _fingerprints(sources, sources.stamps())
@@ -105,7 +107,7 @@ def _load_session(
     model_path: str,
     model_base: str | None,
     fingerprints: tuple[str | None, ...],
-    bits: int,
+    bits: int | str,
     device: str | None,
     dtype: str | None,
     vision_tower: str | None,
@@ -123,11 +125,10 @@ def _load_session(
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.run_llava",
-        description="Answer one question about images.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.eval.run_llava",
+        "Answer one question about images.",
+        _EXAMPLE,
     )
     add_model_arguments(parser)
     add = parser.add_argument

@@ -17,6 +17,7 @@ from llava.eval.benchmarks.catalog import BENCHMARKS, DATA, NAMES, Benchmark, fi
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import format_message, print_text
 from llava.inference.command_line import (
     add_model_arguments,
@@ -49,11 +50,10 @@ scored, 130 interrupted
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.suite",
-        description="Answer and score several benchmarks of LLaVA-1.5 with one load of the model.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.eval.suite",
+        "Answer and score several benchmarks of LLaVA-1.5 with one load of the model.",
+        _EXAMPLE,
     )
     add = parser.add_argument
     add("--suite", required=True, type=parse_suite, metavar="A,B,...", help="names of benchmarks, or all")

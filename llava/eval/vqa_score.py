@@ -33,6 +33,7 @@ from llava.eval.scoring.text import format_evaluation
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import log_to_terminal, print_text, report_error
 
 _INTERVALS = (
@@ -61,8 +62,9 @@ _UNANIMOUS_HELP = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.vqa_score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program_parser(
+        "python -m llava.eval.vqa_score",
+        __doc__,
     )
     add = parser.add_argument
     add(

@@ -41,6 +41,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--load-8bit", action="store_true", help="8-bit weights, through bitsandbytes")
     bits.add_argument("--load-4bit", action="store_true", help="4-bit weights, through bitsandbytes")
+    bits.add_argument("--fp8", action="store_true", help="FP8 weights and products, on Ada, Hopper and newer GPUs")
 
 
 def add_sampling_arguments(
@@ -65,9 +66,9 @@ def add_seed_argument(parser: argparse.ArgumentParser, seed: int | None = None) 
         help=f"random seed of sampling; the same N gives the same answers (default: {default})")  # fmt: skip
 
 
-def selected_bits(args: argparse.Namespace) -> int:
-    """Return the bits per weight that the flags request."""
-    return 4 if args.load_4bit else 8 if args.load_8bit else 16
+def selected_bits(args: argparse.Namespace) -> int | str:
+    """Return the bits per weight that the flags request: 16, 8, 4 or "fp8"."""
+    return "fp8" if args.fp8 else 4 if args.load_4bit else 8 if args.load_8bit else 16
 
 
 def load_session(args: argparse.Namespace, *, compiles: str | None = None) -> Session:
@@ -107,13 +108,14 @@ def describe_machine(args: argparse.Namespace, compiles: str | None) -> str:
         dtype = parse_dtype(args.dtype, device)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
+    is_fast = bits in (16, "fp8")
     if compiles is None:
         graphs = feature("CUDA graphs", can.has_cuda_graphs and bits != 8)
-        return can.describe(dtype, graphs, feature("Triton kernels", can.has_triton and bits == 16))
+        return can.describe(dtype, graphs, feature("Triton kernels", can.has_triton and is_fast))
     if compiles == "on" and (reason := can.refuse_compilation()):
         raise ValueError(f"--compile on: {reason}; leave it out")
-    graphs = feature("CUDA graphs", can.has_cuda_graphs and bits == 16 and compiles != "off")
-    if compiles == "auto" and can.has_triton and bits == 16:
+    graphs = feature("CUDA graphs", can.has_cuda_graphs and is_fast and compiles != "off")
+    if compiles == "auto" and can.has_triton and is_fast:
         return can.describe(dtype, graphs, "compilation in long runs")
     return can.describe(dtype, graphs, feature("compilation", compiles == "on"))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from llava.clip_image_processor import CLIPPixels
-from llava.constants import DEFAULT_TEMPLATE
+from llava.constants import DEFAULT_TEMPLATE, FP8
 from llava.conversation import Conversation, get_template
 from llava.inference.chat.kv_cache import KVCacheFactory
 from llava.inference.detokenizer import decode_answer
@@ -73,7 +73,7 @@ class Session:
         model_path: str,
         model_base: str | None = None,
         *,
-        bits: int = 16,
+        bits: int | str = 16,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         vision_tower: str | None = None,
@@ -83,7 +83,7 @@ class Session:
         """Load a checkpoint; arguments as in `load_pretrained_model`.
 
         Args:
-            bits: 16, or 8 or 4 through bitsandbytes.
+            bits: 16, or 8 or 4 through bitsandbytes, or "fp8".
             conv_mode: prompt template; None = the one saved with the weights.
 
         Raises:
@@ -91,12 +91,12 @@ class Session:
             ImportError: if bitsandbytes or flash-attn is needed and not installed.
             ValueError: if files or options contradict each other, or the template is unknown.
         """
-        if bits not in (4, 8, 16):
-            raise ValueError(f"bits is {bits}; choose 4, 8 or 16")
+        if bits not in (4, 8, 16, FP8):
+            raise ValueError(f"bits is {bits!r}; choose 4, 8, 16 or {FP8!r}")
         if conv_mode is not None:
             get_template(conv_mode)  # raises for an unknown name before the weights are read
         options = read_options(
-            {"dtype": dtype, "vision_tower": vision_tower},
+            {"dtype": dtype, "vision_tower": vision_tower, "load_fp8": bits == FP8},
             load_8bit=bits == 8,
             load_4bit=bits == 4,
             use_flash=use_flash_attn,

@@ -134,7 +134,7 @@ def build_model(
     dtype: str | torch.dtype | None = None,
     device: str | int | torch.device | None = None,
     device_map: DeviceMap = "auto",
-    bits: int = 16,
+    bits: int | str = 16,
     attention: str = "sdpa",
     max_memory: Mapping[int | str, int | str] | None = None,
     **model_options: Any,
@@ -146,7 +146,7 @@ def build_model(
         dtype: of the weights; None = the device's.
         device: a single device; overrides `device_map`.
         device_map: see `load_pretrained_model`.
-        bits: 16, or 8 or 4 for the LLM's linear layers through bitsandbytes; then `dtype` is that of computation.
+        bits: 16, or for the LLM's linear layers 8 or 4 through bitsandbytes, or "fp8"; `dtype` is that of all else.
             Weights stored in 8 or 4 bit keep their bits.
         attention: transformers' name of the attention implementation.
         max_memory: see `spread_model`.

@@ -36,6 +36,7 @@ class Generation:
         has_triton: runs Triton's kernels, and so what `torch.compile` writes and FlexAttention.
         has_flash_attention: runs FlashAttention 2.
         has_int8: runs bitsandbytes' LLM.int8; all run its NF4.
+        has_fp8: multiplies matrices in FP8.
     """
 
     name: str
@@ -45,22 +46,23 @@ class Generation:
     has_triton: bool
     has_flash_attention: bool
     has_int8: bool
+    has_fp8: bool
 
 
 GENERATIONS = (
-    Generation("Pascal", (6, 0), "P100, GTX 10xx", False, False, False, False),
-    Generation("Volta", (7, 0), "V100, Titan V", False, False, False, False),
-    Generation("Turing", (7, 5), "T4, RTX 20xx, GTX 16xx", False, False, False, True),
-    Generation("Ampere", (8, 0), "A100, A10, RTX 30xx", True, True, True, True),
-    Generation("Ada", (8, 9), "L4, L40, RTX 40xx", True, True, True, True),
-    Generation("Hopper", (9, 0), "H100, H200, GH200", True, True, True, True),
-    Generation("Blackwell", (10, 0), "B200, RTX 50xx, DGX Spark", True, True, True, True),
+    Generation("Pascal", (6, 0), "P100, GTX 10xx", False, False, False, False, False),
+    Generation("Volta", (7, 0), "V100, Titan V", False, False, False, False, False),
+    Generation("Turing", (7, 5), "T4, RTX 20xx, GTX 16xx", False, False, False, True, False),
+    Generation("Ampere", (8, 0), "A100, A10, RTX 30xx", True, True, True, True, False),
+    Generation("Ada", (8, 9), "L4, L40, RTX 40xx", True, True, True, True, True),
+    Generation("Hopper", (9, 0), "H100, H200, GH200", True, True, True, True, True),
+    Generation("Blackwell", (10, 0), "B200, RTX 50xx, DGX Spark", True, True, True, True, True),
 )
 """Oldest first; a GPU older than the first counts as it, a newer one as the last.
 
 Sources: requirements of Triton, FlashAttention 2 and bitsandbytes; NVIDIA's list of compute capabilities.
 """
-OTHER_GPU = Generation("AMD", (0, 0), "through ROCm", True, True, True, True)
+OTHER_GPU = Generation("AMD", (0, 0), "through ROCm", True, True, True, True, False)
 """GPUs of PyTorch's CUDA device without a compute capability."""
 
 
@@ -102,6 +104,7 @@ class Capabilities:
         has_cuda_graphs: decode steps are captured as CUDA graphs.
         has_flash_attention: FlashAttention 2 can be asked for; PyTorch's SDPA is the default everywhere.
         has_int8: LLM.int8 can be asked for.
+        has_fp8: FP8 can be asked for; the CPU's is for trying it out.
         lacks: why a CUDA device has no Triton kernels; "" for others, and if it has them.
     """
 
@@ -112,6 +115,7 @@ class Capabilities:
     has_cuda_graphs: bool
     has_flash_attention: bool
     has_int8: bool
+    has_fp8: bool
     lacks: str = ""
 
     def refuse_compilation(self) -> str | None:
@@ -136,6 +140,7 @@ def choose(machine: Machine) -> Capabilities:
             has_cuda_graphs=False,
             has_flash_attention=False,
             has_int8=machine.device_type == "cpu",
+            has_fp8=machine.device_type == "cpu",
         )
     generation = OTHER_GPU if machine.capability is None else generation_of(machine.capability)
     lacks = _why_no_triton(machine, generation)
@@ -147,6 +152,7 @@ def choose(machine: Machine) -> Capabilities:
         has_cuda_graphs=True,
         has_flash_attention=generation.has_flash_attention,
         has_int8=generation.has_int8,
+        has_fp8=generation.has_fp8,
         lacks=lacks,
     )
 

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from llava.constants import FP8
+
 if TYPE_CHECKING:
     from llava.model.configuration import LlavaConfig
 
@@ -130,13 +132,13 @@ class ModelSizes:
         return self.layers * rank * sum(out + into for out, into in self.linear_shapes)
 
 
-def weight_bytes(sizes: ModelSizes, bits: int) -> int:
-    """Return the size of the weights with the LLM layers' linear layers in 16, 8 or 4 bit and all else in 16."""
+def weight_bytes(sizes: ModelSizes, bits: int | str) -> int:
+    """Return the size of the weights with the LLM layers' linear layers in 16, 8 or 4 bit or FP8, all else in 16."""
     others = sizes.llm_parameters - sizes.block_weights + sizes.projector_parameters + sizes.tower_parameters
     count = sizes.block_weights
     if bits == 16:
         return HALF * (count + others)
-    if bits == 8:  # and a scale for each row
+    if bits in (8, FP8):  # and a scale for each row
         rows = sizes.layers * sum(out for out, _ in sizes.linear_shapes)
         return count + SINGLE * rows + HALF * others
     blocks = count // _NF4_BLOCK  # a scale of 8 bit for each, and a scale of scales

@@ -48,7 +48,7 @@ def spread_model(
     model: nn.Module,
     device_map: DeviceMap,
     dtype: torch.dtype,
-    bits: int,
+    bits: int | str,
     max_memory: Mapping[int | str, int | str] | None = None,
 ) -> dict[str, str | int] | None:
     """Return the device of each module, or None where one device holds the whole model.
@@ -58,7 +58,7 @@ def spread_model(
         device_map: "auto" spreads over all GPUs what the first one can't hold, "balanced" spreads evenly,
             "balanced_low_0" leaves memory on the first GPU, "sequential" fills one GPU after the other.
         dtype: of the weights.
-        bits: 16, or 8 or 4 for the LLM's linear layers.
+        bits: 16, or 8, 4 or "fp8" for the LLM's linear layers.
         max_memory: by device, as accelerate takes it; None = free memory.
 
     Raises:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava.constants import FP8
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import report_error
 
 # What computes is imported where it is used: a wrong flag and --help need not wait for torch.
@@ -32,16 +34,15 @@ _KINDS = ("lora", "full", "projector")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.model.plan",
-        description="Print the GPU memory that training or inference needs, and a setup that fits.",
-        epilog="""examples:
+    parser = program_parser(
+        "python -m llava.model.plan",
+        "Print the GPU memory that training or inference needs, and a setup that fits.",
+        """examples:
   python -m llava.model.plan --train --data playground/data_train/data.json --gpu-memory 24
   python -m llava.model.plan --train --questions-per-image 4.2 --batch 16 --gpu-memory 24
   python -m llava.model.plan --table
   python -m llava.model.plan --model-path llava_merged_model --infer --bits 4 --gpu-memory 8
 exit code: 0 it fits (or no GPU was named), 1 it does not fit, 2 wrong usage""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model-path", help="directory or hub id; config and tokenizer are read, not weights (default: sizes of 7B)")
@@ -54,6 +55,7 @@ exit code: 0 it fits (or no GPU was named), 1 it does not fit, 2 wrong usage""",
     data.add_argument("--questions-per-image", type=float, metavar="N", help="mean of the data (default: 4.25)")
     data.add_argument("--no-sharing", action="store_true", help="rows of --length, as with --share_image_prefix False")
     add("--bits", type=int, choices=(16, 8, 4), default=16, help="bits of the LLM's weights (default: %(default)s)")
+    add("--fp8", action="store_true", help="FP8 weights, with --infer")
     add("--batch", type=int, help="batch size on each GPU (default: 16 in training, 1 in inference)")
     add("--accumulation", type=int, default=1, help="batches of a training step (default: %(default)s)")
     add("--length", type=int, help="longest row or prompt in positions, patches too (default: 640)")
@@ -104,6 +106,10 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace)
     for name in ("batch", "accumulation", "length", "max_new_tokens", "lora_r", "gpus", "gpu_memory"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; choose a positive number")
+    if options.fp8 and (not options.infer or options.bits != 16):
+        parser.error(
+            "--fp8 goes with --infer and without --bits; in training --base_dtype fp8 takes the memory of 16 bit"
+        )
     if options.questions_per_image is not None and not 1 <= options.questions_per_image < float("inf"):
         parser.error(f"--questions-per-image is {options.questions_per_image}; choose 1 or more")
     if not 0 <= options.lora_dropout < 1:
@@ -221,7 +227,8 @@ def _tokenizer_of(model_path: str) -> LlavaTokenizer | None:
 def _inference(options: argparse.Namespace) -> Inference:
     from llava.model.planner.setups import PROMPT_LENGTH, Inference
 
-    return Inference(options.batch or 1, options.length or PROMPT_LENGTH, options.max_new_tokens, options.bits)
+    bits = FP8 if options.fp8 else options.bits
+    return Inference(options.batch or 1, options.length or PROMPT_LENGTH, options.max_new_tokens, bits)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""4- and 8-bit quantisation of the LLM's linear layers by bitsandbytes; all other weights stay in 16 bit.
+"""Quantisation of the LLM's linear layers: 4 and 8 bit by bitsandbytes, and FP8; all other weights stay in 16 bit.
 
 Source: Dettmers et al. 2022 (LLM.int8), Dettmers et al. 2023 (NF4, double quantisation).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from llava.constants import FP8
 from llava.model.adapter.lora import is_llm_block
 from llava.model.capabilities import capabilities_of
 from llava.model.configuration import LlavaConfig
+from llava.model.fp8.linear import Fp8Linear, find_product_problem, find_size_problem
 
 OUTLIER_THRESHOLD = 6.0
 """LLM.int8: columns with activations beyond this are computed in 16 bit."""
@@ -95,8 +97,8 @@ def saved_bits(config: LlavaConfig, place: str | Path) -> int | None:
     )
 
 
-def choose_bits(requested: int, config: LlavaConfig, place: str | Path) -> int:
-    """Return the bits to load weights in: the stored ones, else `requested` (16, 8 or 4).
+def choose_bits(requested: int | str, config: LlavaConfig, place: str | Path) -> int | str:
+    """Return the bits to load weights in: the stored ones, else `requested` (16, 8, 4 or "fp8").
 
     Raises:
         ValueError: if both are quantised and differ.
@@ -106,8 +108,8 @@ def choose_bits(requested: int, config: LlavaConfig, place: str | Path) -> int:
         return requested
     if requested not in (16, saved):
         raise ValueError(
-            f"{place} holds {saved}-bit weights, but {requested} bit are requested; leave the option out, or load the "
-            "16-bit weights they were made from with it"
+            f"{place} holds {saved}-bit weights, but {describe_bits(requested)} is requested; leave the option out, or "
+            "load the 16-bit weights they were made from with it"
         )
     return saved
 
@@ -156,7 +158,7 @@ def is_quantized_weight(name: str, shape: torch.Size) -> bool:
     return is_llm_block(name) and len(shape) == 2
 
 
-def narrow_dtypes(model: nn.Module, bits: int) -> dict[str, Any]:
+def narrow_dtypes(model: nn.Module, bits: int | str) -> dict[str, Any]:
     """Return the dtypes of weights to quantise, by parameter name, for accelerate's size functions."""
     if bits == 16:
         return {}
@@ -164,12 +166,12 @@ def narrow_dtypes(model: nn.Module, bits: int) -> dict[str, Any]:
     return {name: narrow for name, weight in model.named_parameters() if is_quantized_weight(name, weight.shape)}
 
 
-def check_placement(layers: nn.Module, bits: int, devices: Collection[torch.device]) -> None:
-    """Check that bitsandbytes computes these layers on these devices, before tensors are read.
+def check_placement(layers: nn.Module, bits: int | str, devices: Collection[torch.device]) -> None:
+    """Check that these layers can be computed on these devices, before tensors are read.
 
     Args:
         layers: of the LLM.
-        bits: 4 or 8.
+        bits: 4, 8 or "fp8".
         devices: of all parts of the model.
 
     Raises:
@@ -180,10 +182,16 @@ def check_placement(layers: nn.Module, bits: int, devices: Collection[torch.devi
     strangers = sorted(kinds - set(DEVICES))
     if strangers:
         raise ValueError(
-            f"{bits} bit is supported on CUDA and the CPU, not on {strangers[0]}; load 16 bit there, or pass device cpu"
+            f"{describe_bits(bits)} is supported on CUDA and the CPU, not on {strangers[0]}; load 16 bit there, or "
+            "pass device cpu"
         )
     if len(kinds) > 1:
-        raise ValueError(f"{bits} bit can't be spread over GPU and CPU; name GPUs alone in device_map, or one device")
+        raise ValueError(
+            f"{describe_bits(bits)} can't be spread over GPU and CPU; name GPUs alone in device_map, or one device"
+        )
+    if bits == FP8:
+        _refuse_without_fp8(layers, devices)
+        return
     if bits == 8:
         _refuse_without_int8(devices)
         return
@@ -204,29 +212,53 @@ def _refuse_without_int8(devices: Collection[torch.device]) -> None:
             raise ValueError(f"8 bit: {here.machine} has no kernels for LLM.int8; load 4 or 16 bit")
 
 
-def quantize_linears(layers: nn.Module, bits: int, compute_dtype: torch.dtype) -> None:
-    """Replace the linear layers inside `layers` by empty ones of 4 or 8 bit; `quantized_parameter` fills them.
+def _refuse_without_fp8(layers: nn.Module, devices: Collection[torch.device]) -> None:
+    for device in devices:
+        if not (here := capabilities_of(device)).has_fp8:
+            raise ValueError(f"FP8: {here.machine} has no FP8 products; load 16, 8 or 4 bit")
+        if problem := find_product_problem(device):
+            raise ValueError(f"{problem}; load 16, 8 or 4 bit")
+    if problem := find_size_problem(layers):
+        raise ValueError(f"{problem}; load 16 bit")
+
+
+def describe_bits(bits: int | str) -> str:
+    """Return how weights are held, for messages: "4 bit", "FP8"."""
+    return "FP8" if bits == FP8 else f"{bits} bit"
+
+
+def quantize_linears(layers: nn.Module, bits: int | str, compute_dtype: torch.dtype) -> None:
+    """Replace the linear layers inside `layers` by empty ones of 4 or 8 bit or FP8; `quantized_parameter` fills them.
 
     Raises:
-        ValueError: if `bits` is neither 4 nor 8.
+        ValueError: if `bits` is none of these.
         ImportError: if bitsandbytes is not installed.
     """
+    if bits == FP8:
+        _replace_linears(layers, lambda child: Fp8Linear(child.in_features, child.out_features))
+        return
     bnb = import_bitsandbytes()
     if bits not in (4, 8):
-        raise ValueError(f"bits is {bits}; choose 4, 8 or 16")
+        raise ValueError(f"bits is {bits}; choose 4, 8, 16 or {FP8!r}")
     # LLM.int8 computes in fp16 whatever its input, and bitsandbytes logs so for each layer and token.
     logging.getLogger(_CAST_LOGGER).addFilter(_is_other_message)
+
+    def replace(child: nn.Linear) -> nn.Module:
+        sizes = {"input_features": child.in_features, "output_features": child.out_features, "bias": False}
+        if bits == 4:
+            kind = {"compute_dtype": compute_dtype, "compress_statistics": True, "quant_type": "nf4"}
+            return bnb.nn.Linear4bit(**sizes, **kind, device="meta")
+        kind = {"has_fp16_weights": False, "threshold": OUTLIER_THRESHOLD}
+        return bnb.nn.Linear8bitLt(**sizes, **kind, device="meta")
+
+    _replace_linears(layers, replace)
+
+
+def _replace_linears(layers: nn.Module, replace: Callable[[nn.Linear], nn.Module]) -> None:
     for parent in list(layers.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                sizes = {"input_features": child.in_features, "output_features": child.out_features, "bias": False}
-                if bits == 4:
-                    kind = {"compute_dtype": compute_dtype, "compress_statistics": True, "quant_type": "nf4"}
-                    linear = bnb.nn.Linear4bit(**sizes, **kind, device="meta")
-                else:
-                    kind = {"has_fp16_weights": False, "threshold": OUTLIER_THRESHOLD}
-                    linear = bnb.nn.Linear8bitLt(**sizes, **kind, device="meta")
-                setattr(parent, name, linear.requires_grad_(False))
+                setattr(parent, name, replace(child).requires_grad_(False))
 
 
 def has_4bit_weights(layers: nn.Module) -> bool:
@@ -244,6 +276,10 @@ def _is_other_message(record: logging.LogRecord) -> bool:
 
 def quantized_parameter(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
     """Return a weight for `module`: quantised if `quantize_linears` made the module, else in `dtype`."""
+    if isinstance(module, Fp8Linear):
+        return module.quantize(tensor.to(dtype))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return plain_parameter(module, tensor, dtype)
     bnb = import_bitsandbytes()
     if isinstance(module, bnb.nn.Linear4bit):
         return quantize_4bit(tensor.to(dtype), module)

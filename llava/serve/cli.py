@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llava.files.home_directory import expand_homes
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text, report_error, show
 from llava.inference.command_line import (
     add_model_arguments,
@@ -42,11 +43,10 @@ _HELP = """/image PATH   start a new conversation about another image (path or h
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.serve.cli",
-        description="Chat with a model about an image in the terminal.",
-        epilog=_EXAMPLE + "\ncommands in the chat:\n" + _HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.serve.cli",
+        "Chat with a model about an image in the terminal.",
+        _EXAMPLE + "\ncommands in the chat:\n" + _HELP,
     )
     add_model_arguments(parser)
     add = parser.add_argument

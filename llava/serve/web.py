@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.files.home_directory import expand_homes
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.image_files.paths import resolve_image
 from llava.inference.batch.questions import read_questions
@@ -35,11 +36,10 @@ _EXAMPLE = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.serve.web",
-        description="Chat about images in a browser.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.serve.web",
+        "Chat about images in a browser.",
+        _EXAMPLE,
     )
     add_model_arguments(parser)
     add = parser.add_argument

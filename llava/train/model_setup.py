@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from llava.constants import DEFAULT_TEMPLATE
+from llava.constants import DEFAULT_TEMPLATE, FP8
 from llava.conversation import get_template
 from llava.data.records import EncodedRecord
 from llava.model.adapter.lora import is_llm_block, read_adapter
@@ -206,7 +206,7 @@ def build_saver(
         "base_model_name_or_path": model_args.model_name_or_path,
         "base_model_revision": snapshot_revision(base.directory),
         "base_model_fingerprint": base_fingerprint,
-        "base_model_bits": training_args.bits,
+        "base_model_bits": 8 if training_args.base_dtype == FP8 else training_args.bits,
         "merged_adapter_fingerprint": None,
         "mm_projector_lr": training_args.mm_projector_lr,
         "mm_vision_tower_lr": training_args.mm_vision_tower_lr,

@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from llava.clip_image_processor import CLIPPixels
-from llava.constants import MASK_BLOCK
+from llava.constants import FP8, MASK_BLOCK
 from llava.data.dataset import ImageSettings, SupervisedCollator, SupervisedDataset
 from llava.data.packed_dataset import PackCollator, PackedDataset
 from llava.data.packing import padded_length
 from llava.data.prefix_sampler import Sharing, waiting_share
 from llava.data.records import EncodedRecord, spliced_length
 from llava.model.capabilities import Capabilities, capabilities_of, feature
+from llava.model.fp8.linear import find_product_problem
 from llava.model.packed.forward import PackedLlavaForCausalLM
 from llava.model.planner.workload import Packs, PaddedRows, Workload
 from llava.train.flags.arguments import zero_stage
@@ -103,7 +104,7 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerEx
         training_args: flags.
 
     Raises:
-        ValueError: if `--fuse_lora on` can't be done with this model.
+        ValueError: if `--fuse_lora on` or `--base_dtype fp8` can't be done with this model.
     """
     llava = inner_llava(model)
     can = capabilities_of(training_args.device)
@@ -112,11 +113,14 @@ def prepare_model(model: nn.Module, training_args: TrainingArguments) -> LayerEx
         return execution
     if execution.in_blocks:
         llava.use_flex_attention()
-    if training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and execution.compiled):
+    fp8 = training_args.base_dtype == FP8
+    if fp8 and (problem := find_product_problem(training_args.device)):
+        raise ValueError(f"--base_dtype fp8: {problem}; leave it out")
+    if fp8 or training_args.fuse_lora == "on" or (training_args.fuse_lora == "auto" and execution.compiled):
         is_whole = holds_all_weights(training_args)
-        reason = llava.fuse_lora(compiled=execution.compiled) if is_whole else "the weights are partitioned"
-        if reason and training_args.fuse_lora == "on":
-            raise ValueError(f"--fuse_lora on: {reason}; leave it out")
+        reason = llava.fuse_lora(compiled=execution.compiled, fp8=fp8) if is_whole else "the weights are partitioned"
+        if reason and (fp8 or training_args.fuse_lora == "on"):
+            raise ValueError(f"{'--base_dtype fp8' if fp8 else '--fuse_lora on'}: {reason}; leave it out")
         if training_args.device.type == "cuda":  # else the separate weights, 9 GB of 7B, stay in the allocator as used
             torch.cuda.empty_cache()
     if execution.compiled and llava.fused_lora is None:

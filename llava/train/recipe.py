@@ -27,6 +27,8 @@ from llava.train.model_setup import adapter_rank, add_trained_weights, build_sav
 from llava.train.packing_setup import BatchPlan, Loader, build_loader, plan_batches, prepare_model
 from llava.train.run_summary import print_machine, print_summary
 from llava.train.saving import Saver
+from llava.train.trackers.tolerance import tolerate_failures
+from llava.train.trackers.wrong_answers import WrongAnswers
 from llava.train.trainer import LlavaTrainer
 from llava.train.validation.evaluator import Evaluator
 from llava.train.validation.packed_evaluator import build_evaluator
@@ -125,7 +127,7 @@ def build_trainer(
 ) -> LlavaTrainer:
     """Return the trainer with the callbacks that the flags ask for."""
     patience, rank = training_args.early_stopping_patience, adapter_rank(training_args)
-    return LlavaTrainer(
+    trainer = LlavaTrainer(
         model,
         training_args,
         saver=saver,
@@ -142,6 +144,11 @@ def build_trainer(
             FewestCheckpoints(model, rank=rank, positions=loader.positions),
         ],
     )
+    callbacks = trainer.callback_handler.callbacks
+    failures = tolerate_failures(callbacks)
+    if evaluator is not None:
+        trainer.add_callback(WrongAnswers(evaluator, callbacks, failures))
+    return trainer
 
 
 def _check_overfit(trainer: LlavaTrainer, steps: int) -> None:

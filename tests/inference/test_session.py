@@ -225,5 +225,5 @@ class TestTemplate:
             Session.load("nowhere", conv_mode="v7")
 
     def test_odd_bits_are_refused(self):
-        with pytest.raises(ValueError, match="bits is 3; choose 4, 8 or 16"):
+        with pytest.raises(ValueError, match="bits is 3; choose 4, 8, 16 or 'fp8'"):
             Session.load("nowhere", bits=3)

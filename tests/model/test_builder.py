@@ -168,7 +168,7 @@ def test_a_device_map_that_leaves_modules_out(goldens):
 
 
 def test_four_and_eight_bit_exclude_each_other(goldens):
-    with pytest.raises(ValueError, match=r"^load_8bit and load_4bit exclude each other; pass one$"):
+    with pytest.raises(ValueError, match=r"^load_8bit, load_4bit, load_fp8 exclude each other; pass one$"):
         load(goldens, load_4bit=True, load_8bit=True)
 
 

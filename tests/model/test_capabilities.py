@@ -33,29 +33,29 @@ def gpu(capability, installed=BOTH, name="GPU"):
 
 
 @pytest.mark.parametrize(
-    ("machine", "dtype", "has_bf16", "has_triton", "has_cuda_graphs", "has_flash_attention", "has_int8"),
+    ("machine", "dtype", "has_bf16", "has_triton", "has_cuda_graphs", "has_flash_attention", "has_int8", "has_fp8"),
     [
-        (gpu((5, 2)), FP16, False, False, True, False, False),
-        (gpu((6, 1)), FP16, False, False, True, False, False),
-        (gpu((7, 0)), FP16, False, False, True, False, False),
-        (gpu((7, 5)), FP16, False, False, True, False, True),
+        (gpu((5, 2)), FP16, False, False, True, False, False, False),
+        (gpu((6, 1)), FP16, False, False, True, False, False, False),
+        (gpu((7, 0)), FP16, False, False, True, False, False, False),
+        (gpu((7, 5)), FP16, False, False, True, False, True, False),
+        *((gpu(each), BF16, True, True, True, True, True, False) for each in [(8, 0), (8, 6)]),
         *(
-            (gpu(each), BF16, True, True, True, True, True)
-            for each in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+            (gpu(each), BF16, True, True, True, True, True, True)
+            for each in [(8, 9), (9, 0), (10, 0), (12, 0), (13, 0)]
         ),
-        (gpu((13, 0)), BF16, True, True, True, True, True),
-        (gpu(None), BF16, True, True, True, True, True),
-        (Machine("mps"), FP16, True, False, False, False, False),
-        (Machine("cpu"), FP32, True, False, False, False, True),
-        (Machine("meta"), FP32, True, False, False, False, False),
+        (gpu(None), BF16, True, True, True, True, True, False),
+        (Machine("mps"), FP16, True, False, False, False, False, False),
+        (Machine("cpu"), FP32, True, False, False, False, True, True),
+        (Machine("meta"), FP32, True, False, False, False, False, False),
     ],
     ids=str,
 )
-def test_the_choice(machine, dtype, has_bf16, has_triton, has_cuda_graphs, has_flash_attention, has_int8):
+def test_the_choice(machine, dtype, has_bf16, has_triton, has_cuda_graphs, has_flash_attention, has_int8, has_fp8):
     can = choose(machine)
     assert can.dtype is dtype
     assert (can.has_bf16, can.has_triton, can.has_cuda_graphs) == (has_bf16, has_triton, has_cuda_graphs)
-    assert (can.has_flash_attention, can.has_int8) == (has_flash_attention, has_int8)
+    assert (can.has_flash_attention, can.has_int8, can.has_fp8) == (has_flash_attention, has_int8, has_fp8)
     assert (can.refuse_compilation() is None) is (has_triton or machine.device_type != "cuda")
 
 
@@ -198,7 +198,9 @@ def test_the_document_has_the_table():
     text = (Path(__file__).parents[2] / "docs/machines.md").read_text(encoding="utf-8")
     for each in GENERATIONS:
         dtype, packs = ("bf16" if each.has_bf16 else "fp16"), ("FlexAttention" if each.has_triton else "dense")
-        flags = ("yes" if has else "no" for has in (each.has_triton, each.has_int8, each.has_flash_attention))
+        flags = (
+            "yes" if has else "no" for has in (each.has_triton, each.has_int8, each.has_fp8, each.has_flash_attention)
+        )
         row = (each.name, "{}.{}".format(*each.since), each.examples, dtype, packs, *flags)
         assert f"| {' | '.join(row)} |" in text
     assert CAPABILITY_VARIABLE in text

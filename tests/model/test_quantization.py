@@ -60,7 +60,7 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
 
 def test_other_numbers_of_bits():
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(ValueError, match=r"^bits is 3; choose 4, 8 or 16$"):
+    with pytest.raises(ValueError, match=r"^bits is 3; choose 4, 8, 16 or 'fp8'$"):
         quantize_linears(nn.Sequential(nn.Linear(2, 2)), 3, torch.float32)
     with pytest.raises(ValueError, match=r"^bits is 16; choose 4 or 8$"):
         quantization_settings(16, torch.float32)
@@ -215,7 +215,7 @@ def test_the_config_records_the_bits(quantised_config):
 @pytest.mark.parametrize(("saved", "requested"), [(4, 8), (8, 4)])
 def test_other_bits_than_stored_are_refused(quantised_config, saved, requested):
     message = (
-        rf"^here holds {saved}-bit weights, but {requested} bit are requested; leave the option out, or load the 16-bit"
+        rf"^here holds {saved}-bit weights, but {requested} bit is requested; leave the option out, or load the 16-bit"
     )
     with pytest.raises(ValueError, match=message):
         choose_bits(requested, quantised_config(saved), "here")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from llava.export import merge
 from llava.inference import parity
 from llava.model.adapter.lora import read_adapter
 from llava.model.builder import attach_adapter, build_model, load_pretrained_model
@@ -20,7 +19,6 @@ from llava.model.checkpoint.read_tensors import open_tensor_file, open_weights
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 ROWS = [
     {
         "id": answer,
@@ -44,6 +42,7 @@ STAGES = {  # name -> flags, learning rate, what it says it trains
     "rslora": ([*LORA, "--use_rslora", "True"], 3e-3, "linears projector"),
     "dora": ([*LORA, "--use_dora", "True"], 5e-3, "linears projector"),
     "qlora": ([*LORA, "--bits", "4"], 5e-3, "linears projector"),
+    "lora on fp8": ([*LORA, "--base_dtype", "fp8"], 5e-3, "linears projector"),
     "lora with tower": ([*LORA, *TOWER], 5e-3, "linears projector tower"),
     "lora, bias all": ([*LORA, "--lora_bias", "all"], 5e-3, "linears projector"),
     "lora, bias lora_only": ([*LORA, "--lora_bias", "lora_only"], 5e-3, "linears projector"),
@@ -165,28 +164,20 @@ def test_peft_alone_reads_it_on_the_plain_llm(stage, base, tiny_base, name):
     torch.testing.assert_close(alone(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def merge():
-    spec = importlib.util.spec_from_file_location("merge_lora_weights", ROOT / "scripts/merge_lora_weights.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program.main
-
-
 @pytest.mark.parametrize("name", ["rslora", "dora", "lora with tower"])
-def test_the_merge_program(stage, merge, tiny_base, tmp_path, name):
+def test_the_merge_program(stage, tiny_base, tmp_path, name):
     output = stage(name)
     words = ["--model-path", output, "--model-base", tiny_base, "--save-model-path", tmp_path / "m"]
-    assert merge([str(word) for word in [*words, "--no-parity"]]) == 0
+    assert merge.main([str(word) for word in [*words, "--no-parity"]]) == 0
     merged = load_pretrained_model(str(tmp_path / "m"), None, "x", device="cpu", dtype="float32")[1]
     torch.testing.assert_close(logits(merged), logits(attached(output, tiny_base)), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["rslora", "dora", "lora with tower"])
-def test_a_merge_is_compared_where_memory_is_short(stage, merge, tiny_base, tmp_path, monkeypatch, capsys, name):
+def test_a_merge_is_compared_where_memory_is_short(stage, tiny_base, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(parity, "free_memory", lambda device: 1000)
     words = ["--model-path", stage(name), "--model-base", tiny_base, "--save-model-path", tmp_path / "m"]
-    assert merge([str(word) for word in [*words, "--device", "cpu", "--dtype", "bfloat16"]]) == 0
+    assert merge.main([str(word) for word in [*words, "--device", "cpu", "--dtype", "bfloat16"]]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("parity: too little memory for the model; each tensor")
 
 

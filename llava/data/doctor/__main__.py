@@ -7,7 +7,6 @@ start.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -29,8 +28,10 @@ from llava.data.records import encode_records
 from llava.data.row_errors import SHOWN_PER_CODE
 from llava.data.table.options import add_table_flags, given_table_flags, table_options
 from llava.files.atomic_files import atomic_write
+from llava.files.garbage_collector import collector_off
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import log_to_terminal, print_text, report_error
 
 if TYPE_CHECKING:  # for annotations: they import Pillow and transformers
@@ -51,16 +52,15 @@ class EncodingSettings(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.data.doctor",
-        description="Check training data before a GPU is held.",
-        epilog="""examples:
+    parser = program_parser(
+        "python -m llava.data.doctor",
+        "Check training data before a GPU is held.",
+        """examples:
   python -m llava.data.doctor --data_path playground/data_train/data.json \\
       --image_folder playground/data_train/images --model_name_or_path liuhaotian/llava-v1.5-7b
   python -m llava.data.doctor --data_path one.json two.jsonl --image_folder images --json report.json
   python -m llava.data.doctor --data_path mine.xlsx --question_column text --image_folder images
 exit code: 0 clean, 1 something was found, 2 nothing can be trained on, or wrong usage""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--data_path", nargs="+", required=True, metavar="FILE",
@@ -81,6 +81,7 @@ exit code: 0 clean, 1 something was found, 2 nothing can be trained on, or wrong
     return parser
 
 
+@collector_off()
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report that the command line asks for; return the exit code."""
     log_to_terminal()
@@ -190,5 +191,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    gc.disable()  # a short process whose rows hold no cycles: collecting would only walk them again and again
     sys.exit(main())

@@ -43,6 +43,7 @@ from llava.eval.vqa_score import add_annotation_arguments, name_files, parse_tab
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import format_size, log_to_terminal, print_text, report_error
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import resolve_image
@@ -62,8 +63,9 @@ _SECONDS_UNTIL_BAR = 1
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program_parser(
+        "python -m llava.eval.report",
+        __doc__,
     )
     add = parser.add_argument
     add("--answers", "--answers-file", action="extend", nargs="+", required=True, metavar="JSONL",

@@ -28,7 +28,7 @@ from llava.inference.engine.engine import Engine
 from llava.inference.engine.image_loader import prefetch_session_images
 from llava.inference.engine.limits import Limits
 from llava.inference.engine.prefix_groups import common_system_prefix, split_work
-from llava.inference.engine.ragged_llama import has_plain_weights, supports_ragged
+from llava.inference.engine.ragged_llama import can_be_captured, supports_ragged
 from llava.inference.engine.sequence import Sequence as AnswerSequence
 from llava.inference.session import Sampling, Session
 from llava.model.capabilities import capabilities_of
@@ -157,15 +157,16 @@ class _Run:
 
     def _engine(self, system_prefix: Sequence[int], positions: int, limits: Limits) -> Engine:
         model, mode = self.session.model, self.compile_mode
-        can, is_plain = capabilities_of(model.device), has_plain_weights(model)
+        can, is_capturable = capabilities_of(model.device), can_be_captured(model)
         return Engine(
             self.session,
             self.sampling,
             system_prefix,
             with_scores=self.with_scores,
             limits=limits,
-            compiled=mode == "on" or (mode == "auto" and can.has_triton and is_plain and positions >= COMPILE_FROM),
-            graphed=mode != "off" and can.has_cuda_graphs and is_plain,
+            compiled=mode == "on"
+            or (mode == "auto" and can.has_triton and is_capturable and positions >= COMPILE_FROM),
+            graphed=mode != "off" and can.has_cuda_graphs and is_capturable,
         )
 
 

@@ -24,6 +24,7 @@ from llava.inference.chat.decode_triton import (
     split_attention_kernel,
 )
 from llava.inference.engine.ragged_llama import RaggedLlama
+from llava.model.fp8.linear import Fp8Linear
 
 COMPILE_ERRORS = (RuntimeError, OSError, subprocess.SubprocessError, TritonError)
 """Errors of a decode step whose kernels can't be compiled."""
@@ -109,7 +110,10 @@ class FusedDecodeStep:
 
 
 def has_fused_form(llama: RaggedLlama) -> bool:
-    """Return whether the kernels compute what the modules do: plain weights without bias, SiLU, suitable widths."""
+    """Return whether the kernels compute what the modules do: plain or FP8 weights without bias, SiLU, suitable widths.
+
+    Of FP8 weights the kernels multiply inputs as they are, which the modules quantise.
+    """
     for layer in llama.layers:
         attention, mlp = layer.self_attn, layer.mlp
         linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
@@ -123,13 +127,18 @@ def has_fused_form(llama: RaggedLlama) -> bool:
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    weight = linear.weight if type(linear) is nn.Linear else None
-    return weight is not None and linear.bias is None and weight.is_contiguous()
+    if type(linear) is Fp8Linear:
+        return linear.weight.is_contiguous()
+    return type(linear) is nn.Linear and linear.bias is None and linear.weight.is_contiguous()
+
+
+def _values(linear: nn.Linear | Fp8Linear) -> Tensor:
+    return linear.values if isinstance(linear, Fp8Linear) else linear.weight
 
 
 def matvec(
     vector: Tensor,
-    linears: Sequence[nn.Linear],
+    linears: Sequence[nn.Linear | Fp8Linear],
     output: Tensor,
     *,
     norm: nn.Module | None = None,
@@ -140,14 +149,16 @@ def matvec(
 
     Args:
         vector: (D,).
-        linears: weights (out, D).
+        linears: weights (out, D), all plain or all FP8.
         output: (sum of out,).
         norm: RMSNorm applied to the vector first.
         residual: (out,), added to the product of a single weight; may be `output`.
         tile: its rows divide the rows of each weight, unless there is only one.
     """
-    weights = [linear.weight for linear in linears]
+    weights = [_values(linear) for linear in linears]
     first, second, third = (weights + weights[-1:] * 2)[:3]
+    scales = [getattr(linear, "scales", linear.weight) for linear in linears]  # without scales not read
+    first_scales, second_scales, third_scales = (scales + scales[-1:] * 2)[:3]
     rows = [len(weight) for weight in weights] + [0, 0]
     matvec_kernel[(-(-sum(rows) // tile.rows),)](
         vector,
@@ -155,6 +166,9 @@ def matvec(
         first,
         second,
         third,
+        first_scales,
+        second_scales,
+        third_scales,
         output if residual is None else residual,
         output,
         0.0 if norm is None else norm.variance_epsilon,
@@ -164,6 +178,7 @@ def matvec(
         WIDTH=first.shape[1],
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_SCALES=isinstance(linears[0], Fp8Linear),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         num_warps=tile.warps,
@@ -171,17 +186,26 @@ def matvec(
 
 
 def gated_matvec(
-    vector: Tensor, gate: nn.Linear, up: nn.Linear, output: Tensor, *, norm: nn.Module, tile: Tile = GATED_TILE
+    vector: Tensor,
+    gate: nn.Linear | Fp8Linear,
+    up: nn.Linear | Fp8Linear,
+    output: Tensor,
+    *,
+    norm: nn.Module,
+    tile: Tile = GATED_TILE,
 ) -> None:
     """Write silu(gate x) * (up x), where x is the RMSNorm of a vector; arguments as in `matvec`."""
     gated_matvec_kernel[(len(gate.weight) // tile.rows,)](
         vector,
         norm.weight,
-        gate.weight,
-        up.weight,
+        _values(gate),
+        _values(up),
+        getattr(gate, "scales", gate.weight),
+        getattr(up, "scales", up.weight),
         output,
         norm.variance_epsilon,
         WIDTH=gate.weight.shape[1],
+        HAS_SCALES=isinstance(gate, Fp8Linear),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         num_warps=tile.warps,

@@ -16,6 +16,9 @@ def matvec_kernel(
     first: tl.tensor,
     second: tl.tensor,
     third: tl.tensor,
+    first_scales: tl.tensor,
+    second_scales: tl.tensor,
+    third_scales: tl.tensor,
     residual: tl.tensor,
     output: tl.tensor,
     epsilon: float,
@@ -25,17 +28,18 @@ def matvec_kernel(
     WIDTH: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     """Write ROWS outputs of one to three concatenated weights times `vector`; a program reads rows of one weight."""
     start = tl.program_id(0) * ROWS
-    weight, row = first, start
+    weight, scales, row = first, first_scales, start
     if N_SECOND > 0:
         if start >= N_FIRST + N_SECOND:
-            weight, row = third, start - N_FIRST - N_SECOND
+            weight, scales, row = third, third_scales, start - N_FIRST - N_SECOND
         elif start >= N_FIRST:
-            weight, row = second, start - N_FIRST
+            weight, scales, row = second, second_scales, start - N_FIRST
     rows = tl.arange(0, ROWS)
     is_row = start + rows < N_FIRST + N_SECOND + N_THIRD
     if (N_FIRST + N_SECOND + N_THIRD) % ROWS == 0:
@@ -54,6 +58,8 @@ def matvec_kernel(
             entry *= tl.load(norm_weight + columns, mask=is_inside, other=0.0).to(tl.float32)
         total += block * entry[None, :]
     product = tl.sum(total, axis=1)
+    if HAS_SCALES:
+        product *= tl.load(scales + row + rows, mask=is_row, other=0.0)
     if HAS_NORM:  # RMSNorm's factor is a scalar, so it can be applied last
         product *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + epsilon)
     if HAS_RESIDUAL:
@@ -67,9 +73,12 @@ def gated_matvec_kernel(
     norm_weight: tl.tensor,
     gate: tl.tensor,
     up: tl.tensor,
+    gate_scales: tl.tensor,
+    up_scales: tl.tensor,
     output: tl.tensor,
     epsilon: float,
     WIDTH: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -91,7 +100,11 @@ def gated_matvec_kernel(
         up_total += tl.load(up + offsets + columns[None, :], mask=mask, other=0.0).to(tl.float32) * entry[None, :]
     factor = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + epsilon)
     gated = tl.sum(gate_total, axis=1) * factor
-    product = gated * tl.sigmoid(gated) * tl.sum(up_total, axis=1) * factor
+    raised = tl.sum(up_total, axis=1) * factor
+    if HAS_SCALES:
+        gated *= tl.load(gate_scales + start + rows)
+        raised *= tl.load(up_scales + start + rows)
+    product = gated * tl.sigmoid(gated) * raised
     tl.store(output + start + rows, product.to(output.dtype.element_ty))
 
 

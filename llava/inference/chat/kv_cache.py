@@ -23,8 +23,8 @@ from llava.inference.engine.ragged_llama import (
     RaggedLlama,
     TokenPlaces,
     additive_mask,
+    can_be_captured,
     causal_attention,
-    has_plain_weights,
     masked_attention,
     supports_ragged,
 )
@@ -84,13 +84,13 @@ class KVCacheFactory:
         """Return an empty KV cache, the fastest that the model allows."""
         if not supports_ragged(self.model):
             return TransformersKVCache(self.model)
-        is_plain = has_plain_weights(self.model)
-        if self._shared is None or self._shared[1] != is_plain:  # an adapter was attached, which kernels leave out
+        is_capturable = can_be_captured(self.model)
+        if self._shared is None or self._shared[1] != is_capturable:  # an adapter was attached, which kernels leave out
             llama = RaggedLlama(self.model)
-            self._shared = llama, is_plain, load_fused_step(llama) if is_plain else None
+            self._shared = llama, is_capturable, load_fused_step(llama) if is_capturable else None
         llama, _, fused_step = self._shared
         # LLM.int8's layers wait for the device to count outliers, which a CUDA graph can't capture.
-        is_graphed = is_plain or has_4bit_weights(self.model.get_model().layers)
+        is_graphed = is_capturable or has_4bit_weights(self.model.get_model().layers)
         is_graphed = is_graphed and capabilities_of(llama.device).has_cuda_graphs
         return GrowingKVCache(llama, is_graphed=is_graphed, fused_step=fused_step)
 

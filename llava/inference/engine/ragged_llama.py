@@ -8,7 +8,7 @@ own modules are called, so that 8 bit, 4 bit and adapters work as they are. Sour
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.model.attention.rope import apply_rope, signed_sin
 from llava.model.configuration import context_length
+from llava.model.fp8.linear import Fp8Linear
 from llava.model.llava_llama import LlavaLlamaForCausalLM
 
 CHANGING_ROPE = ("dynamic", "longrope")
@@ -221,12 +222,17 @@ def supports_ragged(model: nn.Module) -> bool:
     return len(devices) < 2 and model.config.rope_parameters["rope_type"] not in CHANGING_ROPE
 
 
+def can_be_captured(model: LlavaLlamaForCausalLM) -> bool:
+    """Return whether the language model's layers can be compiled and captured as CUDA graphs: plain ones, and FP8."""
+    return all(type(module) in (nn.Linear, Fp8Linear) for module in _linears(model))
+
+
 def has_plain_weights(model: LlavaLlamaForCausalLM) -> bool:
     """Return whether the language model's linear layers are neither quantised nor adapted."""
-    modules = (
-        module
-        for layer in model.get_model().layers
-        for part in (layer.self_attn, layer.mlp)
-        for module in part.children()
-    )
-    return all(type(module) is nn.Linear for module in modules if hasattr(module, "weight"))
+    return all(type(module) is nn.Linear for module in _linears(model))
+
+
+def _linears(model: LlavaLlamaForCausalLM) -> Iterator[nn.Module]:
+    for layer in model.get_model().layers:
+        for part in (layer.self_attn, layer.mlp):
+            yield from (module for module in part.children() if hasattr(module, "weight"))

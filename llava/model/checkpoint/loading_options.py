@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llava.constants import FP8
 from llava.files.json_files import read_settings
 from llava.model.configuration import LlavaConfig
 
@@ -27,6 +28,7 @@ HARMLESS = (
 """Options that change nothing here."""
 _ALIASES = {"torch_dtype": "dtype", "load_in_8bit": "load_8bit", "load_in_4bit": "load_4bit"}
 _FLASH = "use_flash_attention_2"
+_FORMATS = ("load_8bit", "load_4bit", "load_fp8")
 
 
 class LoadingOptions(NamedTuple):
@@ -35,6 +37,7 @@ class LoadingOptions(NamedTuple):
     dtype: str | torch.dtype | None = None  # of the weights; None = the device's
     load_8bit: bool = False  # also as `load_in_8bit` or in a `quantization_config`
     load_4bit: bool = False  # also as `load_in_4bit` or in a `quantization_config`
+    load_fp8: bool = False  # FP8 for the LLM's linear layers
     attn_implementation: str | None = None  # transformers' name; None = SDPA
     vision_tower: str | Path | None = None  # directory or hub id, for weights that come without a vision tower
     allow_other_base: bool = False  # accept a base whose fingerprint differs from the recorded one
@@ -45,9 +48,9 @@ class LoadingOptions(NamedTuple):
     customized_config: str | Path | None = None  # JSON file of such values
 
     @property
-    def bits(self) -> int:
-        """Bits of the LLM's linear layers: 16, 8 or 4."""
-        return 4 if self.load_4bit else 8 if self.load_8bit else 16
+    def bits(self) -> int | str:
+        """Bits of the LLM's linear layers: 16, 8, 4 or "fp8"."""
+        return FP8 if self.load_fp8 else 4 if self.load_4bit else 8 if self.load_8bit else 16
 
     def change_config(self, config: LlavaConfig) -> None:
         """Set the values that the caller overwrites.
@@ -90,9 +93,9 @@ def read_options(
             raise TypeError(
                 f"{caller}() got an unexpected keyword argument {name!r}; its further options are {', '.join(known)}"
             )
-        wanted[field] = value or wanted.get(field)
-    if wanted["load_8bit"] and wanted["load_4bit"]:
-        raise ValueError("load_8bit and load_4bit exclude each other; pass one")
+        wanted[field] = value or wanted.get(field, value)
+    if sum(bool(wanted.get(name)) for name in _FORMATS) > 1:
+        raise ValueError(f"{', '.join(_FORMATS)} exclude each other; pass one")
     return LoadingOptions(**{**wanted, "attn_implementation": _attention(wanted.get("attn_implementation"), use_flash)})
 
 

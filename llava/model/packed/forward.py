@@ -63,11 +63,11 @@ class PackedLlavaForCausalLM(LlavaLlamaForCausalLM):
             layer.compile(dynamic=False, **options)
         self.has_compiled_layers = True
 
-    def fuse_lora(self, *, compiled: bool) -> str | None:
+    def fuse_lora(self, *, compiled: bool, fp8: bool = False) -> str | None:
         """Compute packs by `FusedLora`; return why the layers can't be fused, None if they are."""
-        reason = why_not_fused(self)
+        reason = why_not_fused(self, fp8=fp8)
         if reason is None:
-            self.fused_lora = FusedLora(self, compiled=compiled)
+            self.fused_lora = FusedLora(self, compiled=compiled, fp8=fp8)
         return reason
 
     @contextlib.contextmanager

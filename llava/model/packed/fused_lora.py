@@ -23,7 +23,8 @@ from transformers import LlamaForCausalLM
 
 from llava.model.attention.rope import apply_rope_to_heads, signed_sin, split_heads, split_rotated_heads
 from llava.model.attention.sdpa_backends import without_cudnn
-from llava.model.packed.lora_linear import lora_linear
+from llava.model.fp8.linear import MULTIPLE, Fp8Linear, quantize_rows
+from llava.model.packed.lora_linear import Fp8Weight, lora_linear
 
 
 class LoraFactors(NamedTuple):
@@ -38,16 +39,20 @@ class LoraFactors(NamedTuple):
 class FusedLinear(NamedTuple):
     """Linear layers of one input: concatenated weights (out of all, in), each layer's out, their adapters or None."""
 
-    weight: Tensor
+    weight: Tensor | Fp8Weight
     widths: tuple[int, ...]
     adapters: tuple[LoraFactors | None, ...]
 
     def divide(self) -> tuple[FusedLinear, FusedLinear]:
         """Return the first layer and the others."""
-        first = self.widths[0]
+        first, weight = self.widths[0], self.weight
+        if isinstance(weight, Fp8Weight):
+            parts = weight.rows(0, first), weight.rows(first, len(weight.values))
+        else:
+            parts = weight[:first], weight[first:]
         return (
-            FusedLinear(self.weight[:first], self.widths[:1], self.adapters[:1]),
-            FusedLinear(self.weight[first:], self.widths[1:], self.adapters[1:]),
+            FusedLinear(parts[0], self.widths[:1], self.adapters[:1]),
+            FusedLinear(parts[1], self.widths[1:], self.adapters[1:]),
         )
 
 
@@ -80,17 +85,18 @@ class FusedLora:
     Args:
         model: with frozen weights and adapters in place; see `why_not_fused`. Its weights move into fused storage.
         compiled: run each layer through `torch.compile`.
+        fp8: hold the frozen weights in FP8; the model's own layers too, for what runs through them.
 
     Attributes:
         compiled: as above.
     """
 
-    def __init__(self, model: LlamaForCausalLM, *, compiled: bool) -> None:
+    def __init__(self, model: LlamaForCausalLM, *, compiled: bool, fp8: bool = False) -> None:
         self.body = model.model
         config = model.config
         self.compiled = compiled
         self.sizes = LayerSizes(config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps)
-        self.weights = [_layer_weights(layer) for layer in self.body.layers]
+        self.weights = [_layer_weights(layer, fp8=fp8) for layer in self.body.layers]
         self.run: Callable[..., Tensor] = torch.compile(run_layer, dynamic=False) if compiled else run_layer
         # The only part of the last layer with the same shapes in every step.
         self.project: KeysAndValues = (
@@ -211,8 +217,17 @@ def fused_linear(inputs: Tensor, layers: FusedLinear, training: bool) -> Tensor:
     b = [(adapter.b * adapter.scale).to(dtype) for adapter in adapters]
     with torch.no_grad():
         low = nn.functional.linear(values if dropped is None else dropped, a)
-    starts = [sum(layers.widths[:index]) for index, adapter in enumerate(layers.adapters) if adapter is not None]
-    return lora_linear(values, dropped, low, layers.weight.to(dtype), a, b, starts)
+    starts = [
+        start for start, adapter in zip(_starts(layers.widths), layers.adapters, strict=True) if adapter is not None
+    ]
+    return lora_linear(values, dropped, low, _frozen_factors(values, layers.weight), a, b, starts)
+
+
+def _frozen_factors(inputs: Tensor, weight: Tensor | Fp8Weight) -> list[Tensor]:
+    """Return `weight` of `lora_linear`; inputs are quantised here, where `torch.compile` can fuse it."""
+    if isinstance(weight, Fp8Weight):
+        return [*quantize_rows(inputs.flatten(0, -2)), *weight]
+    return [weight.to(inputs.dtype)]
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
@@ -236,8 +251,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask) 
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=is_grouped)
 
 
-def why_not_fused(model: LlamaForCausalLM) -> str | None:
-    """Return why `FusedLora` can't run a model's layers; None if it can."""
+def why_not_fused(model: LlamaForCausalLM, *, fp8: bool = False) -> str | None:
+    """Return why `FusedLora` can't run a model's layers; None if it can.
+
+    Args:
+        model: with adapters.
+        fp8: with frozen weights in FP8.
+    """
     if model.config.hidden_act != "silu":
         return f"the activation is {model.config.hidden_act}"
     modules = [module for layer in model.model.layers for module in _linears(layer)]
@@ -252,6 +272,10 @@ def why_not_fused(model: LlamaForCausalLM) -> str | None:
         base = _base(module)
         if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad:
             return "the layers have biases, are trained themselves or are quantised"
+        if fp8 and not isinstance(module, lora.LoraLayer):
+            return "some layers have no adapter"
+        if fp8 and (base.in_features % MULTIPLE or base.out_features % MULTIPLE):
+            return f"a layer turns {base.in_features} features into {base.out_features}, no multiples of {MULTIPLE}"
     return None if len(dropouts) == 1 else "the adapters have different dropout"
 
 
@@ -261,29 +285,38 @@ def _linears(layer: nn.Module) -> list[nn.Module]:
     return [*qkv_out, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _layer_weights(layer: nn.Module) -> LayerWeights:
+def _layer_weights(layer: nn.Module, *, fp8: bool) -> LayerWeights:
     query, key, value, out, gate, up, down = _linears(layer)
     return LayerWeights(
         layer.input_layernorm.weight,
-        _fuse([query, key, value]),
-        _fuse([out]),
+        _fuse([query, key, value], fp8=fp8),
+        _fuse([out], fp8=fp8),
         layer.post_attention_layernorm.weight,
-        _fuse([gate, up]),
-        _fuse([down]),
+        _fuse([gate, up], fp8=fp8),
+        _fuse([down], fp8=fp8),
     )
 
 
 @torch.no_grad()
-def _fuse(modules: Sequence[nn.Module]) -> FusedLinear:
+def _fuse(modules: Sequence[nn.Module], *, fp8: bool) -> FusedLinear:
     """Concatenate the frozen weights of layers with one input; each layer's own weight becomes a view of the result."""
     bases = [_base(module) for module in modules]
     widths = tuple(len(base.weight) for base in bases)
     weight = bases[0].weight.data if len(bases) == 1 else torch.cat([base.weight.data for base in bases])
-    if len(bases) > 1:
+    if fp8:
+        weight = Fp8Weight.quantize(weight)
+        for module, base, start in zip(modules, bases, _starts(widths), strict=True):
+            part = weight.rows(start, start + len(base.weight))
+            module.base_layer = Fp8Linear.of(part.values, part.scales)
+    elif len(bases) > 1:
         for base, part in zip(bases, weight.split(widths), strict=True):
             base.weight.data = part
     adapters = [_factors(module) if isinstance(module, lora.LoraLayer) else None for module in modules]
     return FusedLinear(weight, widths, tuple(adapters))
+
+
+def _starts(widths: Sequence[int]) -> list[int]:
+    return [sum(widths[:index]) for index in range(len(widths))]
 
 
 def _base(module: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from llava.constants import FP8
 from llava.files.terminal_text import format_size
 from llava.model import memory
 from llava.model.memory import ModelSizes
@@ -70,7 +71,7 @@ def plan_inference(sizes: ModelSizes, run: Inference) -> dict[str, int]:
         # Decoding begins after the prefill: the peak is in one or the other.
         "computation": max(workspace - (cache - prompt), growth, 0),
     }
-    if run.bits != 16:
+    if run.bits not in (16, FP8):
         parts["unpacked weights"] = memory.largest_matrix(sizes)
     return parts
 
@@ -156,12 +157,13 @@ def smaller_training(run: Training) -> Iterator[Training]:
 
 
 def fitting_inference(sizes: ModelSizes, run: Inference, available: int) -> Inference | None:
-    """Return the nearest setup that fits, None if there is none: smaller batches first, then 8 and 4 bit."""
+    """Return the nearest setup that fits, None if there is none: smaller batches first, then fewer bits."""
     return next((other for other in _smaller_inference(run) if fits(sizes, other, available)), None)
 
 
 def _smaller_inference(run: Inference) -> Iterator[Inference]:
-    for bits in (bits for bits in (16, 8, 4) if bits <= run.bits):
+    narrower = {16: (16, 8, 4), FP8: (FP8, 4), 8: (8, 4), 4: (4,)}
+    for bits in narrower[run.bits]:
         batch = run.batch
         while batch:
             yield dataclasses.replace(run, bits=bits, batch=batch)

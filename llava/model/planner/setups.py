@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from llava.constants import FP8
 from llava.model.memory import ModelSizes, StepLoad
 from llava.model.planner.workload import Packs, Workload
 
@@ -101,14 +102,15 @@ class Inference:
         batch: requests of a batch.
         length: of a prompt, in positions.
         new_tokens: length of the longest answer, in tokens.
-        bits: of the LLM's weights.
+        bits: of the LLM's weights; "fp8" for FP8.
     """
 
     batch: int = 1
     length: int = PROMPT_LENGTH
     new_tokens: int = 128
-    bits: int = 16
+    bits: int | str = 16
 
     def flags(self) -> str:
         """Return the flags of the batch program for this run."""
-        return f"--batch-size {self.batch}" + (f" --load-{self.bits}bit" if self.bits != 16 else "")
+        weights = {16: "", FP8: " --fp8"}.get(self.bits, f" --load-{self.bits}bit")
+        return f"--batch-size {self.batch}{weights}"

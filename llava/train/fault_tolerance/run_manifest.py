@@ -26,7 +26,7 @@ DECISIVE = {
     "TrainingArguments": (
         "seed", "data_seed", "group_by_modality_length", "train_sampling_strategy", "dataloader_drop_last",
         "freeze_mm_mlp_adapter", "lora_enable", "lora_r", "lora_alpha", "lora_weight_path", "bits", "bf16", "fp16",
-        "optim", "lora_target_modules", "lora_bias", "use_dora", "use_rslora", "share_image_prefix",
+        "base_dtype", "optim", "lora_target_modules", "lora_bias", "use_dora", "use_rslora", "share_image_prefix",
     ),
 }  # fmt: skip
 """Entries that must not change on resume: the data, their order, the model, and its trainable parameters."""

@@ -147,6 +147,7 @@ class TrainingFlags:
     )
     fit: str = _flag("off", "auto: on CUDA a micro-batch that fits the memory, the rows per step unchanged; off.")
     bits: int = _flag(16, "16, or 8 or 4 for a quantized LLM (bitsandbytes) under LoRA.")
+    base_dtype: str = _flag("auto", "fp8: the frozen LLM in FP8 under LoRA, faster on Ada, Hopper and newer; auto.")
     double_quant: bool = _flag(True, "With --bits 4: always True, the scales are quantized too.")
     quant_type: str = _flag("nf4", "With --bits 4: nf4, the only type.")
     lora_enable: bool = _flag(False, "Train LoRA adapters on the LLM's linear layers instead of the layers.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.constants import SWITCH
+from llava.constants import FP8, SWITCH
 from llava.conversation import get_template
 from llava.data.data_files import find_unused_flags, split_paths
 from llava.data.table.options import given_table_flags
@@ -79,6 +79,10 @@ def check_device(training: TrainingArguments) -> None:
             (
                 training.bits == 8 and device in DEVICES and not here.has_int8,
                 f"--bits 8: {here.machine} has no kernels for LLM.int8; pass --bits 4",
+            ),
+            (
+                training.base_dtype == FP8 and not here.has_fp8,
+                f"--base_dtype fp8: {here.machine} has no FP8 products; leave it out",
             ),
             *(
                 (bool(no_compilation) and is_given, f"{flag}: {no_compilation}; leave it out")
@@ -198,8 +202,28 @@ def _quantization_rules(model: ModelArguments, training: TrainingArguments, zero
             is_quantized and model.tune_mm_mlp_adapter,
             f"--bits {bits} and --tune_mm_mlp_adapter exclude each other; leave --bits out",
         ),
+        *_fp8_rules(training, zero),
         (is_quantized and bool(training.fsdp), f"--bits {bits} can't be sharded by --fsdp; leave --fsdp out"),
         (is_quantized and zero == 3, f"--bits {bits} can't be partitioned by ZeRO-3; use scripts/zero2.json"),
+    ]
+
+
+def _fp8_rules(training: TrainingArguments, zero: int) -> list[Rule]:
+    is_fp8 = training.base_dtype == FP8
+    return [
+        (training.base_dtype not in ("auto", FP8), f"--base_dtype {training.base_dtype}: choose auto or {FP8}"),
+        (is_fp8 and not training.lora_enable, "--base_dtype fp8 holds the LLM frozen; add --lora_enable True"),
+        (is_fp8 and training.bits != 16, f"--base_dtype fp8 and --bits {training.bits} exclude each other"),
+        (
+            is_fp8 and (zero == 3 or bool(training.fsdp)),
+            "--base_dtype fp8 needs all weights in each process; leave ZeRO-3 and --fsdp out",
+        ),
+        (
+            is_fp8 and (training.fuse_lora == "off" or not training.share_image_prefix),
+            "--base_dtype fp8 is computed by fused layers over packs; leave --fuse_lora off and --share_image_prefix "
+            "False out",
+        ),
+        (is_fp8 and training.use_dora, "--base_dtype fp8 goes with plain LoRA; leave --use_dora out"),
     ]
 
 

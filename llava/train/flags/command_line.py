@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llava.files.program_parser import program_name
 from llava.train.flags.arguments import DataArguments, ModelArguments, TrainingFlags, renamed_flags
 from llava.train.flags.check_arguments import check_arguments, check_device
 from llava.train.flags.dropped_flags import settle_dropped_flags
@@ -35,8 +36,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArg
             the message names the flag and what to do.
         SystemExit: after `--help`, or if a value is not of its flag's type.
     """
-    words, notes = settle_dropped_flags(sys.argv[1:] if argv is None else argv)
-    _refuse_early(words)
+    words = sys.argv[1:] if argv is None else argv
+    refuse_early(words)
+    words, notes = settle_dropped_flags(words)
 
     from transformers import HfArgumentParser  # takes seconds, as everything below does
 
@@ -69,11 +71,16 @@ def build_parser(parser: type[ArgumentParser], training: type) -> ArgumentParser
         parser: `HfArgumentParser`.
         training: `TrainingArguments`, or `early_training_arguments()`.
     """
-    return parser((ModelArguments, DataArguments, training), prog="train_mem.py", usage=_USAGE)
+    return parser((ModelArguments, DataArguments, training), prog=program_name("train_mem.py"), usage=_USAGE)
 
 
-def _refuse_early(words: Sequence[str]) -> None:
-    """Answer `--help`, and refuse what can be refused without torch."""
+def refuse_early(words: Sequence[str]) -> None:
+    """Answer `--help`, and refuse what can be refused without torch.
+
+    Raises:
+        ValueError, SystemExit: as `parse_arguments`.
+    """
+    words, _ = settle_dropped_flags(words)
     try:
         parser, training = read_parser(), early_training_arguments()
     except NotReadable as error:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from llava.data.vqa_normalize import ANSWER_TYPES, normalize_answer, type_of_nor
 from llava.data.worker_processes import RestartingLoader
 from llava.inference.session import Prompt, Sampling, Session
 from llava.train.fault_tolerance.data_workers import FEWER_WORKERS
+from llava.train.validation.mistakes import Mistake
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Evaluator:
         max_new_tokens: of an answer.
         batch_size: rows or questions per process.
         workers: processes that read images.
+        mistakes: the wrong answers of this process in the last measurement.
     """
 
     rows: SupervisedDataset
@@ -74,6 +76,7 @@ class Evaluator:
     max_new_tokens: int
     batch_size: int
     workers: int
+    mistakes: list[Mistake] = field(default_factory=list)
 
     def describe(self) -> str:
         """Return the number of rows, images and questions, for the run summary."""
@@ -104,12 +107,16 @@ class Evaluator:
         return total, tokens
 
     def _count(self, answers: Iterable[tuple[int, str]]) -> tuple[Counter[str], Counter[str]]:
-        """Return the number of right answers and of questions, by type."""
+        """Return the number of right answers and of questions, by type; note the mistakes."""
         right, asked = Counter(), Counter()
+        self.mistakes.clear()
         for question, answer in answers:
-            true = self.questions[question].answer
+            prompt, true, _ = self.questions[question]
+            is_right = normalize_answer(answer) == normalize_answer(true)
             asked[answer_type(true)] += 1
-            right[answer_type(true)] += normalize_answer(answer) == normalize_answer(true)
+            right[answer_type(true)] += is_right
+            if not is_right:
+                self.mistakes.append(Mistake(question, prompt, true, answer))
         return right, asked
 
     def _answers(self, rank: int, world_size: int) -> Iterator[tuple[int, str]]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from llava.inference.chat.kv_cache import GrowingKVCache
 from llava.inference.engine.ragged_llama import RaggedLlama
+from llava.model.fp8.linear import Fp8Linear
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 
@@ -68,6 +69,28 @@ def test_gated_matvec(dtype, width):
     gated_matvec(vector, gate, up, output, norm=norm)
     normed = norm.float()(vector.float())
     check(output, nn.functional.silu(gate.weight.float() @ normed) * (up.weight.float() @ normed), dtype)
+
+
+def fp8_linear(width, rows):
+    layer = Fp8Linear(width, rows, device="cpu")
+    layer.weight = layer.quantize(torch.randn(rows, width))
+    return layer, layer.values.float() * layer.scales
+
+
+@torch.no_grad()
+def test_products_with_fp8_weights_are_those_of_their_values():
+    from llava.inference.chat.decode_step import gated_matvec, matvec
+
+    vector, norm = torch.randn(48).to(torch.bfloat16), Norm(48).to(torch.bfloat16)
+    normed = norm.float()(vector.float())
+    layers, values = zip(*(fp8_linear(48, rows) for rows in (16, 32, 16)), strict=True)
+    output = torch.empty(64, dtype=torch.bfloat16)
+    matvec(vector, layers, output, norm=norm.to(torch.bfloat16))
+    check(output, torch.cat(values) @ normed, torch.bfloat16)
+    gate, up = layers[0], layers[2]
+    output = torch.empty(16, dtype=torch.bfloat16)
+    gated_matvec(vector, gate, up, output, norm=norm)
+    check(output, nn.functional.silu(values[0] @ normed) * (values[2] @ normed), torch.bfloat16)
 
 
 @torch.no_grad()

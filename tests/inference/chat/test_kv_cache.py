@@ -303,7 +303,7 @@ def test_chats_of_a_model_share_what_is_made_once(session, sampling, monkeypatch
     chats = [Chat(one, sampling) for one in (session, session, session.with_template("plain"))]
     assert made == [session.model]
     assert len({id(chat._cache) for chat in chats}) == 3
-    monkeypatch.setattr(kv_cache, "has_plain_weights", lambda model: False)
+    monkeypatch.setattr(kv_cache, "can_be_captured", lambda model: False)
     Chat(session, sampling)
     assert len(made) == 2  # as after attaching an adapter
 

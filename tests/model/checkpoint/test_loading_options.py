@@ -68,7 +68,7 @@ def test_ways_to_ask_for_fewer_bits(options, bits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_8bit": True, "load_in_4bit": True}, r"^load_8bit and load_4bit exclude each other; pass one$"),
+        ({"load_8bit": True, "load_in_4bit": True}, r"^load_8bit, load_4bit, load_fp8 exclude each other; pass one$"),
         ({"quantization_config": {"quant_method": "awq"}}, r'^quantization_config is {"quant_method": "awq"}; only'),
         (
             {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")},

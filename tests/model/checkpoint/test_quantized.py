@@ -251,7 +251,7 @@ def test_a_saved_directory_equals_quantising_while_loading(directories, bits):
 def test_other_bits_than_the_directorys_are_refused(directories, bits):
     other = 12 - bits
     with pytest.raises(
-        ValueError, match=rf"^{directories[bits]} holds {bits}-bit weights, but {other} bit are requested"
+        ValueError, match=rf"^{directories[bits]} holds {bits}-bit weights, but {other} bit is requested"
     ):
         load(directories[bits], **{f"load_{other}bit": True})
 

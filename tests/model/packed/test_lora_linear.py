@@ -97,7 +97,7 @@ def test_the_operation_is_what_pytorch_expects_of_one(has_dropout):
     a = torch.cat([adapter.a for adapter in adapters]).detach().requires_grad_()
     low = (inputs @ a.t()).detach()
     torch.library.opcheck(
-        lora_linear, (inputs, dropped, low, layers.weight, a, [adapter.b for adapter in adapters], [0, 11])
+        lora_linear, (inputs, dropped, low, [layers.weight], a, [adapter.b for adapter in adapters], [0, 11])
     )
 
 

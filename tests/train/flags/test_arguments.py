@@ -77,6 +77,9 @@ def value_of(groups, name):
     return next(getattr(group, name) for group in groups if hasattr(group, name))
 
 
+FP8 = ["--lora_enable", "True", "--base_dtype", "fp8"]
+
+
 @pytest.mark.parametrize(("name", "text", "value"), ORIGINAL)
 def test_flags_of_the_original(name, text, value):
     groups = parse(f"--{name}", text)
@@ -174,6 +177,16 @@ def write_zero(tmp_path, stage):
         (["--fuse_lora", "yes"], "--fuse_lora yes: choose auto, on or off"),
         (["--checkpoint_layers", "-1"], "--checkpoint_layers -1: choose auto, all or a number"),
         (["--bits", "3"], "--bits 3: choose 4, 8 or 16"),
+        (["--base_dtype", "fp4"], "--base_dtype fp4: choose auto or fp8"),
+        (["--base_dtype", "fp8"], "--base_dtype fp8 holds the LLM frozen; add --lora_enable True"),
+        ([*FP8, "--bits", "4"], "--base_dtype fp8 and --bits 4 exclude each other"),
+        ([*FP8, "--fuse_lora", "off"], "--base_dtype fp8 is computed by fused layers over packs; leave --fuse_lora"),
+        ([*FP8, "--share_image_prefix", "False"], "--base_dtype fp8 is computed by fused layers over packs; leave"),
+        ([*FP8, "--use_dora", "True"], "--base_dtype fp8 goes with plain LoRA; leave --use_dora out"),
+        (
+            [*FP8, "--deepspeed", "scripts/zero3.json"],
+            "--base_dtype fp8 needs all weights in each process; leave ZeRO-3 and --fsdp out",
+        ),
         (["--lora_bias", "some"], "--lora_bias some: choose none, lora_only or all"),
         (["--double_quant", "False"], "--double_quant False and --quant_type other than nf4 are not supported"),
         (["--quant_type", "fp4"], "--double_quant False and --quant_type other than nf4 are not supported"),

@@ -109,6 +109,11 @@ def test_the_shipped_flags_train_in_fp16_on_a_t4(pretend_gpu, monkeypatch):
         ),
         (
             (7, 0),
+            "--lora_enable True --base_dtype fp8",
+            "--base_dtype fp8: GPU (compute capability 7.0, Volta) has no FP8 products; leave it out",
+        ),
+        (
+            (7, 0),
             "--lora_enable True --bits 8",
             "--bits 8: GPU (compute capability 7.0, Volta) has no kernels for LLM.int8; pass --bits 4",
         ),

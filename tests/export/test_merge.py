@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.export import merge as program
 from llava.inference import parity
 from llava.model.checkpoint import convert
 from llava.model.checkpoint.checkpoint import open_checkpoint
@@ -21,9 +22,9 @@ FULL, LORA, PROJECTOR = "llava-v1.5-golden", "llava-v1.5-golden-task-lora", "gol
 
 
 @pytest.fixture(scope="session")
-def merge(load_program):
+def merge():
     """`main` of the program."""
-    return load_program("scripts/merge_lora_weights.py").main
+    return program.main
 
 
 def flags(goldens, target, name=LORA, *more):
@@ -171,9 +172,8 @@ def test_an_adapter_on_the_head_is_counted_once(goldens, merge, with_head, tmp_p
 
 
 @pytest.fixture
-def program_with_a_fault(load_program, monkeypatch):
+def program_with_a_fault(monkeypatch):
     """The program, which writes one weight 1 % too large."""
-    program = load_program("scripts/merge_lora_weights.py")
     write, name = convert.write_original, "model.layers.1.mlp.up_proj.weight"
 
     def write_wrongly(checkpoint, *arguments):
@@ -208,8 +208,7 @@ def test_the_bound_of_rounding():
     assert parity.rounding_bound(20.0, torch.float32) < 0.003
 
 
-def test_logits_that_are_nan_fail(load_program, tmp_path):
-    program = load_program("scripts/merge_lora_weights.py")
+def test_logits_that_are_nan_fail(tmp_path):
     parity_of_nan = parity.Parity(float("nan"), 10.0, 1.0)
     with pytest.raises(ValueError, match=r"^x: the logits differ by nan, and rounding explains"):
         program.refuse_difference("x", parity_of_nan, {torch.float32}, tmp_path)

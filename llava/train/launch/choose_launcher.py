@@ -1,22 +1,22 @@
 """Choose what starts the training processes: deepspeed, torchrun or plain python.
 
-Called by launch.sh with the flags of the training; LAUNCHER, GPUS, ZERO, HOSTFILE and PORT are in the environment.
-One line on stderr says which launcher, why, and what is lost; stdout has the command's words, one a line.
-Example: LAUNCHER=torchrun GPUS=2 python scripts/v1_5/choose_launcher.py --lora_enable True
+LAUNCHER, GPUS, ZERO, HOSTFILE and PORT are read from the environment, `--fsdp` from the training's flags.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from llava.train.flags.arguments import is_offloaded, zero_stage
+
 LAUNCHERS = ("deepspeed", "torchrun", "python")
-PROGRAM = "llava/train/train_mem.py"
+_TRAINING = Path(__file__).parents[1] / "train_mem.py"
+_ZERO_CONFIGS = Path(__file__).parent
 NO_CONFIG = "none"  # ZERO=none: no DeepSpeed config
 _INSTALL = 'run pip install -e ".[train]" on Linux'
 
@@ -69,11 +69,27 @@ def read_request(environment: Mapping[str, str], flags: Sequence[str]) -> Asked:
     return Asked(
         launcher,
         int(gpus) if gpus else None,
-        environment.get("ZERO") or NO_CONFIG,
+        find_zero_config(environment.get("ZERO") or NO_CONFIG),
         environment.get("HOSTFILE", ""),
         environment.get("PORT", ""),
         any(flag.partition("=")[0] == "--fsdp" for flag in flags),
     )
+
+
+def find_zero_config(name: str) -> str:
+    """Return the path of a DeepSpeed config; scripts/zero2.json and others are found without a checkout too.
+
+    Args:
+        name: path, or the name of a config beside this module, with any folder and ending; "none" is returned as it is.
+    """
+    shipped = (_ZERO_CONFIGS / Path(name).name).with_suffix(".json")
+    return str(shipped) if name != NO_CONFIG and not Path(name).is_file() and shipped.is_file() else name
+
+
+def training_program() -> str:
+    """Return the path of the program that launchers start, relative to the working directory if it lies below."""
+    here = Path.cwd()
+    return _TRAINING.relative_to(here).as_posix() if _TRAINING.is_relative_to(here) else str(_TRAINING)
 
 
 def choose_launcher(asked: Asked, machine: Machine) -> Launch:
@@ -96,7 +112,7 @@ def _with_deepspeed(asked: Asked, machine: Machine) -> Launch:
     words += ["--master_port", asked.port] if asked.port else []
     config = [] if asked.zero == NO_CONFIG else ["--deepspeed", asked.zero]
     why = "LAUNCHER=deepspeed" if asked.launcher else "it is on the PATH"
-    return Launch([*words, PROGRAM, *config], f"launcher: deepspeed with ZERO={asked.zero} ({why})")
+    return Launch([*words, training_program(), *config], f"launcher: deepspeed with ZERO={asked.zero} ({why})")
 
 
 def _without_deepspeed(asked: Asked, machine: Machine) -> Launch:
@@ -111,9 +127,9 @@ def _without_deepspeed(asked: Asked, machine: Machine) -> Launch:
     processes = asked.gpus or (1 if asked.launcher == "python" else max(1, machine.count_gpus()))
     lost = _lost(asked, processes, why)
     if (asked.launcher or ("torchrun" if processes > 1 else "python")) == "python":
-        return Launch(["python", PROGRAM], f"launcher: python, one process ({why}); {lost}")
+        return Launch(["python", training_program()], f"launcher: python, one process ({why}); {lost}")
     port = ["--master_port", asked.port] if asked.port else ["--standalone"]  # standalone takes a free port
-    words = ["torchrun", "--nproc_per_node", str(processes), *port, PROGRAM]
+    words = ["torchrun", "--nproc_per_node", str(processes), *port, training_program()]
     return Launch(words, f"launcher: torchrun, {processes} process(es) ({why}); {lost}")
 
 
@@ -123,8 +139,6 @@ def _lost(asked: Asked, processes: int, why: str) -> str:
         return "--fsdp shards weights, gradients and optimizer over the GPUs"
     if asked.zero == NO_CONFIG:
         return "no DeepSpeed config is asked for"
-    from llava.train.flags.arguments import is_offloaded, zero_stage  # imports torch
-
     stage = zero_stage(asked.zero)
     if is_offloaded(asked.zero):
         raise ValueError(
@@ -141,30 +155,13 @@ def _lost(asked: Asked, processes: int, why: str) -> str:
     return f"ZeRO-{stage} is lost: each GPU holds all gradients and the whole optimizer"
 
 
+def inspect_machine(path: str | None) -> Machine:
+    """Return what this machine offers to a launcher that is searched on `path`; GPUs are counted when asked for."""
+    return Machine(shutil.which("deepspeed", path=path) is not None, count_gpus)
+
+
 def count_gpus() -> int:
-    """Return the number of CUDA or ROCm GPUs that torch sees."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the words of the command on stdout and the explanation on stderr; 1 with an error if refused."""
-    flags = sys.argv[1:] if argv is None else argv
-    machine = Machine(shutil.which("deepspeed") is not None, count_gpus)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # libraries log there while they are imported
-            launch = choose_launcher(read_request(os.environ, flags), machine)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    note = ""
-    if launch.words[0] == "deepspeed" and shutil.which("nvidia-smi") is None:
-        note = "; without a GPU its first run compiles an extension with a C++ compiler, LAUNCHER=python does not"
-    print(f"{launch.line}{note}", file=sys.stderr)
-    sys.stdout.buffer.write("".join(f"{word}\n" for word in launch.words).encode())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Return the number of CUDA or ROCm GPUs that torch sees, in a process that gives its memory back."""
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])  # libraries may log there while they are imported

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llava.export import convert as program
 from llava.inference.session import Session
 from llava.model.checkpoint import write_tensors
 from llava.model.checkpoint.checkpoint import Layout, detect_layout, open_checkpoint
@@ -34,9 +35,9 @@ HF_FILES = [
 
 
 @pytest.fixture(scope="session")
-def convert(load_program):
+def convert():
     """`main` of the program."""
-    return load_program("scripts/convert_checkpoint.py").main
+    return program.main
 
 
 @pytest.fixture(scope="session")

@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llava.train.flags.command_line import parse_arguments
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts/v1_5").glob("*.sh") if path.name != "launch.sh")
-
-
-@pytest.fixture
-def launched(tmp_path):
-    """Return the function (script, *flags, launchers=, **variables) -> words that the launcher was started with.
-
-    Stubs stand for the launchers, which print their name and words; nothing else of theirs is on the PATH.
-    """
-
-    def run(script, *flags, launchers=("deepspeed",), **variables):
-        folder = tmp_path / "-".join(launchers)
-        folder.mkdir(exist_ok=True)
-        python = f'case "$1" in *train_mem.py) ;; *) exec {sys.executable} "$@";; esac'
-        for name in ("python", *launchers):
-            stub = folder / name
-            stub.write_text(
-                f'#!/bin/sh\n{python if name == "python" else ""}\nprintf "%s\\n" {name} "$@"\n', encoding="utf-8"
-            )
-            stub.chmod(0o755)
-        names = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
-        settings = ("VAL_SHARE", "LAUNCHER", "GPUS", "ZERO", "PORT", "HOSTFILE")
-        environment = {key: value for key, value in os.environ.items() if key not in settings} | names
-        command = ["bash", str(ROOT / "scripts/v1_5" / script), *flags]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        run.error = done.stderr
-        return done.stdout.splitlines() if done.returncode == 0 else done.returncode
-
-    return run
 
 
 def parsed(words):

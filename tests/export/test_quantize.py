@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 
+from llava.export import quantize as program
 from llava.inference.session import Session
 from llava.model import devices
 from llava.model.adapter.tensor_names import PEFT_PREFIX
@@ -44,12 +45,7 @@ def base(root):
 
 
 @pytest.fixture(scope="module")
-def program(load_program):
-    return load_program("scripts/quantize_checkpoint.py")
-
-
-@pytest.fixture(scope="module")
-def run(program):
+def run():
     def call(source, target, bits=4, *flags):
         words = ["--model-path", source, "--save-path", target, "--bits", bits, "--device", "cpu", *flags]
         return program.main([str(word) for word in words])
@@ -214,13 +210,13 @@ def test_after_damaged_weights_nothing_is_left(run, base, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 
-def test_devices_without_kernels_are_refused(program, base, tmp_path, capsys):
+def test_devices_without_kernels_are_refused(base, tmp_path, capsys):
     words = ["--model-path", str(base), "--save-path", str(tmp_path / "out"), "--bits", "4", "--device", "mps"]
     message = failure(capsys, program.main(words))
     assert message == "error: --device mps: quantising is supported on cuda and cpu"
 
 
-def test_the_best_device_that_has_kernels_is_the_default(program, monkeypatch):
+def test_the_best_device_that_has_kernels_is_the_default(monkeypatch):
     monkeypatch.setattr(devices, "best_device", lambda: torch.device("mps"))
     assert program.choose_device(None) == torch.device("cpu")
     monkeypatch.setattr(devices, "best_device", lambda: torch.device("cuda"))

@@ -15,7 +15,7 @@ import pandas
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "task_data_preprocessing.py"
 TABLE = """\
 ,image_id,question,question_id,answer,kind

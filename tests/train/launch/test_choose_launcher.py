@@ -6,23 +6,18 @@ import itertools
 
 import pytest
 
+from llava.train.launch.choose_launcher import Machine, choose_launcher, read_request
+
 SMALL, SHARDED, OFFLOADED = "scripts/zero2.json", "scripts/zero3.json", "scripts/zero3_offload.json"
 
 
-@pytest.fixture(scope="session")
-def program(load_program):
-    return load_program("scripts/v1_5/choose_launcher.py")
-
-
 @pytest.fixture
-def choose(program, monkeypatch, request):
+def choose(monkeypatch, request):
     """Return the function (has_deepspeed, GPUs of the machine, *flags, **variables) -> Launch."""
     monkeypatch.chdir(request.config.rootpath)
 
     def run(has_deepspeed, gpus, *flags, **variables):
-        return program.choose_launcher(
-            program.read_request(variables, flags), program.Machine(has_deepspeed, lambda: gpus)
-        )
+        return choose_launcher(read_request(variables, flags), Machine(has_deepspeed, lambda: gpus))
 
     return run
 
@@ -104,16 +99,3 @@ def test_every_request_ends_in_a_launcher_or_a_reason(choose):
         assert ("--deepspeed" in launch.words) == (launch.words[0] == "deepspeed" and zero != "none")
         assert launch.words[0] != "python" or (gpus or "1") == "1"
         assert launch.words[0] != "deepspeed" or has_deepspeed
-
-
-def test_one_line_a_word_and_an_error_is_one_message(program, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("ZERO", "none")
-    monkeypatch.setenv("GPUS", "1")
-    assert program.main(["--lora_enable", "True"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out == f"python\n{TRAIN}\n"
-    assert printed.err.count("\n") == 1
-    monkeypatch.setenv("LAUNCHER", "deepspeed")
-    assert program.main([]) == 1
-    assert capsys.readouterr().err.startswith("error: LAUNCHER=deepspeed, but")

@@ -1,0 +1,1 @@
+"""Programs that write checkpoints: merge an adapter, change the layout, quantise."""

@@ -1,0 +1,1 @@
+"""FP8 weights of the LLM's linear layers, for inference."""
