@@ -17,7 +17,7 @@ from llava import __main__ as command
 from llava.files.program_parser import program_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PENDING = {"push", "eval"}
+PENDING = {"push"}
 """Commands whose modules are not there yet."""
 COMMANDS = {name: entry for name, entry in command.COMMANDS.items() if name not in PENDING}
 SCRIPTS = {
@@ -34,6 +34,7 @@ MODULES = {
     "report": "llava.eval.report",
     "chat": "llava.serve.cli",
     "web": "llava.serve.web",
+    "eval": "llava.eval.suite",
 }
 
 
