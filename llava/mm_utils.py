@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import base64
 from collections.abc import Sequence
-from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
 from llava.clip_image_processor import CLIPPixels
-from llava.constants import CHECKPOINT_PREFIX, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.image_files.decode import decode_image, to_rgb
 from llava.image_files.resize import expand_to_square
 from llava.image_processing import pixels_of, split_anyres
+from llava.model_names import get_model_name_from_path as get_model_name_from_path
 from llava.original_names import lazy_names
 
 __getattr__ = lazy_names(__name__)
@@ -100,12 +100,6 @@ def tokenizer_image_token(
     for chunk in others:
         ids += [image_token_index, *chunk[int(has_bos) :]]
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
-
-
-def get_model_name_from_path(model_path: str) -> str:
-    """Return a directory's name for logs and answer files; of `run/checkpoint-500`, `run_checkpoint-500`."""
-    *parents, name = PurePath(model_path.strip("/")).parts or (Path.cwd().name,)
-    return f"{parents[-1]}_{name}" if name.startswith(CHECKPOINT_PREFIX) and parents else name
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):

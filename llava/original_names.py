@@ -18,7 +18,7 @@ from typing import Any
 _LLAMA, _ARCH, _TOWER = "llava.model.llava_llama", "llava.model.llava_arch", "llava.model.vision_tower"
 _CONFIGURATION, _MM_UTILS = "llava.model.configuration", "llava.mm_utils"
 _TRAINING, _TRAINER = "llava.original.training", "llava.original.trainer"
-_FLAGS = "llava.train.flags"
+_FLAGS, _TEXTVQA = "llava.train.flags", "llava.eval.benchmarks.textvqa"
 _EVALUATION, _PROJECTORS, _LOGS = "llava.original.evaluation", "llava.original.projectors", "llava.original.logs"
 
 
@@ -73,9 +73,13 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     "llava.serve.cli": _LOAD_IMAGE,
     "llava.eval.model_vqa": _CHUNKS,
     "llava.eval.model_vqa_loader": _CHUNKS,
-    "llava.eval.m4c_evaluator": _from(
-        _EVALUATION, "EvalAIAnswerProcessor STVQAANLSEvaluator STVQAAccuracyEvaluator TextVQAAccuracyEvaluator"
-    ),
+    "llava.eval.model_vqa_mmbench": {**_CHUNKS, **_from(_EVALUATION, "", eval_model="eval_model_mmbench")},
+    "llava.eval.model_vqa_science": {**_CHUNKS, **_from(_EVALUATION, "", eval_model="eval_model_science")},
+    "llava.eval.m4c_evaluator": _from(_EVALUATION, "STVQAANLSEvaluator STVQAAccuracyEvaluator")
+    | _from(_TEXTVQA, "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
+    "llava.eval.eval_textvqa": _from(_TEXTVQA, "TextVQAAccuracyEvaluator prompt_processor"),
+    "llava.eval.eval_science_qa": _from(_EVALUATION, "convert_caps")
+    | _from("llava.eval.benchmarks.scienceqa", "get_pred_idx"),
     "llava.train.llava_trainer": _from(
         _TRAINER,
         "LLaVATrainer LengthGroupedSampler get_length_grouped_indices get_modality_length_grouped_indices",
@@ -112,6 +116,7 @@ _SERVING = (
 )
 _ATTENTION = "attention needs no patch: PyTorch's SDPA is used, FlashAttention 2 with use_flash_attn=True"
 _SCORES = "score answers with `python -m llava.eval.vqa_score`, and look at them with `python -m llava.eval.report`"
+_REVIEWS = "review answers with `python -m llava.eval.eval_gpt_review_bench`"
 _ANSWERS = "answer a question file with `python -m llava.eval.model_vqa_loader`"
 _SCALES = "towers over several scales are not supported"
 _MODERATION = "no text is sent to a moderation service; call OpenAI's client yourself"
@@ -130,10 +135,10 @@ LEFT_OUT: Mapping[str, str] = {
         ("utils", "violates_moderation", _MODERATION),
         ("eval.model_vqa_loader", "CustomDataset create_data_loader", _ANSWER_BATCH),
         ("eval.m4c_evaluator", "TextCapsBleu4Evaluator", "BLEU needs Java; use pycocoevalcap itself"),
-        ("eval", "eval_gpt_review eval_gpt_review_bench eval_gpt_review_visual eval_pope eval_science_qa", _SCORES),
-        ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery eval_textvqa summarize_gpt_review", _SCORES),
+        ("eval", "eval_gpt_review eval_gpt_review_visual", _REVIEWS),
+        ("eval", "eval_science_qa_gpt4 eval_science_qa_gpt4_requery", _SCORES),
         ("eval", "generate_webpage_data_from_table", _SCORES),
-        ("eval", "model_qa model_vqa_mmbench model_vqa_science qa_baseline_gpt35", _ANSWERS),
+        ("eval", "model_qa qa_baseline_gpt35", _ANSWERS),
         ("serve", "controller gradio_web_server model_worker register_worker sglang_worker test_message", _SERVING),
         ("train.llava_trainer", "split_to_even_chunks", "use llava.data.length_sampler.group_by_length"),
         ("train", "llama_flash_attn_monkey_patch llama_xformers_attn_monkey_patch train_xformers", _ATTENTION),

@@ -39,20 +39,39 @@ PROGRAMS = (
     "scripts/convert_checkpoint.py",
     "scripts/quantize_checkpoint.py",
     "scripts/push_to_hub.py",
+    "scripts/convert_answer_to_mme.py",
+    "scripts/convert_mmbench_for_submission.py",
+    "scripts/convert_mmvet_for_eval.py",
+    "scripts/convert_seed_for_submission.py",
+    "scripts/convert_vizwiz_for_submission.py",
+    "scripts/convert_vqav2_for_submission.py",
     "examples/shapes_world/make_world.py",
     "examples/shapes_world/train_base.py",
     "llava/train/train_mem.py",
     "-m llava.data.doctor",
     "-m llava.model.plan",
+    "-m llava.eval.eval_gpt_review_bench",
+    "-m llava.eval.summarize_gpt_review",
     "-m llava.eval.model_vqa_loader",
+    "-m llava.eval.model_vqa_mmbench",
+    "-m llava.eval.model_vqa_science",
     "-m llava.eval.run_llava",
+    "-m llava.eval.suite",
     "-m llava.eval.vqa_score",
+    "-m llava.eval.eval_pope",
+    "-m llava.eval.eval_textvqa",
+    "-m llava.eval.eval_gqa",
+    "-m llava.eval.eval_science_qa",
+    "scripts/convert_gqa_for_eval.py",
     "-m llava.eval.report",
     "-m llava.serve.cli",
     "-m llava.serve.web",
 )
 WRAPPED = {"inference.sh": "-m llava.eval.model_vqa_loader", "launch ": "llava/train/train_mem.py"} | {
     f"scripts/v1_5/{path.name}": "llava/train/train_mem.py" for path in (ROOT / "scripts/v1_5").glob("*.sh")
+}
+WRAPPED |= {
+    f"scripts/v1_5/eval/{path.name}": "-m llava.eval.suite" for path in (ROOT / "scripts/v1_5/eval").glob("*.sh")
 }
 """Shell scripts that hand their flags on, and the program that takes them."""
 LAUNCHER_FLAGS = {"--num_gpus", "--hostfile"}  # of deepspeed itself
@@ -125,7 +144,7 @@ def test_command_of_a_document_exists(document: str, command: str) -> None:
 def test_shell_script_parses_and_its_flags_exist(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text(encoding="utf-8")
-    assert "set -euo pipefail" in text or script.name in ("environment.sh", "launch.sh")
+    assert "set -euo pipefail" in text or script.name in ("benchmark.sh", "environment.sh", "launch.sh")
     for command in commands(text):
         program = program_of(command)
         for flag in set(re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", command)) - LAUNCHER_FLAGS if program else ():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.data.doctor import __main__ as doctor
-from llava.eval import model_vqa_loader, vqa_score
+from llava.eval import eval_gpt_review_bench, eval_science_qa, model_vqa_loader, model_vqa_mmbench, vqa_score
 from llava.eval.report import __main__ as report
 from llava.model import plan
 from llava.train import train
@@ -29,6 +29,7 @@ REPORT = [
     "--annotations",
     "T.csv",
 ]
+REVIEW = ["--question", "q.jsonl", "--context", "q.jsonl", "--rule", "data.json"]
 LINKED = "(the same on disk); choose another"
 
 CASES = [  # program, command line, part of its message
@@ -152,6 +153,41 @@ CASES = [  # program, command line, part of its message
         "over --answers-file a.jsonl",
     ),
     (vqa_score, ["--annotations", "T.csv", "--answers-file", "a.jsonl", "--json", "T.csv"], "over --annotations T.csv"),
+    (
+        "scripts/convert_mmvet_for_eval.py",
+        ["--src", "a.jsonl", "--dst", "a.jsonl"],
+        "--dst a.jsonl would write over --src a.jsonl; choose another --dst",
+    ),
+    (
+        "scripts/convert_vizwiz_for_submission.py",
+        ["--annotation-file", "q.jsonl", "--result-file", "a.jsonl", "--result-upload-file", "hard.jsonl"],
+        f"--annotation-file q.jsonl {LINKED} --result-upload-file",
+    ),
+    (
+        "scripts/convert_gqa_for_eval.py",
+        ["--src", "a.jsonl", "--dst", "a.jsonl"],
+        "--dst a.jsonl would write over --src a.jsonl; choose another --dst",
+    ),
+    (
+        eval_science_qa,
+        ["--base-dir", ".", "--result-file", "a.jsonl", "--output-result", "a.jsonl"],
+        "--output-result a.jsonl would write over --result-file a.jsonl",
+    ),
+    (
+        "scripts/convert_seed_for_submission.py",
+        ["--annotation-file", "data.json", "--result-file", "q.jsonl", "--result-upload-file", "data.json"],
+        "--result-upload-file data.json would write over --annotation-file data.json; choose another",
+    ),
+    (
+        eval_gpt_review_bench,
+        [*REVIEW, "--answer-list", "other.jsonl", "a.jsonl", "--output", "a.jsonl"],
+        "--output a.jsonl would write over --answer-list a.jsonl; choose another --output",
+    ),
+    (
+        model_vqa_mmbench,
+        ["--model-path", "base", "--question-file", "T.csv", "--answers-file", "T.csv"],
+        "--answers-file T.csv would write over --question-file T.csv; choose another --answers-file",
+    ),
     (report, [*REPORT, "-o", "T.csv"], "--output T.csv would write over --annotations T.csv; choose another --output"),
     (report, [*REPORT, "--questions", "saved", "-o", "saved/state.json"], "over --questions saved/state.json; choose"),
     (report, [*REPORT, "-o", "other.jsonl"], "--output other.jsonl would write over --answers other.jsonl"),

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "llava"
 
 LAYERS = (  # a module imports its own layer and those of the rows above
     ("constants", "files", "library_noise", "original_names"),  # original_names: a table of strings
-    ("image_files", "tokenization"),
+    ("image_files", "model_names", "tokenization"),
     ("clip_image_processor", "conversation"),
     ("chat_template", "image_processing"),
     ("mm_utils",),

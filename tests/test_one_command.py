@@ -17,14 +17,13 @@ from llava import __main__ as command
 from llava.files.program_parser import program_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PENDING = {"push", "eval"}
-"""Commands whose modules are not there yet."""
-COMMANDS = {name: entry for name, entry in command.COMMANDS.items() if name not in PENDING}
+COMMANDS = command.COMMANDS
 SCRIPTS = {
     "prepare": "task_data_preprocessing.py",
     "merge": "scripts/merge_lora_weights.py",
     "convert": "scripts/convert_checkpoint.py",
     "quantize": "scripts/quantize_checkpoint.py",
+    "push": "scripts/push_to_hub.py",
 }
 MODULES = {
     "check": "llava.data.doctor",
@@ -34,6 +33,7 @@ MODULES = {
     "report": "llava.eval.report",
     "chat": "llava.serve.cli",
     "web": "llava.serve.web",
+    "eval": "llava.eval.suite",
 }
 
 

@@ -39,6 +39,11 @@ FREQUENT = {
     "llava.eval.run_llava": "eval_model load_image load_images image_parser",
     "llava.eval.model_vqa": "eval_model get_chunk split_list",
     "llava.eval.model_vqa_loader": "eval_model get_chunk split_list",
+    "llava.eval.model_vqa_mmbench": "eval_model get_chunk split_list",
+    "llava.eval.model_vqa_science": "eval_model get_chunk split_list",
+    "llava.eval.eval_pope": "eval_pope",
+    "llava.eval.eval_textvqa": "eval_single prompt_processor",
+    "llava.eval.eval_science_qa": "get_pred_idx convert_caps",
     "llava.eval.m4c_evaluator": "EvalAIAnswerProcessor TextVQAAccuracyEvaluator STVQAAccuracyEvaluator "
     "STVQAANLSEvaluator",
     "llava.serve.cli": "load_image main",

@@ -65,6 +65,21 @@ def normalize_answer(text: str) -> str:
     return _normalize_words(_normalize_punctuation(strip_answer(text)))
 
 
+def normalize_challenge_answer(text: str) -> str:
+    """Bring an answer into the form that the challenges of VQAv2, TextVQA and VizWiz on EvalAI compare.
+
+    Example:
+        >>> normalize_challenge_answer("The dog's ball, 1,000?")
+        "dog 's ball 1000"
+    """
+    return normalize_answer(tokenize_challenge_answer(text))
+
+
+def tokenize_challenge_answer(text: str) -> str:
+    """Return an answer in lower case, without commas and question marks, 's apart: the challenges do this first."""
+    return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+
+
 def strip_answer(text: str) -> str:
     """Make an answer one line without spaces around it, the only cleaning before a verbatim comparison."""
     return text.replace("\n", " ").replace("\t", " ").strip()

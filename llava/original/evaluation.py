@@ -1,12 +1,12 @@
-"""The original's evaluation functions: chunks of a question file, TextVQA and ST-VQA scores."""
+"""The original's evaluation functions: chunks of a question file, answers as captions, ST-VQA scores."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from llava.data.vqa_normalize import normalize_answer
-from llava.eval.model_vqa_loader import main
+from llava.eval.benchmarks.textvqa import EvalAIAnswerProcessor
 from llava.inference.batch.questions import split_chunk
 
 Item = TypeVar("Item")
@@ -15,7 +15,6 @@ _FLAGS = {
     for name in ("model_path", "model_base", "image_folder", "question_file", "answers_file", "conv_mode")
 } | {"num_chunks": "--num-chunks", "chunk_idx": "--chunk-idx", "temperature": "--temperature"}
 _FLAGS |= {name: f"--{name}" for name in ("top_p", "num_beams", "max_new_tokens")}
-_TRUE_ANSWERS = 10
 _ANLS_THRESHOLD = 0.5
 
 
@@ -43,55 +42,40 @@ def eval_model(args: Any) -> None:
         RuntimeError: if it stopped; its messages are on stderr.
         SystemExit: if a flag's value is unusable.
     """
-    given = {flag: getattr(args, name, None) for name, flag in _FLAGS.items()}
-    argv = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
-    code = main(argv)
+    _run("model_vqa_loader", args, _FLAGS)
+
+
+def eval_model_science(args: Any) -> None:
+    """Answer ScienceQA, as `python -m llava.eval.model_vqa_science` does; arguments and errors as of `eval_model`."""
+    _run("model_vqa_science", args, {**_FLAGS, "single_pred_prompt": "--single-pred-prompt"})
+
+
+def eval_model_mmbench(args: Any) -> None:
+    """Answer MMBench, as `python -m llava.eval.model_vqa_mmbench` does; arguments and errors as of `eval_model`."""
+    names = ("single_pred_prompt", "all_rounds", "lang")
+    _run("model_vqa_mmbench", args, _FLAGS | {name: f"--{name.replace('_', '-')}" for name in names})
+
+
+def _run(program: str, args: Any, flags: Mapping[str, str]) -> None:
+    given = {flag: getattr(args, name, None) for name, flag in flags.items()}
+    argv = []
+    for flag, value in given.items():
+        if value is not None and value is not False:
+            argv += [flag] if value is True else [flag, str(value)]
+    code = importlib.import_module(f"llava.eval.{program}").main(argv)
     if code > 1:
-        raise RuntimeError(f"model_vqa_loader stopped with exit code {code}; its messages are above")
+        raise RuntimeError(f"{program} stopped with exit code {code}; its messages are above")
 
 
-class EvalAIAnswerProcessor:
-    """Normalises answers as the challenge of TextVQA does: VQAv2's rules, commas, question marks and 's first."""
-
-    def __call__(self, item: str) -> str:
-        """Return the normalised answer."""
-        return normalize_answer(self.word_tokenize(item))
-
-    def word_tokenize(self, word: str) -> str:
-        """Return the answer in lower case, without commas and question marks, 's apart."""
-        return word.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-
-
-class TextVQAAccuracyEvaluator:
-    """Accuracy of TextVQA: an answer that three of ten people gave counts fully."""
-
-    def __init__(self) -> None:
-        self.answer_processor = EvalAIAnswerProcessor()
-
-    def eval_pred_list(self, pred_list: Sequence[Mapping[str, Any]]) -> float:
-        """Return the mean accuracy, 0..1.
-
-        Args:
-            pred_list: entries with `pred_answer` and `gt_answers`, the ten people's.
-
-        Raises:
-            ValueError: if there is no entry, or one has not ten true answers.
-        """
-        return _mean([self._score(entry) for entry in pred_list])
-
-    def _score(self, entry: Mapping[str, Any]) -> float:
-        truths = [self.answer_processor(answer) for answer in entry["gt_answers"]]
-        if len(truths) != _TRUE_ANSWERS:
-            raise ValueError(f"gt_answers holds {len(truths)} answers; TextVQA has {_TRUE_ANSWERS}")
-        matches = truths.count(self.answer_processor(entry["pred_answer"]))
-        return min(3 * matches, 10) / 10  # the mean over leaving each annotator out, as in `score_answer`
+def convert_caps(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return answers as captions, `{image_id, caption}`; the id of a question is a number."""
+    return [{"image_id": int(result["question_id"]), "caption": result["text"]} for result in results]
 
 
 class STVQAAccuracyEvaluator:
     """Accuracy of ST-VQA: an answer counts if it equals one of the true ones, normalised."""
 
-    def __init__(self) -> None:
-        self.answer_processor = EvalAIAnswerProcessor()
+    answer_processor = EvalAIAnswerProcessor()
 
     def eval_pred_list(self, pred_list: Sequence[Mapping[str, Any]]) -> float:
         """Return the mean accuracy, 0..1; entries have `pred_answer` and `gt_answers`."""

@@ -11,6 +11,7 @@ from llava.data.vqa_normalize import (
     NUMBER,
     NUMBER_WORDS,
     normalize_answer,
+    normalize_challenge_answer,
     strip_answer,
     type_of_normalized,
 )
@@ -55,6 +56,14 @@ from llava.data.vqa_normalize import (
 )
 def test_normalize(text, normalized):
     assert normalize_answer(text) == normalized
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [("The dog's ball, 1,000?", "dog 's ball 1000"), ("Yes.", "yes"), ("What's, this", "what 's this"), ("", "")],
+)
+def test_normalize_for_a_challenge(text, normalized):
+    assert normalize_challenge_answer(text) == normalized
 
 
 def test_fact_tables():

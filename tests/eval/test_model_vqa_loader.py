@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from llava.data.table.bad_rows import TableError
-from llava.eval import model_vqa_loader
+from llava.eval import answer_program, model_vqa_loader
 from llava.eval.model_vqa_loader import main
 from llava.inference.batch.answer_batch import answer_batch
 from llava.inference.batch.answers_file import AnswersFile
@@ -179,7 +179,7 @@ def test_interrupted_and_continued_is_uninterrupted(program, monkeypatch, capsys
 
 def test_nothing_to_do_reads_no_weights(program, monkeypatch, capsys):
     program()
-    monkeypatch.setattr(model_vqa_loader, "load_session", None)
+    monkeypatch.setattr(answer_program, "load_session", None)
     assert program() == 0
     assert "5 of 5 answers exist already" in capsys.readouterr().err
 
@@ -501,7 +501,7 @@ def test_another_run_on_the_same_file_is_refused(program, capsys, changed, diffe
 
 
 def test_bad_question_files_are_refused_before_any_work(program, monkeypatch, capsys):
-    monkeypatch.setattr(model_vqa_loader, "load_session", None)
+    monkeypatch.setattr(answer_program, "load_session", None)
     program.questions.write_text('{"question_id": 1, "text": "a"}\n{"question_id": 1}\nnot json\n')
     assert program() == 2
     message = capsys.readouterr().err

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.eval import model_vqa_loader
+from llava.eval import answer_program, model_vqa_loader
 from llava.eval.model_vqa_loader import main
 from llava.inference.batch.answer_batch import answer_batch
 from llava.inference.batch.answers_file import AnswersFile
@@ -219,7 +219,7 @@ def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slo
     monkeypatch.setattr(AnswersFile, "begin", slow_begin)
     monkeypatch.setattr(AnswersFile, "write", watching_write)
     gate = threading.Barrier(2, timeout=30)
-    monkeypatch.setattr(model_vqa_loader, "process_group", lambda ranks: contextlib.nullcontext(gate.wait))
+    monkeypatch.setattr(answer_program, "process_group", lambda ranks: contextlib.nullcontext(gate.wait))
     ranks = [iter([DistributedRank(rank, 2, rank)]) for rank in range(2)]
     lock = threading.Lock()
 
@@ -227,10 +227,10 @@ def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slo
         with lock:
             return next(ranks.pop())
 
-    session = model_vqa_loader.load_session(
+    session = answer_program.load_session(
         model_vqa_loader.build_parser().parse_args([*run.arguments, "--answers-file", ""])
     )
-    monkeypatch.setattr(model_vqa_loader, "load_session", lambda args, **_: session)
+    monkeypatch.setattr(answer_program, "load_session", lambda args, **_: session)
     monkeypatch.setattr(model_vqa_loader, "read_rank", read_rank)
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda _: run("--overwrite"), range(2)))

@@ -14,7 +14,7 @@ from llava.eval.m4c_evaluator import (
 from llava.eval.model_vqa import eval_model, get_chunk, split_list
 
 from llava.eval import model_vqa_loader
-from llava.original import evaluation
+from llava.eval.eval_science_qa import convert_caps
 from llava.original.evaluation import edit_distance
 
 
@@ -64,6 +64,10 @@ def test_edit_distance(first, second, distance):
     assert edit_distance(first, second) == edit_distance(second, first) == distance
 
 
+def test_answers_as_captions():
+    assert convert_caps([{"question_id": "7", "text": "red"}]) == [{"image_id": 7, "caption": "red"}]
+
+
 def test_parts_of_a_list():
     parts = split_list(list(range(10)), 4)
     assert [len(part) for part in parts] == [2, 3, 2, 3]
@@ -84,6 +88,6 @@ def test_a_question_file_is_answered(goldens, tmp_path):
 
 
 def test_a_run_that_stops_is_an_error(monkeypatch):
-    monkeypatch.setattr(evaluation, "main", lambda argv: 2)
+    monkeypatch.setattr(model_vqa_loader, "main", lambda argv: 2)
     with pytest.raises(RuntimeError, match=r"^model_vqa_loader stopped with exit code 2; its messages are above$"):
         eval_model(SimpleNamespace(model_path="x"))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from llava.data.table.bad_rows import BadRows, TableError
+from llava.eval.scoring.question_keys import QuestionId, canonical_id
 from llava.files.home_directory import expand_home
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
 from llava.files.terminal_text import shorten, show
 
 _SHOWN = 3
+_Entry, _Converted = TypeVar("_Entry"), TypeVar("_Converted")
 
 
 class BenchmarkError(TableError):
@@ -48,7 +50,7 @@ def read_question_lines(path: str | os.PathLike[str]) -> list[QuestionLine]:
     """
     return [
         QuestionLine(record["question_id"], record["text"], record.get("image"), record)
-        for record in _read_records(path)
+        for record in read_json_lines(path, _find_question_problem)
     ]
 
 
@@ -59,17 +61,87 @@ def read_answer_lines(path: str | os.PathLike[str]) -> list[AnswerLine]:
         BenchmarkError: if the file is missing or empty, or has lines that are not answers; the first 20 are listed.
     """
     lines = []
-    for record in _read_records(path):
+    for record in read_json_lines(path, _find_answer_problem):
         error = record.get("error")
         text = "" if error else record["text"]
-        lines.append(AnswerLine(record["question_id"], record.get("prompt") or "", text, error or None, record))
+        prompt = record.get("prompt") or ""
+        lines.append(AnswerLine(record["question_id"], prompt, text, str(error) if error else None, record))
     return lines
+
+
+def read_json_lines(
+    path: str | os.PathLike[str], find_problem: Callable[[dict[str, Any]], str | None]
+) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line; empty lines are skipped.
+
+    Args:
+        path: of the file.
+        find_problem: returns what is wrong with an object; None if nothing is.
+
+    Raises:
+        BenchmarkError: if the file is missing or empty, or has other lines; the first 20 are listed.
+    """
+    bad, records = BadRows(os.fspath(path)), []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError:
+            bad.add(number, "not JSON")
+            continue
+        if problem := find_problem(record) if isinstance(record, dict) else "not an object {…}":
+            bad.add(number, problem)
+        else:
+            records.append(record)
+    raise_bad_rows(bad)
+    if not records:
+        raise BenchmarkError(f"{path} is empty; make the file again")
+    return records
+
+
+def convert_entries(
+    source: str | os.PathLike[str], unit: str, entries: Iterable[_Entry], convert: Callable[[_Entry], _Converted]
+) -> list[_Converted]:
+    """Convert the entries of a file one by one.
+
+    Args:
+        source: of the entries, for messages.
+        unit: what an entry is called in messages.
+        entries: in the order of the file.
+        convert: raises ValueError with what is wrong with an entry.
+
+    Raises:
+        BenchmarkError: if entries can't be converted; the first 20 are listed.
+    """
+    bad, converted = BadRows(os.fspath(source), unit), []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            converted.append(convert(entry))
+        except ValueError as error:
+            bad.add(number, str(error))
+    raise_bad_rows(bad)
+    return converted
+
+
+def raise_bad_rows(bad: BadRows) -> None:
+    """Raise if bad rows of a benchmark's file were noted.
+
+    Raises:
+        BenchmarkError: with their count, and the first 20.
+    """
+    try:
+        bad.raise_if_any("Correct these, or make the file again.")
+    except TableError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 def pair_lines(
     questions: Sequence[QuestionLine], answers: Sequence[AnswerLine], name: str
 ) -> list[tuple[QuestionLine, AnswerLine]]:
     """Pair questions with their answers: the same id and text, and the same place among lines that have both.
+
+    An answer without a prompt belongs to the question of its id, if only one has that.
 
     Args:
         questions: of the benchmark.
@@ -82,20 +154,23 @@ def pair_lines(
     Raises:
         BenchmarkError: if questions have no answer, or answers no question: it holds both counts.
     """
+    ids = Counter(str(question.question_id) for question in questions)
+    only = {question_id: plain_text(text) for question_id, text in _ids_and_texts(questions) if ids[question_id] == 1}
     by_key: dict[tuple[str, str, int], AnswerLine] = {}
     counts: Counter[tuple[str, str]] = Counter()
     for answer in answers:
-        key = (str(answer.question_id), _plain(answer.prompt))
+        question_id = str(answer.question_id)
+        key = (question_id, plain_text(answer.prompt) or only.get(question_id, ""))
         by_key[(*key, counts[key])] = answer
         counts[key] += 1
     pairs, missing = [], []
     counts.clear()
     for question in questions:
-        key = (str(question.question_id), _plain(question.text))
+        key = (str(question.question_id), plain_text(question.text))
         found = by_key.pop((*key, counts[key]), None)
         counts[key] += 1
         if found is None:
-            missing.append(str(question.question_id))
+            missing.append(key[0])
         else:
             pairs.append((question, found))
     if missing or by_key:
@@ -108,13 +183,53 @@ def pair_lines(
     return pairs
 
 
-def count_errors(answers: Sequence[AnswerLine]) -> tuple[str, ...]:
-    """Return the note on answers that are error records, which count as wrong; nothing if there are none."""
+def drop_instructions(questions: Sequence[QuestionLine], answers: Sequence[AnswerLine]) -> list[AnswerLine]:
+    """Return answers whose prompt is the question of their id alone, where the prompt holds that.
+
+    Annotations have the question, prompts also the instruction how to answer it.
+    """
+    texts = dict(_ids_and_texts(questions))
+    changed = []
+    for answer in answers:
+        text = texts.get(str(answer.question_id))
+        is_asked = text is not None and plain_text(text) in plain_text(answer.prompt)
+        changed.append(answer._replace(prompt=text) if is_asked else answer)
+    return changed
+
+
+def index_answers(answers: Sequence[AnswerLine], name: str) -> dict[QuestionId, AnswerLine]:
+    """Return id -> answer, of a benchmark whose ids don't repeat; a text of digits is the same id as the number.
+
+    Args:
+        answers: in any order.
+        name: of the answer file, for messages.
+
+    Raises:
+        BenchmarkError: if ids repeat.
+    """
+    index = {canonical_id(answer.question_id): answer for answer in answers}
+    if len(index) < len(answers):
+        counts = Counter(canonical_id(answer.question_id) for answer in answers)
+        repeated = [str(question_id) for question_id, count in counts.items() if count > 1]
+        raise BenchmarkError(
+            f"{name} has {len(answers)} lines and {len(index)} different question ids; more than one answer have "
+            f"{describe_ids(repeated)}: answer again, or keep one line for each"
+        )
+    return index
+
+
+def count_errors(answers: Sequence[AnswerLine], outcome: str = "count as wrong") -> tuple[str, ...]:
+    """Return the note on answers that are error records; nothing if there are none.
+
+    Args:
+        answers: all of the file.
+        outcome: what becomes of them, in words.
+    """
     counts = Counter(answer.error for answer in answers if answer.error)
     if not counts:
         return ()
-    codes = ", ".join(f"{code} {count}" for code, count in sorted(counts.items()))
-    return (f"{counts.total()} of {len(answers)} answers are errors and count as wrong ({codes})",)
+    codes = ", ".join(f"{shorten(code)} {count}" for code, count in sorted(counts.items()))
+    return (f"{counts.total()} of {len(answers)} answers are errors and {outcome} ({codes})",)
 
 
 def describe_ids(ids: Sequence[str]) -> str:
@@ -123,43 +238,42 @@ def describe_ids(ids: Sequence[str]) -> str:
     return f"{len(ids)} ({shown}{', …' if len(ids) > _SHOWN else ''})" if ids else "0"
 
 
-def _read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    bad, records = BadRows(os.fspath(path)), []
+def plain_text(text: str) -> str:
+    """Return a question as it is compared: without the image's placeholder, single spaces between words."""
+    return " ".join(text.replace("<image>", " ").split())
+
+
+def _ids_and_texts(questions: Sequence[QuestionLine]) -> list[tuple[str, str]]:
+    return [(str(question.question_id), question.text) for question in questions]
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
     try:
-        text = read_text(Path(expand_home(os.fspath(path))), encoding="utf-8-sig")
+        return read_text(Path(expand_home(os.fspath(path))), encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BenchmarkError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-        except ValueError:
-            bad.add(number, "not JSON")
-            continue
-        if problem := _find_problem(record):
-            bad.add(number, problem)
-        else:
-            records.append(record)
-    try:
-        bad.raise_if_any("Correct these lines, or make the file again.")
-    except TableError as error:
-        raise BenchmarkError(str(error)) from error
-    if not records:
-        raise BenchmarkError(f"{path} is empty; make the file again")
-    return records
 
 
-def _find_problem(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return "not an object {…}"
+def _find_question_problem(record: Mapping[str, Any]) -> str | None:
+    image = record.get("image")
+    if not isinstance(record.get("text"), str):
+        return "no 'text'"
+    if not isinstance(image, str | None):
+        return f"image is {show(image)}, not a file's name"
+    return _find_id_problem(record)
+
+
+def _find_answer_problem(record: Mapping[str, Any]) -> str | None:
+    prompt = record.get("prompt")
+    if not isinstance(record.get("text"), str) and not record.get("error"):
+        return "no 'text'"
+    if not isinstance(prompt, str | None):
+        return f"prompt is {show(prompt)}, not a text"
+    return _find_id_problem(record)
+
+
+def _find_id_problem(record: Mapping[str, Any]) -> str | None:
     question_id = record.get("question_id")
     if isinstance(question_id, bool) or not isinstance(question_id, int | str):
         return f"question_id is {show(question_id)}, not a number or a text"
-    if not isinstance(record.get("text"), str) and not record.get("error"):
-        return "no 'text'"
     return None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.replace("<image>", " ").split())

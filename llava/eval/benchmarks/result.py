@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from llava.eval.scoring.intervals import Interval, Ratio, ratio_interval
 
 
 class QuestionScore(NamedTuple):
@@ -23,11 +26,15 @@ class QuestionScore(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One number of a benchmark's table: `unit` is "%" (value 0..100) or "points"."""
+    """One number of a benchmark's table: `unit` is "%" (value 0..100) or "points".
+
+    `interval` is the 95 % interval in the same unit; None where there is none.
+    """
 
     name: str
     value: float
     unit: str = "%"
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -43,3 +50,18 @@ class BenchmarkResult:
     figures: tuple[Figure, ...]
     questions: tuple[QuestionScore, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def accuracy_figure(name: str, questions: Sequence[QuestionScore]) -> Figure:
+    """Return the mean score of questions in percent with its interval; 0 without an interval if there are none."""
+    scores, groups = [question.score for question in questions], [question.group for question in questions]
+    return ratio_figure(name, Ratio(scores, [1.0] * len(scores), groups))
+
+
+def ratio_figure(name: str, *ratios: Ratio) -> Figure:
+    """Return the mean of ratios in percent with its interval; 0 / 0 counts as 0, and then there is no interval."""
+    if not all(any(ratio.denominators) for ratio in ratios):
+        known = [ratio.value for ratio in ratios if any(ratio.denominators)]
+        return Figure(name, 100 * sum(known) / len(ratios))
+    low, high = ratio_interval(ratios)
+    return Figure(name, 100 * sum(ratio.value for ratio in ratios) / len(ratios), "%", Interval(100 * low, 100 * high))

@@ -107,6 +107,59 @@ def effective_count(values: Sequence[float], groups: Sequence[Hashable]) -> floa
     return min(float(len(values)), mean * (1 - mean) / variance)
 
 
+class Ratio(NamedTuple):
+    """A ratio of two sums over questions, as precision is: right yes answers by yes answers.
+
+    Attributes:
+        numerators: one a question, 0 to its denominator.
+        denominators: one a question, 0 where the question does not count; their sum is more than 0.
+        groups: of each question, as in `mean_interval`.
+    """
+
+    numerators: Sequence[float]
+    denominators: Sequence[float]
+    groups: Sequence[Hashable]
+
+    @property
+    def value(self) -> float:
+        """The ratio, 0..1."""
+        return math.fsum(self.numerators) / math.fsum(self.denominators)
+
+
+def ratio_interval(ratios: Sequence[Ratio]) -> Interval:
+    """Return Wilson's interval of the mean of ratios, at the number of independent values that has the same variance.
+
+    The variance is that of the linearised ratio: a question moves it by (numerator - ratio * denominator) / sum of the
+    denominators. Equal groups of different ratios are one group. With one ratio whose denominators are 1 this is
+    `mean_interval`.
+
+    Args:
+        ratios: one, or several that are averaged.
+
+    Returns:
+        The bounds, 0..1.
+
+    Raises:
+        ValueError: if there are no ratios.
+
+    Source: W. G. Cochran, Sampling Techniques, 3rd edition (1977), section 6.3: variance of a ratio estimate.
+    """
+    if not ratios:
+        raise ValueError("no ratios to give an interval of")
+    moves: list[float] = []
+    groups: list[Hashable] = []
+    for ratio in ratios:
+        value, total = ratio.value, math.fsum(ratio.denominators) * len(ratios)
+        for numerator, denominator, group in zip(*ratio, strict=True):
+            if denominator:
+                moves.append((numerator - value * denominator) / total)
+                groups.append(group)
+    mean = math.fsum(ratio.value for ratio in ratios) / len(ratios)
+    variance = _grouped_variance(moves, _separate(groups)) * len(moves) ** 2  # of the sum: the moves have no mean
+    count = len(moves) if variance == 0 else min(len(moves), mean * (1 - mean) / variance)
+    return wilson_interval(mean, count)
+
+
 def compare_paired(before: Sequence[float], after: Sequence[float], groups: Sequence[Hashable]) -> Difference:
     """Compare two accuracies of each question.
 

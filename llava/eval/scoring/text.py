@@ -33,7 +33,7 @@ def format_table(tables: Mapping[str, ScoreTable]) -> str:
     lines.append(["all", str(first.overall.questions), *(_percent(table.overall) for table in tables.values())])
     lines.append(["95 % interval", "", *(format_bounds(table.overall) for table in tables.values())])
     lines.append(["no answer (error)", "", *(str(table.errors) for table in tables.values())])
-    return _align(lines)
+    return align(lines)
 
 
 def format_bounds(part: Score | Difference) -> str:
@@ -60,7 +60,7 @@ def _format_types(tables: Mapping[str, ScoreTable]) -> str:
     for name, score in first.by_answer_type.items():
         cells = (_percent(table.by_answer_type[name]) for table in tables.values())
         lines.append([_cut(name), str(score.questions), *cells])
-    return _align(lines)
+    return align(lines)
 
 
 def _format_comparison(base: str, name: str, comparison: Comparison) -> str:
@@ -69,7 +69,7 @@ def _format_comparison(base: str, name: str, comparison: Comparison) -> str:
     for kind, part in parts.items():
         numbers = [f"{100 * part.mean:+.2f}", format_bounds(part), str(part.better), str(part.worse)]
         lines.append([_cut(kind), *numbers, format_p_value(part.p_value), describe_difference(part)])
-    return f"{name} against {base}, in points (p: McNemar's exact test)\n{_align(lines)}"
+    return f"{name} against {base}, in points (p: McNemar's exact test)\n{align(lines)}"
 
 
 def _format_confusion(name: str, confusion: Confusion) -> str:
@@ -77,7 +77,7 @@ def _format_confusion(name: str, confusion: Confusion) -> str:
         return ""
     lines = [["true", "given", "questions"]]
     lines += [[_cut(true), _cut(given) or "(empty)", str(count)] for true, given, count in confusion.mistakes]
-    return f"{name}: most frequent mistakes, answers normalised\n{_align(lines, texts=2)}"
+    return f"{name}: most frequent mistakes, answers normalised\n{align(lines, texts=2)}"
 
 
 def _format_calibration(name: str, calibration: Calibration | None) -> str:
@@ -89,11 +89,11 @@ def _format_calibration(name: str, calibration: Calibration | None) -> str:
             means = [f"{100 * part.confidence:.1f}", f"{100 * part.accuracy:.1f}"]
             lines.append([f"{100 * part.low:.0f} to {100 * part.high:.0f}", str(part.questions), *means])
     error = f"expected calibration error {100 * calibration.expected_error:.2f} points"
-    return f"{name}: confidence in percent ({error})\n{_align(lines)}"
+    return f"{name}: confidence in percent ({error})\n{align(lines)}"
 
 
-def _align(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Columns side by side: the first `texts` to the left, the others to the right."""
+def align(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Lay out columns side by side: the first `texts` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

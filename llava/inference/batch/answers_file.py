@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import itertools
 import json
 import re
@@ -29,11 +28,12 @@ from llava.files.terminal_text import show
 from llava.image_files.errors import NOT_READ
 from llava.inference.batch.answer_records import check_record, parse_record
 from llava.inference.batch.journal import Journal, read_lines
+from llava.inference.batch.question_index import QuestionIndex, answer_id
 from llava.inference.batch.questions import Question
 
 RUN_SUFFIX = ".run.json"
 JOURNAL_SUFFIX = ".journal"
-_WAY_OUT = "pass --overwrite to start over, or choose another --answers-file"
+_ANOTHER_FILE = "choose another --answers-file"
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """Memory address in the text of some errors, which differs from run to run."""
 
@@ -72,11 +72,6 @@ class Answer:
         return {**record, "metadata": {"error": self.error, "message": message}, "error": self.error}
 
 
-def answer_id(question: Question, model_id: str) -> str:
-    """Return the id of a model's answer to a question, unique within a question file."""
-    return hashlib.sha256(json.dumps([model_id, *question.request_id]).encode()).hexdigest()[:22]
-
-
 class AnswersFile:
     """Answers file of one run: answers come in any order, and are written in the order of the questions.
 
@@ -93,6 +88,8 @@ class AnswersFile:
         overwrite: start over, whatever files exist.
         rank: of this process; rank 0 writes the common files.
         world_size: number of ranks.
+        another_file: what to do instead of overwriting, for messages.
+        record_keys: question -> keys that its record has besides, or that replace those of `Answer.to_record`.
 
     Attributes:
         journal_path: of this rank.
@@ -114,7 +111,10 @@ class AnswersFile:
         overwrite: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        another_file: str = _ANOTHER_FILE,
+        record_keys: Mapping[Question, Mapping[str, Any]] | None = None,
     ) -> None:
+        self._way_out = f"pass --overwrite to start over, or {another_file}"
         self.path = Path(expand_home(path))
         self.run_path = self.path.with_name(self.path.name + RUN_SUFFIX)
         self.journal_path = self._journal_path(rank)
@@ -123,9 +123,9 @@ class AnswersFile:
         self.errors: Counter[str] = Counter()
         self._unread_questions: set[Question] = set()
         self._questions, self._run, self._overwrite = questions, dict(run), overwrite
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._record_keys = rank, world_size, record_keys or {}
         if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{self.path} is not a file; choose another --answers-file")
+            raise ValueError(f"{self.path} is not a file; {another_file}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.journal_path)
         try:
@@ -175,7 +175,8 @@ class AnswersFile:
             OSError: if the disk is full or the file can't be written.
         """
         with _uninterrupted():
-            self._journal.append(json.dumps(answer.to_record(model_id)).encode())
+            record = {**answer.to_record(model_id), **self._record_keys.get(answer.question, {})}
+            self._journal.append(json.dumps(record).encode())
             self.done_questions.add(answer.question)
             if answer.error is not None:
                 self.errors[answer.error] += 1
@@ -218,13 +219,13 @@ class AnswersFile:
         from llava.inference.batch.fingerprint import is_same_run_value  # imports torch
 
         if not self.run_path.is_file():
-            raise ValueError(f"{self.path} exists, but its {self.run_path.name} does not; {_WAY_OUT}")
+            raise ValueError(f"{self.path} exists, but its {self.run_path.name} does not; {self._way_out}")
         try:
             before = parse_json(read_text(self.run_path, most=MAX_SETTINGS_BYTES))
             if not isinstance(before, dict):
                 raise TypeError("not a JSON object")
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.run_path} is damaged ({error}); {_WAY_OUT}") from error
+            raise ValueError(f"{self.run_path} is damaged ({error}); {self._way_out}") from error
         differing = [
             f"{key} was {show(before.get(key))}, is {show(self._run.get(key))}"
             for key in dict.fromkeys((*self._run, *before))
@@ -232,11 +233,11 @@ class AnswersFile:
         ]
         if not differing:
             return
-        raise ValueError(f"{self.path} belongs to another run ({'; '.join(differing)}); {_WAY_OUT}")
+        raise ValueError(f"{self.path} belongs to another run ({'; '.join(differing)}); {self._way_out}")
 
     def _read(self) -> Iterator[tuple[Question, Path, int, dict[str, Any]]]:
         """Yield each answer's question, file, offset and record; only the last line of a file may be incomplete."""
-        index = _QuestionIndex(self._questions)
+        index = QuestionIndex(self._questions)
         for place in self.answer_files():
             for number, (offset, line) in enumerate(read_lines(place), start=1):
                 try:
@@ -244,7 +245,7 @@ class AnswersFile:
                     question = index.find(record)
                     check_record(record)
                 except ValueError as error:
-                    raise ValueError(f"{place} line {number} {error}; {_WAY_OUT}") from error
+                    raise ValueError(f"{place} line {number} {error}; {self._way_out}") from error
                 yield question, place, offset, record
 
     def _count(self, question: Question, record: Mapping[str, Any]) -> bool:
@@ -296,44 +297,6 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if received:
             signal.raise_signal(signal.SIGINT)
-
-
-class _QuestionIndex:
-    """Finds the question of a record by its `question_id`, or by its `answer_id` where ids repeat."""
-
-    def __init__(self, questions: Sequence[Question]) -> None:
-        self._by_id: dict[int | str, Question | list[Question]] = {}
-        for question in questions:
-            other = self._by_id.setdefault(question.question_id, question)
-            if isinstance(other, list):
-                other.append(question)
-            elif other is not question:
-                self._by_id[question.question_id] = [other, question]
-        self._by_answer_id: dict[tuple[int | str, str], dict[str, Question]] = {}
-
-    def find(self, record: Mapping[str, Any]) -> Question:
-        """Return the question that a record answers.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        found = self._find(record)
-        if found is None:
-            raise ValueError(f"answers question_id {show(record['question_id'])}, which is not among the questions")
-        return found
-
-    def _find(self, record: Mapping[str, Any]) -> Question | None:
-        question_id = record["question_id"]
-        candidates = self._by_id.get(question_id)
-        if not isinstance(candidates, list):
-            return candidates
-        model_id = str(record.get("model_id"))
-        known = self._by_answer_id.get((question_id, model_id))
-        if known is None:
-            known = {answer_id(question, model_id): question for question in candidates}
-            self._by_answer_id[question_id, model_id] = known
-        found = record.get("answer_id")
-        return known.get(found) if isinstance(found, str) else None
 
 
 def _lines_at(places: Iterable[tuple[Path, int]]) -> Iterator[bytes]:

@@ -5,15 +5,17 @@ import random
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.eval.scoring.intervals import (
     Difference,
+    Ratio,
     compare_paired,
     effective_count,
     mcnemar_p_value,
     mean_interval,
+    ratio_interval,
     wilson_interval,
 )
 
@@ -181,3 +183,48 @@ def test_comparing_needs_as_many_of_each(before, after, groups):
     message = r"^\d and \d accuracies in \d groups; give as many of each$"
     with pytest.raises(ValueError, match=message):
         compare_paired(before, after, groups)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from((0.0, 0.3, 0.6, 0.9, 1.0)), st.integers(0, 4)), min_size=1, max_size=30))
+def test_a_ratio_with_denominators_of_one_is_a_mean(pairs):
+    values, groups = [value for value, _ in pairs], [group for _, group in pairs]
+    ratio = Ratio(values, [1.0] * len(values), groups)
+    assert ratio_interval([ratio]) == pytest.approx(mean_interval(values, groups), abs=1e-7)
+
+
+def test_the_interval_of_a_ratio_covers_what_resampled_groups_give():
+    """F1 of 300 images with three questions each, whose difficulty they share; two such ratios are averaged."""
+    draws = random.Random(0)
+
+    def draw():
+        numerators, denominators, groups = [], [], []
+        for image in range(300):
+            chance = draws.choice((0.4, 0.95))
+            for _ in range(3):
+                label, right = draws.random() < 0.5, draws.random() < chance
+                said = label if right else not label
+                numerators.append(2.0 * (label and said))
+                denominators.append(float(label) + float(said))
+                groups.append(image)
+        return Ratio(numerators, denominators, groups)
+
+    def spread(ratios):
+        means = []
+        for _ in range(400):
+            images = [draws.randrange(300) for _ in range(300)]
+            rows = [3 * image + offset for image in images for offset in range(3)]
+            parts = [sum(r.numerators[i] for i in rows) / sum(r.denominators[i] for i in rows) for r in ratios]
+            means.append(sum(parts) / len(parts))
+        centre = sum(means) / len(means)
+        return math.sqrt(sum((mean - centre) ** 2 for mean in means) / len(means))
+
+    for ratios in ([draw()], [draw(), draw()]):
+        low, high = ratio_interval(ratios)
+        assert (high - low) / 2 / Z == pytest.approx(spread(ratios), rel=0.12)
+
+
+def test_a_ratio_that_is_right_throughout_is_as_certain_as_its_questions():
+    assert ratio_interval([Ratio([2.0, 2.0, 0.0], [2.0, 2.0, 0.0], ["a", "b", "c"])]) == wilson_interval(1.0, 2)
+    with pytest.raises(ValueError, match=r"^no ratios to give an interval of$"):
+        ratio_interval([])

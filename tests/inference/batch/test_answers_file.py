@@ -12,7 +12,7 @@ import tracemalloc
 
 import pytest
 
-from llava.inference.batch import answers_file as answers_module
+from llava.inference.batch import question_index
 from llava.inference.batch.answers_file import Answer, AnswersFile
 from llava.inference.batch.questions import Question, number_repeats
 
@@ -455,8 +455,8 @@ def test_the_answers_of_many_questions_with_one_id_are_found_in_one_pass(tmp_pat
         answers.begin()
         for question in reversed(questions):
             answers.write(Answer(question, f"{question.text} {question.repeat}"), "model")
-    real = answers_module.answer_id
-    monkeypatch.setattr(answers_module, "answer_id", lambda *args: computed.append(args) or real(*args))
+    real = question_index.answer_id
+    monkeypatch.setattr(question_index, "answer_id", lambda *args: computed.append(args) or real(*args))
     with AnswersFile(path, questions, RUN) as answers:
         assert answers.done_questions == set(questions)
         assert len(computed) == len(questions)

@@ -1,0 +1,1 @@
+"""Run of several benchmarks: files that it reads, scores, tables."""

@@ -1,0 +1,1 @@
+"""MMBench: table and prompts, circular accuracy, submission file."""

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# MMBench in Chinese, dev: writes the file for its evaluation server.
+# Example: MODEL=llava_merged_model GPUS=4 bash scripts/v1_5/eval/mmbench_cn.sh --limit 100
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
+source scripts/v1_5/eval/benchmark.sh
+
+benchmark mmbench_cn "$@"

@@ -1,0 +1,53 @@
+"""The benchmarks' scripts start the suite with the model, the folder and as many processes as there are GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return the function (script, words, **variables) -> command line that it runs, seen by stubs."""
+    for program in ("python", "torchrun"):
+        stub = tmp_path / program
+        stub.write_text(f'#!/bin/bash\necho {program} "$@"\n', encoding="utf-8")
+        stub.chmod(0o755)
+
+    def run(script: str, *words: str, **variables: str) -> str:
+        kept = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        command = ["bash", f"scripts/v1_5/eval/{script}.sh", *words]
+        done = subprocess.run(command, cwd=REPOSITORY, env=kept | variables, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    return run
+
+
+def test_one_process_with_the_originals_defaults(start):
+    assert start("mmbench_cn") == (
+        "python -m llava.eval.suite --suite mmbench_cn --model-path liuhaotian/llava-v1.5-7b "
+        "--data playground/data/eval"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({"GPUS": "2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,4"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,4", "GPUS": "2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"GPUS": "1"}, 1),
+    ],
+)
+def test_processes(start, variables, processes):
+    launcher = f"torchrun --standalone --nproc_per_node {processes}" if processes > 1 else "python"
+    assert start("sqa", "--limit", "5", MODEL="my model", DATA="/d", **variables) == (
+        f"{launcher} -m llava.eval.suite --suite scienceqa --model-path my model --data /d --limit 5"
+    )
