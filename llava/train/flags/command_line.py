@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava.files.program_parser import program_name
 from llava.train.flags.arguments import DataArguments, ModelArguments, TrainingFlags, renamed_flags
-from llava.train.flags.check_arguments import check_arguments, check_device
+from llava.train.flags.check_arguments import check_arguments
+from llava.train.flags.check_device import check_device
 from llava.train.flags.dropped_flags import settle_dropped_flags
 from llava.train.flags.overwrites import refuse_overwrites
 from llava.train.flags.transformers_flags import NotReadable, read_fields, read_parser
