@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 from llava.data.table.bad_rows import BadRows
 from llava.files.terminal_text import show
@@ -16,6 +17,21 @@ def canonical_id(question_id: QuestionId) -> QuestionId:
     """Return the number that a text of digits means, 7 for "7" and for "007"; any other id as it is."""
     is_text = isinstance(question_id, str) and question_id.isascii() and question_id.isdigit()
     return int(question_id) if is_text and len(question_id) <= _LONGEST_NUMBER else question_id
+
+
+def match_forms(ids: Set[QuestionId], others: Set[QuestionId]) -> dict[QuestionId, QuestionId]:
+    """Return id -> id of another file, for ids that only one of the two has in this form: 7, "7" or "007".
+
+    Ids that could mean several of the other file, or that several here could mean, are not matched.
+    """
+    mine, theirs = defaultdict(list), defaultdict(list)
+    for question_id in ids - others:
+        mine[canonical_id(question_id)].append(question_id)
+    for question_id in others - ids:
+        theirs[canonical_id(question_id)].append(question_id)
+    return {
+        found[0]: theirs[number][0] for number, found in mine.items() if len(found) == len(theirs.get(number, ())) == 1
+    }
 
 
 def find_repeats(ids: Iterable[QuestionId]) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from llava.data.table.question_ids import QuestionId, canonical_id
 from llava.eval.benchmarks import gqa, pope, scienceqa, textvqa
 from llava.eval.benchmarks.catalog import Benchmark
 from llava.eval.benchmarks.lines import QuestionLine, pair_lines, read_answer_lines, read_question_lines
@@ -21,7 +22,6 @@ from llava.eval.benchmarks.seed import convert_seed, read_seed_questions, score_
 from llava.eval.benchmarks.submission import note_empty_answers, write_json_document, write_xlsx
 from llava.eval.benchmarks.vizwiz import convert_vizwiz
 from llava.eval.benchmarks.vqav2 import convert_vqav2
-from llava.eval.scoring.question_keys import QuestionId, canonical_id
 from llava.files.atomic_files import atomic_write
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from llava.data.table.bad_rows import BadRows, TableError
-from llava.eval.scoring.question_keys import QuestionId, canonical_id
+from llava.data.table.question_ids import QuestionId, canonical_id, match_forms
 from llava.files.home_directory import expand_home
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
@@ -26,7 +26,7 @@ class BenchmarkError(TableError):
 class QuestionLine(NamedTuple):
     """A line of a question file; `question_id` may repeat, `image` is None for text alone."""
 
-    question_id: int | str
+    question_id: QuestionId
     text: str
     image: str | None
     record: Mapping[str, Any]
@@ -35,7 +35,7 @@ class QuestionLine(NamedTuple):
 class AnswerLine(NamedTuple):
     """A line of an answer file: `text` is "" after an error, whose code is `error`."""
 
-    question_id: int | str
+    question_id: QuestionId
     prompt: str
     text: str
     error: str | None
@@ -141,7 +141,8 @@ def pair_lines(
 ) -> list[tuple[QuestionLine, AnswerLine]]:
     """Pair questions with their answers: the same id and text, and the same place among lines that have both.
 
-    An answer without a prompt belongs to the question of its id, if only one has that.
+    An answer without a prompt belongs to the question of its id, if only one has that. 7, "7" and "007" are three ids;
+    one that the questions have only in another of these forms is found there, if no other could be meant.
 
     Args:
         questions: of the benchmark.
@@ -154,27 +155,26 @@ def pair_lines(
     Raises:
         BenchmarkError: if questions have no answer, or answers no question: it holds both counts.
     """
-    ids = Counter(str(question.question_id) for question in questions)
-    only = {question_id: plain_text(text) for question_id, text in _ids_and_texts(questions) if ids[question_id] == 1}
-    by_key: dict[tuple[str, str, int], AnswerLine] = {}
-    counts: Counter[tuple[str, str]] = Counter()
-    for answer in answers:
-        question_id = str(answer.question_id)
+    ids = Counter(question.question_id for question in questions)
+    only = {line.question_id: plain_text(line.text) for line in questions if ids[line.question_id] == 1}
+    by_key: dict[tuple[QuestionId, str, int], AnswerLine] = {}
+    counts: Counter[tuple[QuestionId, str]] = Counter()
+    for question_id, answer in zip(_find_asked_ids(questions, answers), answers, strict=True):
         key = (question_id, plain_text(answer.prompt) or only.get(question_id, ""))
         by_key[(*key, counts[key])] = answer
         counts[key] += 1
     pairs, missing = [], []
     counts.clear()
     for question in questions:
-        key = (str(question.question_id), plain_text(question.text))
+        key = (question.question_id, plain_text(question.text))
         found = by_key.pop((*key, counts[key]), None)
         counts[key] += 1
         if found is None:
-            missing.append(key[0])
+            missing.append(str(key[0]))
         else:
             pairs.append((question, found))
     if missing or by_key:
-        unknown = [key[0] for key in by_key]
+        unknown = [str(key[0]) for key in by_key]
         raise BenchmarkError(
             f"{name} is not the answers to these {len(questions)} questions: {describe_ids(missing)} without an "
             f"answer, {describe_ids(unknown)} of other questions or repeated; check that both files are of the same "
@@ -188,10 +188,10 @@ def drop_instructions(questions: Sequence[QuestionLine], answers: Sequence[Answe
 
     Annotations have the question, prompts also the instruction how to answer it.
     """
-    texts = dict(_ids_and_texts(questions))
+    texts = {question.question_id: question.text for question in questions}
     changed = []
-    for answer in answers:
-        text = texts.get(str(answer.question_id))
+    for question_id, answer in zip(_find_asked_ids(questions, answers), answers, strict=True):
+        text = texts.get(question_id)
         is_asked = text is not None and plain_text(text) in plain_text(answer.prompt)
         changed.append(answer._replace(prompt=text) if is_asked else answer)
     return changed
@@ -243,8 +243,11 @@ def plain_text(text: str) -> str:
     return " ".join(text.replace("<image>", " ").split())
 
 
-def _ids_and_texts(questions: Sequence[QuestionLine]) -> list[tuple[str, str]]:
-    return [(str(question.question_id), question.text) for question in questions]
+def _find_asked_ids(questions: Sequence[QuestionLine], answers: Sequence[AnswerLine]) -> list[QuestionId]:
+    """Return the ids of answers in the form that the questions have, 7 for "7" and for "007"."""
+    given = [answer.question_id for answer in answers]
+    forms = match_forms(set(given), {question.question_id for question in questions})
+    return [forms.get(question_id, question_id) for question_id in given]
 
 
 def _read_text(path: str | os.PathLike[str]) -> str:

@@ -124,9 +124,9 @@ def judge(
     """
     questions = [QuestionLine(problem.question_id, problem.text, problem.image, {}) for problem in problems]
     pairs = pair_lines(questions, drop_instructions(questions, answers), name)
-    by_id = {str(answer.question_id): answer for answer in answers}
+    as_given = {answer.question_id: answer for answer in answers}
     return [
-        Judged(problem, by_id[problem.question_id], find_letter(answer.text, options) or FAILED)
+        Judged(problem, as_given[answer.question_id], find_letter(answer.text, options) or FAILED)
         for problem, (_, answer) in zip(problems, pairs, strict=True)
     ]
 

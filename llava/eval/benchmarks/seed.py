@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from llava.data.table.question_ids import canonical_id
 from llava.eval.benchmarks.lines import (
     AnswerLine,
     BenchmarkError,
@@ -16,7 +17,6 @@ from llava.eval.benchmarks.lines import (
 )
 from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
 from llava.eval.benchmarks.submission import read_json_document
-from llava.eval.scoring.question_keys import canonical_id
 from llava.files.terminal_text import show
 
 DATA_TYPES = ("image", "video")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llava.data.table.question_ids import canonical_id
 from llava.data.vqa_normalize import normalize_challenge_answer
 from llava.eval.benchmarks.lines import (
     AnswerLine,
@@ -15,7 +16,6 @@ from llava.eval.benchmarks.lines import (
     pair_lines,
 )
 from llava.eval.benchmarks.submission import note_empty_answers
-from llava.eval.scoring.question_keys import canonical_id
 
 
 def convert_vqav2(

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llava.data.table.question_ids import QuestionId
 from llava.data.vqa_normalize import strip_answer
 from llava.eval.scoring.accuracy import RIGHT_FROM
 from llava.eval.scoring.annotations import ALL_QUESTIONS, GivenAnswer, References, derive_kinds
 from llava.eval.scoring.calibration import RunnerUp, answer_confidence, answer_runner_up
 from llava.eval.scoring.evaluate import answer_type
-from llava.eval.scoring.question_keys import Keys, QuestionId, QuestionKey, id_of
+from llava.eval.scoring.question_keys import Keys, QuestionKey, id_of
 from llava.inference.batch.questions import Question
 
 SMALLEST_SIZE = 48

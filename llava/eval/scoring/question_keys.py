@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from llava.data.table.question_ids import QuestionId, canonical_id
+from llava.data.table.question_ids import QuestionId, canonical_id, match_forms
 from llava.files.terminal_text import shorten, show
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def pair_lines(
         The lines in their order. One without a question in the other file, or with several that it could belong to,
         keeps an id of its own.
     """
-    forms = _match_forms(set(map(id_of, lines)), set(map(id_of, wanted)))
+    forms = match_forms(set(map(id_of, lines)), set(map(id_of, wanted)))
     lines = {_rename(key, forms): line for key, line in lines.items()}
     texts = {_rename(key, forms): text for key, text in texts.items()}
     if not any(isinstance(key, tuple) for key in (*lines, *wanted)):
@@ -92,18 +92,6 @@ def pair_lines(
         paired[match] = line
     _warn_of_unnamed_lines(name, unnamed)
     return paired
-
-
-def _match_forms(ids: Set[QuestionId], others: Set[QuestionId]) -> dict[QuestionId, QuestionId]:
-    """Return id -> id of the other file, for ids that only one of them has in this form: 7, "7" or "007"."""
-    mine, theirs = defaultdict(list), defaultdict(list)
-    for question_id in ids - others:
-        mine[canonical_id(question_id)].append(question_id)
-    for question_id in others - ids:
-        theirs[canonical_id(question_id)].append(question_id)
-    return {
-        found[0]: theirs[number][0] for number, found in mine.items() if len(found) == len(theirs.get(number, ())) == 1
-    }
 
 
 def _rename(key: QuestionKey, forms: Mapping[QuestionId, QuestionId]) -> QuestionKey:

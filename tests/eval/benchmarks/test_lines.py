@@ -87,8 +87,8 @@ def test_files_that_can_not_be_read(tmp_path):
 QUESTIONS = [ask(7, "What?"), ask(7, "Where?"), ask(7, "What?"), ask("8", "What?")]
 ANSWERS = [
     reply("7", "<image>\nWhat?", "first"),
-    reply(7, "Where?", "second"),
-    reply(7, "What?", "third"),
+    reply("7", "Where?", "second"),
+    reply("7", "What?", "third"),
     reply(8, "What?", "fourth"),
 ]
 
@@ -97,10 +97,21 @@ def texts(pairs):
     return [answer.text for _, answer in pairs]
 
 
-def test_ids_of_numbers_and_texts_are_the_same_and_may_repeat():
+def test_an_id_is_found_in_another_form_and_may_repeat():
     pairs = pair_lines(QUESTIONS, ANSWERS, "answers")
     assert [question for question, _ in pairs] == QUESTIONS
     assert texts(pairs) == ["first", "second", "third", "fourth"]
+    assert texts(pair_lines([ask("007", "What?")], [reply(7, "What?", "first")], "answers")) == ["first"]
+
+
+@given(st.permutations([7, "7", "007"]))
+def test_three_forms_of_a_number_are_three_ids(ids):
+    questions = [ask(question_id, "What?") for question_id in (7, "7", "007")]
+    answers = [reply(question_id, "What?\nOne word.", repr(question_id)) for question_id in ids]
+    pairs = pair_lines(questions, drop_instructions(questions, answers), "answers")
+    assert texts(pairs) == ["7", "'7'", "'007'"]
+    with pytest.raises(BenchmarkError, match=r"2 \(7, 007\) of other questions or repeated"):
+        pair_lines([ask("07", "What?")], [reply("7", "What?"), reply("007", "What?")], "answers")
 
 
 @settings(deadline=None)
@@ -133,12 +144,12 @@ def test_an_answer_without_a_prompt_belongs_to_the_only_question_of_its_id():
     answers = [*ANSWERS[:3], reply(8, "", "fourth")]
     assert texts(pair_lines(QUESTIONS, answers, "answers"))[3] == "fourth"
     with pytest.raises(BenchmarkError, match=r"1 \(7\) without an answer, 1 \(7\) of other questions"):
-        pair_lines(QUESTIONS, [reply(7, ""), *ANSWERS[1:]], "answers")
+        pair_lines(QUESTIONS, [reply("7", ""), *ANSWERS[1:]], "answers")
 
 
 def test_instructions_are_dropped_where_the_prompt_holds_the_question():
     answers = drop_instructions(
-        [ask(1, "Is it?")], [reply("1", "Is it?\nOne word."), reply(1, "No?"), reply(2, "Is it?")]
+        [ask(1, "Is it?")], [reply("1", "Is it?\nOne word."), reply("1", "No?"), reply(2, "Is it?")]
     )
     assert [answer.prompt for answer in answers] == ["Is it?", "No?", "Is it?"]
 
