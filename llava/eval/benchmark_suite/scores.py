@@ -17,7 +17,7 @@ from llava.eval.benchmarks.mmbench.table import read_mmbench_table
 from llava.eval.benchmarks.mme import format_mme_files, read_mme_truths, score_mme
 from llava.eval.benchmarks.mmvet import convert_mmvet
 from llava.eval.benchmarks.result import BenchmarkResult
-from llava.eval.benchmarks.science_questions import read_science_questions
+from llava.eval.benchmarks.science_questions import read_science_records
 from llava.eval.benchmarks.seed import convert_seed, read_seed_questions, score_seed
 from llava.eval.benchmarks.submission import note_empty_answers, write_json_document, write_xlsx
 from llava.eval.benchmarks.vizwiz import convert_vizwiz
@@ -135,7 +135,7 @@ def _gqa(files: ScoreFiles) -> BenchmarkResult:
 
 
 def _scienceqa(files: ScoreFiles) -> BenchmarkResult:
-    asked = {str(question.question_id) for question in read_science_questions(files.questions)[: files.limit]}
+    asked = {str(record.question_id) for record in read_science_records(files.questions)[: files.limit]}
     known = scienceqa.read_problems(files.folder)
     problems = [problem for problem in known if problem.question_id in asked]
     result = scienceqa.score(problems, read_answer_lines(files.answers), str(files.answers))

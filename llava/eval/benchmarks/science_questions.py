@@ -1,61 +1,74 @@
-"""ScienceQA's records as questions for the model, with the original's prompts."""
+"""ScienceQA's file of conversations: its records, and their questions with the original's prompts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.data.table.bad_rows import BadRows
-from llava.eval.benchmarks.lines import BenchmarkError, raise_bad_rows
+from llava.eval.benchmarks.lines import BenchmarkError, convert_entries
 from llava.eval.benchmarks.mmbench.table import INSTRUCTIONS
 from llava.eval.benchmarks.submission import read_json_document
 from llava.files.terminal_text import show
 from llava.inference.batch.questions import Question, number_repeats
 
 
-def read_science_questions(path: str | os.PathLike[str], *, single_pred_prompt: bool = False) -> list[Question]:
-    """Read a question file of records `{id, image, conversations}`; those without `image` have text alone.
+class ScienceRecord(NamedTuple):
+    """A record `{id, image, conversations}`.
 
-    Args:
-        path: a JSON list, such as llava_test_CQM-A.json.
-        single_pred_prompt: ask for the option's letter alone.
+    Attributes:
+        question_id: as it stands there.
+        image: name of the file; None for text alone.
+        text: of the first turn, with the image's placeholder.
+        right: text of the second turn, which names the true option; None without one.
+    """
+
+    question_id: int | str
+    image: str | None
+    text: str
+    right: str | None
+
+
+def read_science_records(path: str | os.PathLike[str]) -> list[ScienceRecord]:
+    """Read a JSON list of records, such as llava_test_CQM-A.json.
 
     Raises:
         BenchmarkError: if it is another file, or has records without question; the first 20 are listed.
     """
-    records = read_json_document(path)
-    if not isinstance(records, list) or not records:
+    entries = read_json_document(path)
+    if not isinstance(entries, list) or not entries:
         raise BenchmarkError(f"{path} is not a list of records; give ScienceQA's llava_test_CQM-A.json")
-    bad, questions = BadRows(os.fspath(path), unit="record"), []
-    for number, record in enumerate(records, start=1):
-        problem = _find_problem(record)
-        if problem:
-            bad.add(number, problem)
-        else:
-            questions.append(_ask(record, single_pred_prompt))
-    raise_bad_rows(bad)
-    return number_repeats(questions)
+    return convert_entries(path, "record", entries, _read_record)
 
 
-def _ask(record: Mapping[str, Any], single_pred_prompt: bool) -> Question:
-    text = record["conversations"][0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    lines = [*([DEFAULT_IMAGE_TOKEN] if "image" in record else []), text]
+def read_science_questions(path: str | os.PathLike[str], *, single_pred_prompt: bool = False) -> list[Question]:
+    """Read the questions of a file, those of records without image about text alone; errors as of the records.
+
+    Args:
+        path: as in `read_science_records`.
+        single_pred_prompt: ask for the option's letter alone.
+    """
+    return number_repeats([_ask(record, single_pred_prompt) for record in read_science_records(path)])
+
+
+def _ask(record: ScienceRecord, single_pred_prompt: bool) -> Question:
+    images = () if record.image is None else (record.image,)
+    lines = [DEFAULT_IMAGE_TOKEN] * len(images) + [record.text.replace(DEFAULT_IMAGE_TOKEN, "").strip()]
     if single_pred_prompt:
         lines.append(INSTRUCTIONS["en"])
-    return Question(record["id"], "\n".join(lines), (record["image"],) if "image" in record else ())
+    return Question(record.question_id, "\n".join(lines), images)
 
 
-def _find_problem(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return "not an object {…}"
-    if isinstance(record.get("id"), bool) or not isinstance(record.get("id"), int | str):
-        return f"id is {show(record.get('id'))}, not a number or a text"
-    if "image" in record and not isinstance(record["image"], str):
-        return f"image is {show(record['image'])}, not a file's name"
-    turns = record.get("conversations")
-    first = turns[0] if isinstance(turns, list) and turns else None
-    if not isinstance(first, dict) or not isinstance(first.get("value"), str):
-        return "no question in 'conversations'"
-    return None
+def _read_record(entry: Any) -> ScienceRecord:
+    if not isinstance(entry, dict):
+        raise ValueError("not an object {…}")
+    question_id, image, turns = (entry.get(key) for key in ("id", "image", "conversations"))
+    if isinstance(question_id, bool) or not isinstance(question_id, int | str):
+        raise ValueError(f"id is {show(question_id)}, not a number or a text")
+    if not isinstance(image, str | None):
+        raise ValueError(f"image is {show(image)}, not a file's name")
+    texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns] if isinstance(turns, list) else []
+    if not texts or not isinstance(texts[0], str):
+        raise ValueError("no question in 'conversations'")
+    right = texts[1] if len(texts) > 1 and isinstance(texts[1], str) else None
+    return ScienceRecord(question_id, image or None, texts[0], right)

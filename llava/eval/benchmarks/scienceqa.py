@@ -22,6 +22,7 @@ from llava.eval.benchmarks.lines import (
     pair_lines,
 )
 from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
+from llava.eval.benchmarks.science_questions import ScienceRecord, read_science_records
 from llava.eval.benchmarks.submission import read_json_document
 from llava.files.home_directory import expand_home
 from llava.files.terminal_text import show, show_list
@@ -217,22 +218,12 @@ def _read_own_entry(question_id: str, entry: Any, options: Sequence[str]) -> Pro
 
 
 def _read_conversations(path: Path, options: Sequence[str]) -> list[Problem]:
-    entries = read_json_document(path)
-    if not isinstance(entries, list) or not entries:
-        raise BenchmarkError(f"{path} is not a list of conversations; download it again")
-    return convert_entries(path, "conversation", entries, lambda entry: _read_conversation(entry, options))
+    return convert_entries(path, "record", read_science_records(path), lambda record: _read_problem(record, options))
 
 
-def _read_conversation(entry: Any, options: Sequence[str]) -> Problem:
-    fields = entry if isinstance(entry, dict) else {}
-    question_id, image, turns = (fields.get(key) for key in ("id", "image", "conversations"))
-    if isinstance(question_id, bool) or not isinstance(question_id, int | str) or not isinstance(image, str | None):
-        raise ValueError("no 'id', or an 'image' that is not a text")
-    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("no 'conversations' of a question and its letter")
-    text, right = turns[0].get("value"), turns[1].get("value")
-    letter = find_letter(right, options) if isinstance(right, str) else None
-    if not isinstance(text, str) or letter not in options:
-        raise ValueError(f"the second turn is {show(right)}, not the letter of one of {len(options)} options")
-    choices = sum(1 for _ in takewhile(lambda option: f"\n{option}. " in text, options))
-    return Problem(str(question_id), text, image or None, choices, str(letter))
+def _read_problem(record: ScienceRecord, options: Sequence[str]) -> Problem:
+    letter = find_letter(record.right or "", options)
+    if letter is None or letter not in options:
+        raise ValueError(f"the second turn is {show(record.right)}, not the letter of one of {len(options)} options")
+    choices = sum(1 for _ in takewhile(lambda option: f"\n{option}. " in record.text, options))
+    return Problem(str(record.question_id), record.text, record.image, choices, letter)

@@ -162,13 +162,13 @@ def test_answers_of_other_questions():
             {"problems": {"1": {**OWN["1"], "answer": 2}}, "pid_splits": {"test": ["1"]}},
             "problem of the split 1: '1' has the answer 2, not the index of one of 2 options",
         ),
-        ({"llava_test_CQM-A": {}}, "is not a list of conversations"),
+        ({"llava_test_CQM-A": {}}, "is not a list of records"),
         (
             {"llava_test_CQM-A": [{"id": 1, "conversations": [{"value": "x"}, {"value": "y"}]}]},
-            "conversation 1: the second turn is 'y', not the letter of one of 5 options",
+            "record 1: the second turn is 'y', not the letter of one of 5 options",
         ),
-        ({"llava_test_CQM-A": [{"conversations": 1}, 3]}, r"2 bad rows\n  conversation 1: no 'id', or an 'image'"),
-        ({"llava_test_CQM-A": [{"id": 1, "conversations": [1]}]}, "conversation 1: no 'conversations' of a question"),
+        ({"llava_test_CQM-A": [{"conversations": 1}, 3]}, r"2 bad rows\n  record 1: id is None"),
+        ({"llava_test_CQM-A": [{"id": 1, "conversations": [1]}]}, "record 1: no question in 'conversations'"),
     ],
 )
 def test_files_that_can_not_be_used(files, message, tmp_path):
