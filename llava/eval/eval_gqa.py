@@ -14,18 +14,17 @@ import argparse
 from collections.abc import Sequence
 
 from llava.eval.benchmarks.catalog import find_benchmark
-from llava.eval.benchmarks.gqa import read_gqa_questions, score
+from llava.eval.benchmarks.gqa import read_gqa_questions, score_gqa
 from llava.eval.benchmarks.lines import read_answer_lines
 from llava.eval.benchmarks.text import format_result
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_gqa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser("python -m llava.eval.eval_gqa", __doc__)
     add = parser.add_argument
     add("--annotation-file", required=True, metavar="JSON", help="testdev_balanced_questions.json of GQA's questions")
     add("--result-file", required=True, metavar="JSONL", help="answers to all of them")
@@ -44,7 +43,7 @@ def print_scores(annotation_file: str, result_file: str) -> None:
     Raises:
         BenchmarkError: if files can't be read or don't belong together.
     """
-    result = score(read_gqa_questions(annotation_file), read_answer_lines(result_file), result_file)
+    result = score_gqa(read_gqa_questions(annotation_file), read_answer_lines(result_file), result_file)
     print_text(f"Samples: {len(result.questions)}\nAccuracy: {result.figures[0].value:.2f}%\n")
     print_text(format_result(result, find_benchmark("gqa").published.small))
 

@@ -25,19 +25,18 @@ from llava.eval.benchmarks.pope import (
     format_split,
     judge,
     read_label_lines,
-    read_labels,
+    read_pope_labels,
     read_yes_no,
 )
 from llava.eval.benchmarks.text import format_result
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_pope", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser("python -m llava.eval.eval_pope", __doc__)
     add = parser.add_argument
     add("--annotation-dir", required=True, metavar="DIR", help="folder of coco_pope_<split>.json, as in RUCAIBox/POPE")
     add("--question-file", required=True, metavar="JSONL", help="questions; their category is the split")
@@ -58,7 +57,7 @@ def print_scores(annotation_dir: str, question_file: str, result_file: str) -> N
         BenchmarkError: if files can't be read or don't belong together.
     """
     questions, answers = read_question_lines(question_file), read_answer_lines(result_file)
-    by_split, notes = judge(questions, answers, read_labels(annotation_dir), result_file)
+    by_split, notes = judge(questions, answers, read_pope_labels(annotation_dir), result_file)
     for split, judged in by_split.items():
         print_text(f"Category: {split}, # samples: {len(judged)}\n{format_split(judged)}\n{'=' * 36}")
     published = find_benchmark("pope").published.small if set(by_split) == set(SPLITS) else None

@@ -23,12 +23,13 @@ from llava.eval.benchmarks.scienceqa import (
     format_indices,
     judge,
     list_files,
-    read_problems,
+    read_science_problems,
 )
 from llava.eval.benchmarks.submission import write_json_document
 from llava.eval.benchmarks.text import format_result
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 from llava.original_names import lazy_names
@@ -38,11 +39,7 @@ __getattr__ = lazy_names(__name__)
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_science_qa",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("python -m llava.eval.eval_science_qa", __doc__)
     add = parser.add_argument
     add("--base-dir", required=True, metavar="DIR", help="folder of ScienceQA's files")
     add("--result-file", required=True, metavar="JSONL", help="answers to all questions of the split")
@@ -84,7 +81,7 @@ def print_scores(args: argparse.Namespace) -> None:
         BenchmarkError: if files can't be read or don't belong together.
         OSError: if a file can't be written.
     """
-    problems = read_problems(args.base_dir, args.split, args.options)
+    problems = read_science_problems(args.base_dir, args.split, args.options)
     judged = judge(problems, read_answer_lines(args.result_file), args.result_file, args.options)
     result = build_result(judged)
     if args.output_file is not None:

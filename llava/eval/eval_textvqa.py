@@ -17,8 +17,9 @@ from pathlib import Path
 from llava.eval.benchmarks.catalog import find_benchmark
 from llava.eval.benchmarks.lines import BenchmarkError, read_answer_lines
 from llava.eval.benchmarks.text import format_result
-from llava.eval.benchmarks.textvqa import read_annotations, score
+from llava.eval.benchmarks.textvqa import read_textvqa_annotations, score_textvqa
 from llava.files.home_directory import expand_home
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text, report_error
 from llava.inference.command_line import REFUSED, run_program
 from llava.original_names import lazy_names
@@ -28,11 +29,7 @@ __getattr__ = lazy_names(__name__)
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_textvqa",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("python -m llava.eval.eval_textvqa", __doc__)
     add = parser.add_argument
     add("--annotation-file", required=True, metavar="JSON", help="TextVQA_0.5.1_val.json")
     add("--result-file", metavar="JSONL", help="answers to score (default: those of --result-dir)")
@@ -80,7 +77,9 @@ def eval_single(annotation_file: str | os.PathLike[str], result_file: str | os.P
         BenchmarkError: if a file can't be read, or they don't belong together.
     """
     print_text(Path(result_file).stem)
-    result = score(read_annotations(annotation_file), read_answer_lines(result_file), os.fspath(result_file))
+    result = score_textvqa(
+        read_textvqa_annotations(annotation_file), read_answer_lines(result_file), os.fspath(result_file)
+    )
     print_text(f"Samples: {len(result.questions)}\nAccuracy: {result.figures[0].value:.2f}%\n")
     print_text(format_result(result, find_benchmark("textvqa").published.small))
 

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.data.table.question_ids import QuestionId, canonical_id
-from llava.eval.benchmarks import gqa, pope, scienceqa, textvqa
 from llava.eval.benchmarks.catalog import Benchmark
+from llava.eval.benchmarks.gqa import convert_gqa, read_gqa_questions, score_gqa
 from llava.eval.benchmarks.lines import QuestionLine, pair_lines, read_answer_lines, read_question_lines
 from llava.eval.benchmarks.mmbench.score import convert_mmbench, has_true_answers, score_mmbench
 from llava.eval.benchmarks.mmbench.table import read_mmbench_table
 from llava.eval.benchmarks.mme import format_mme_files, read_mme_truths, score_mme
 from llava.eval.benchmarks.mmvet import convert_mmvet
+from llava.eval.benchmarks.pope import read_pope_labels, score_pope
 from llava.eval.benchmarks.result import BenchmarkResult
 from llava.eval.benchmarks.science_questions import read_science_records
+from llava.eval.benchmarks.scienceqa import read_science_problems, score_scienceqa
 from llava.eval.benchmarks.seed import convert_seed, read_seed_questions, score_seed
 from llava.eval.benchmarks.submission import note_empty_answers, write_json_document, write_xlsx
+from llava.eval.benchmarks.textvqa import prompt_processor, read_textvqa_annotations, score_textvqa
 from llava.eval.benchmarks.vizwiz import convert_vizwiz
 from llava.eval.benchmarks.vqav2 import convert_vqav2
 from llava.files.atomic_files import atomic_write
@@ -89,16 +92,16 @@ def _mme(files: ScoreFiles) -> BenchmarkResult:
 
 
 def _pope(files: ScoreFiles) -> BenchmarkResult:
-    answers, labels = read_answer_lines(files.answers), pope.read_labels(files.folder / "coco")
-    return pope.score(_questions(files), answers, labels, str(files.answers))
+    answers, labels = read_answer_lines(files.answers), read_pope_labels(files.folder / "coco")
+    return score_pope(_questions(files), answers, labels, str(files.answers))
 
 
 def _textvqa(files: ScoreFiles) -> BenchmarkResult:
-    annotations = textvqa.read_annotations(files.folder / "TextVQA_0.5.1_val.json")
+    annotations = read_textvqa_annotations(files.folder / "TextVQA_0.5.1_val.json")
     if files.limit is not None:
-        asked = {(str(question.question_id), textvqa.prompt_processor(question.text)) for question in _questions(files)}
+        asked = {(str(question.question_id), prompt_processor(question.text)) for question in _questions(files)}
         annotations = [one for one in annotations if (str(one.question_id), one.text.lower()) in asked]
-    return textvqa.score(annotations, read_answer_lines(files.answers), str(files.answers))
+    return score_textvqa(annotations, read_answer_lines(files.answers), str(files.answers))
 
 
 def _mmbench(files: ScoreFiles) -> BenchmarkResult:
@@ -125,20 +128,20 @@ def _seed(files: ScoreFiles) -> BenchmarkResult:
 
 
 def _gqa(files: ScoreFiles) -> BenchmarkResult:
-    known = gqa.read_gqa_questions(files.folder / "data/testdev_balanced_questions.json")
+    known = read_gqa_questions(files.folder / "data/testdev_balanced_questions.json")
     asked = _asked_ids(_questions(files))
     questions = [question for question in known if canonical_id(question.question_id) in asked]
     answers = read_answer_lines(files.answers)
-    result = gqa.score(questions, answers, str(files.answers))
-    write_json_document(files.upload, gqa.convert_gqa(answers, str(files.answers))[0])
+    result = score_gqa(questions, answers, str(files.answers))
+    write_json_document(files.upload, convert_gqa(answers, str(files.answers))[0])
     return _note_unasked(result, len(known), len(questions))
 
 
 def _scienceqa(files: ScoreFiles) -> BenchmarkResult:
     asked = {str(record.question_id) for record in read_science_records(files.questions)[: files.limit]}
-    known = scienceqa.read_problems(files.folder)
+    known = read_science_problems(files.folder)
     problems = [problem for problem in known if problem.question_id in asked]
-    result = scienceqa.score(problems, read_answer_lines(files.answers), str(files.answers))
+    result = score_scienceqa(problems, read_answer_lines(files.answers), str(files.answers))
     return _note_unasked(result, len(known), len(problems))
 
 

@@ -43,7 +43,7 @@ def read_prediction(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def score(questions: Sequence[QuestionLine], answers: Sequence[AnswerLine], name: str) -> BenchmarkResult:
+def score_gqa(questions: Sequence[QuestionLine], answers: Sequence[AnswerLine], name: str) -> BenchmarkResult:
     """Return the accuracy of all, of binary and of open questions.
 
     Args:

@@ -67,7 +67,7 @@ class Confusion(NamedTuple):
     false_no: int
 
 
-def read_labels(folder: str | os.PathLike[str]) -> dict[str, Labels]:
+def read_pope_labels(folder: str | os.PathLike[str]) -> dict[str, Labels]:
     """Read the annotations `coco_pope_<split>.json` of a folder: JSON lines `{image, text, label}`.
 
     Returns:
@@ -109,7 +109,7 @@ def judge(
     Args:
         questions: of the question file; `category` is the split.
         answers: in any order.
-        labels: from `read_labels`.
+        labels: from `read_pope_labels`.
         name: of the answer file, for messages.
 
     Returns:
@@ -141,7 +141,7 @@ def judge(
     return {split: by_split[split] for split in sorted(by_split, key=_order)}, tuple(notes)
 
 
-def score(
+def score_pope(
     questions: Sequence[QuestionLine], answers: Sequence[AnswerLine], labels: Mapping[str, Labels], name: str
 ) -> BenchmarkResult:
     """Return F1, accuracy, precision, recall and yes ratio: the means over the splits, then of each split.

@@ -63,7 +63,7 @@ def list_files(folder: str | os.PathLike[str], split: str) -> list[Path]:
     return [Path(expand_home(folder)) / name for name in (_PROBLEMS, _SPLITS, f"llava_{split}_CQM-A.json")]
 
 
-def read_problems(
+def read_science_problems(
     folder: str | os.PathLike[str], split: str = "test", options: Sequence[str] = OPTIONS
 ) -> list[Problem]:
     """Read the problems of a split from ScienceQA's own files, else from `llava_<split>_CQM-A.json`.
@@ -115,7 +115,7 @@ def judge(
     """Pair problems with their answers by id, and read the letters.
 
     Args:
-        problems: from `read_problems`.
+        problems: from `read_science_problems`.
         answers: in any order; their prompts hold the questions.
         name: of the answer file, for messages.
         options: letters of the choices.
@@ -132,7 +132,7 @@ def judge(
     ]
 
 
-def score(
+def score_scienceqa(
     problems: Sequence[Problem], answers: Sequence[AnswerLine], name: str, options: Sequence[str] = OPTIONS
 ) -> BenchmarkResult:
     """Return the accuracy of questions with an image, of all and of those with text alone; arguments as in `judge`."""

@@ -30,7 +30,7 @@ _BETWEEN = re.compile("Question: (.*?) Short answer:", re.DOTALL)
 _TOKENS_BEFORE, _TOKENS = "OCR tokens: ", "Reference OCR token:"
 
 
-def read_annotations(path: str | os.PathLike[str]) -> list[QuestionLine]:
+def read_textvqa_annotations(path: str | os.PathLike[str]) -> list[QuestionLine]:
     """Read TextVQA's annotations, `{"data": [{image_id, question, answers}]}`, as questions whose id is the image's.
 
     Raises:
@@ -64,11 +64,11 @@ def prompt_processor(prompt: str) -> str:
     )
 
 
-def score(annotations: Sequence[QuestionLine], answers: Sequence[AnswerLine], name: str) -> BenchmarkResult:
+def score_textvqa(annotations: Sequence[QuestionLine], answers: Sequence[AnswerLine], name: str) -> BenchmarkResult:
     """Return the accuracy of answers, which has 1 for an answer that at least four of ten people gave, and 0.3 for one.
 
     Args:
-        annotations: from `read_annotations`.
+        annotations: from `read_textvqa_annotations`.
         answers: in any order; the prompt holds the question.
         name: of the answer file, for messages.
 

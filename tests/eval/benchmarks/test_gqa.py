@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.eval.benchmarks.gqa import convert_gqa, read_gqa_questions, read_prediction, score
+from llava.eval.benchmarks.gqa import convert_gqa, read_gqa_questions, read_prediction, score_gqa
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, QuestionLine, read_answer_lines, read_question_lines
 from llava.eval.eval_gqa import main
 
@@ -42,7 +42,7 @@ def write_questions(tmp_path):
 
 def test_accuracy_of_kinds(write_questions):
     questions = read_gqa_questions(write_questions(DOCUMENT))
-    result = score(questions, ANSWERS, "answers")
+    result = score_gqa(questions, ANSWERS, "answers")
     assert {figure.name: round(figure.value, 2) for figure in result.figures} == {
         "accuracy": 66.67, "accuracy, binary": 100, "accuracy, open": 50,
     }  # fmt: skip
@@ -50,7 +50,7 @@ def test_accuracy_of_kinds(write_questions):
         ("201", "n1", "binary", 1), ("202", "n1", "open", 0), ("203", "n2", "open", 1),
     ]  # fmt: skip
     without_types = [question._replace(record={"answer": question.record["answer"]}) for question in questions]
-    assert [figure.name for figure in score(without_types, ANSWERS, "answers").figures] == ["accuracy"]
+    assert [figure.name for figure in score_gqa(without_types, ANSWERS, "answers").figures] == ["accuracy"]
 
 
 @settings(deadline=None)
@@ -59,7 +59,7 @@ def test_the_order_of_answers_does_not_matter(answers, texts):
     questions = [QuestionLine(key, entry["question"], entry["imageId"], entry) for key, entry in DOCUMENT.items()]
     by_id = {str(answer.question_id): text for answer, text in zip(ANSWERS, texts, strict=True)}
     first, second = (
-        score(questions, [one._replace(text=by_id[str(one.question_id)]) for one in order], "answers")
+        score_gqa(questions, [one._replace(text=by_id[str(one.question_id)]) for one in order], "answers")
         for order in (ANSWERS, answers)
     )
     assert first == second
@@ -74,7 +74,7 @@ def test_the_originals_answers_join_their_questions(shared_path):
         line._replace(text=line.text.partition("\n")[0], record={"answer": read_prediction(answer.text)})
         for line, answer in zip(read_question_lines(folder / "llava_gqa_testdev_balanced.jsonl"), answers, strict=True)
     ]
-    result = score(questions, random.Random(0).sample(answers, len(answers)), "answers")
+    result = score_gqa(questions, random.Random(0).sample(answers, len(answers)), "answers")
     assert (len(result.questions), result.figures[0].value) == (800, 100)
 
 
@@ -103,11 +103,11 @@ def test_files_that_do_not_belong_together(write_questions, write_lines, capsys,
     path = write_questions(DOCUMENT)
     questions = read_gqa_questions(path)
     with pytest.raises(BenchmarkError, match=r"these 3 questions: 1 \(202\) without an answer, 0 of other"):
-        score(questions, ANSWERS[:2], "answers")
+        score_gqa(questions, ANSWERS[:2], "answers")
     with pytest.raises(BenchmarkError, match=r"0 without an answer, 1 \(203\) of other questions or repeated"):
-        score(questions, [*ANSWERS, ANSWERS[0]], "answers")
+        score_gqa(questions, [*ANSWERS, ANSWERS[0]], "answers")
     with pytest.raises(BenchmarkError, match=r"1 \(203\) without an answer, 1 \(203\) of other questions or repeated"):
-        score(questions, [ANSWERS[0]._replace(prompt="Is it?"), *ANSWERS[1:]], "answers")
+        score_gqa(questions, [ANSWERS[0]._replace(prompt="Is it?"), *ANSWERS[1:]], "answers")
     answers = str(write_lines("answers.jsonl", [answer.record for answer in (*ANSWERS, ANSWERS[0])]))
     assert main(["--annotation-file", str(path), "--result-file", answers]) == 2
     assert converter(CONVERTER, src=answers, dst=tmp_path / "out.json") == 2
@@ -120,7 +120,7 @@ def test_files_that_do_not_belong_together(write_questions, write_lines, capsys,
 def test_an_error_counts_as_wrong(write_questions):
     document = {**DOCUMENT, "201": {**DOCUMENT["201"], "answer": ""}}
     answers = [reply(203, "x"), reply("201", "", "image_missing"), reply("202", "woman")]
-    result = score(read_gqa_questions(write_questions(document)), answers, "answers")
+    result = score_gqa(read_gqa_questions(write_questions(document)), answers, "answers")
     assert [one.score for one in result.questions] == [0, 1, 0]
     assert result.notes == ("1 of 3 answers are errors and count as wrong (image_missing 1)",)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, QuestionLine, read_answer_lines, read_question_lines
-from llava.eval.benchmarks.pope import Confusion, count_confusion, judge, read_labels, read_yes_no, score
+from llava.eval.benchmarks.pope import Confusion, count_confusion, judge, read_pope_labels, read_yes_no, score_pope
 from llava.eval.eval_pope import eval_pope, main
 
 IMAGES = ("a.jpg", "b.jpg")
@@ -46,11 +46,11 @@ def figures(result):
 def shared(shared_path):
     folder = shared_path("eval/pope")
     questions = read_question_lines(folder / "llava_pope_test.jsonl")
-    return questions, read_answer_lines(folder / "answers/llava-v1.5-13b.jsonl"), read_labels(folder / "coco")
+    return questions, read_answer_lines(folder / "answers/llava-v1.5-13b.jsonl"), read_pope_labels(folder / "coco")
 
 
 def test_answers_of_the_original_give_its_figures(shared):
-    result = score(*shared, "answers")
+    result = score_pope(*shared, "answers")
     found = figures(result)
     assert (found["F1 score, random"], found["accuracy, random"]) == (87.32, 87.92)
     assert len(result.questions) == 2766
@@ -63,7 +63,7 @@ def test_answers_of_the_original_give_its_figures(shared):
 def test_the_order_of_lines_does_not_matter(shared):
     questions, answers, labels = shared
     shuffled = random.Random(0).sample(answers, len(answers))
-    assert score(questions, shuffled, labels, "answers") == score(questions, answers, labels, "answers")
+    assert score_pope(questions, shuffled, labels, "answers") == score_pope(questions, answers, labels, "answers")
 
 
 def test_the_program_prints_the_originals_lines(shared_path, capsys):
@@ -89,7 +89,7 @@ def test_reading_of_an_answer(text, read):
 
 
 def test_means_of_three_splits():
-    result = score(*make_case(("adversarial", "random", "popular")), "answers")
+    result = score_pope(*make_case(("adversarial", "random", "popular")), "answers")
     found = figures(result)
     assert list(found)[:2] == ["F1 score, mean of 3 splits", "accuracy, mean of 3 splits"]
     assert list(found)[5:11:5] == ["F1 score, random", "F1 score, popular"]
@@ -100,7 +100,7 @@ def test_means_of_three_splits():
 
 
 def test_no_yes_at_all_has_no_precision():
-    found = figures(score(*make_case(said="No"), "answers"))
+    found = figures(score_pope(*make_case(said="No"), "answers"))
     assert found.pop("accuracy, random") == 40
     assert set(found.values()) == {0}
 
@@ -109,7 +109,7 @@ def test_an_error_counts_as_wrong_and_not_as_a_yes():
     questions, answers, labels = make_case()
     answers[1] = answers[1]._replace(text="", error="image_missing")  # the true answer is no
     answers[0] = answers[0]._replace(text="", error="image_missing")  # yes
-    result = score(questions, answers, labels, "answers")
+    result = score_pope(questions, answers, labels, "answers")
     by_split, _ = judge(questions, answers, labels, "answers")
     assert count_confusion(by_split["random"]) == Confusion(5, 4, 0, 1)
     assert figures(result)["accuracy, random"] == 50
@@ -122,8 +122,8 @@ def test_an_error_counts_as_wrong_and_not_as_a_yes():
 def test_figures_are_percentages_in_any_order(said, order):
     questions, answers, labels = make_case()
     answers = [answer._replace(text=text) for answer, text in zip(answers, said, strict=True)]
-    result = score(questions, [answers[index] for index in order], labels, "answers")
-    assert result == score(questions, answers, labels, "answers")
+    result = score_pope(questions, [answers[index] for index in order], labels, "answers")
+    assert result == score_pope(questions, answers, labels, "answers")
     for figure in result.figures:
         assert 0 <= figure.value <= 100
         assert figure.interval is None or 0 <= figure.interval.low <= figure.value + 1e-9 <= figure.interval.high + 2e-9
@@ -132,39 +132,39 @@ def test_figures_are_percentages_in_any_order(said, order):
 def test_files_that_do_not_belong_together():
     questions, answers, labels = make_case()
     with pytest.raises(BenchmarkError, match=r"^a is not the answers to these 10 questions: 1 \(9\) without an answer"):
-        score(questions, answers[:-1], labels, "a")
+        score_pope(questions, answers[:-1], labels, "a")
     with pytest.raises(BenchmarkError, match=r"1 \(9\) of other questions or repeated"):
-        score(questions, [*answers, answers[-1]], labels, "a")
+        score_pope(questions, [*answers, answers[-1]], labels, "a")
     with pytest.raises(BenchmarkError, match=r"^1 of 10 questions stand in the question file more than once"):
         again = [question._replace(question_id=question.question_id % 9, text=questions[0].text, image="a.jpg")
                  if question.question_id == 9 else question for question in questions]  # fmt: skip
-        score(again, [*answers[:-1], answers[0]], labels, "a")
+        score_pope(again, [*answers[:-1], answers[0]], labels, "a")
     with pytest.raises(BenchmarkError, match=r"^10 questions are of category 'random', and the annotations have no"):
-        score(questions, answers, {"popular": labels["random"]}, "a")
+        score_pope(questions, answers, {"popular": labels["random"]}, "a")
     others = dict(list(labels["random"].items())[:8])
     with pytest.raises(BenchmarkError, match=r"^2 of 10 questions of category random are not in coco_pope_ran"):
-        score(questions, answers, {"random": others}, "a")
+        score_pope(questions, answers, {"random": others}, "a")
 
 
 def test_splits_that_are_not_asked_are_said():
     questions, answers, labels = make_case()
-    result = score(questions, answers, {**labels, "popular": labels["random"]}, "a")
+    result = score_pope(questions, answers, {**labels, "popular": labels["random"]}, "a")
     assert result.notes == ("popular: none of its 10 annotations is asked in the question file",)
 
 
 def test_annotations_that_can_not_be_used(tmp_path, capsys):
     with pytest.raises(BenchmarkError, match=r"holds no coco_pope_<split>\.json; name the folder output/coco"):
-        read_labels(tmp_path)
+        read_pope_labels(tmp_path)
     line = {"image": "a.jpg", "text": "Is it?", "label": "yes"}
     path = tmp_path / "coco_pope_random.json"
     write_lines(path, [line, line, {**line, "label": "maybe"}, {"image": 1}])
     with pytest.raises(
         BenchmarkError, match=r"2 bad rows\n  line 3: label is 'maybe', not yes or no\n.* 4: no 'image'"
     ):
-        read_labels(tmp_path)
+        read_pope_labels(tmp_path)
     write_lines(path, [line, line])
     with pytest.raises(BenchmarkError, match=r"annotation 2: 'Is it\?' about 'a\.jpg' is there already"):
-        read_labels(tmp_path)
+        read_pope_labels(tmp_path)
     assert main(["--annotation-dir", str(tmp_path), "--question-file", "no.jsonl", "--result-file", "no.jsonl"]) == 2
     assert capsys.readouterr().err == "error: no.jsonl can't be read (No such file or directory)\n"
 

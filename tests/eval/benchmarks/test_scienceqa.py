@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, read_answer_lines
-from llava.eval.benchmarks.scienceqa import FAILED, Problem, find_letter, get_pred_idx, judge, read_problems, score
+from llava.eval.benchmarks.scienceqa import (
+    FAILED,
+    Problem,
+    find_letter,
+    get_pred_idx,
+    judge,
+    read_science_problems,
+    score_scienceqa,
+)
 from llava.eval.eval_science_qa import main
 
 INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
@@ -44,11 +52,11 @@ def folder(tmp_path):
 def test_answers_of_the_original_give_its_letters_and_figures(shared_path):
     place = shared_path("eval/scienceqa")
     expected = json.loads((place / "expected.json").read_text())
-    problems, answers = read_problems(place), read_answer_lines(place / "answers/llava-v1.5-13b.jsonl")
+    problems, answers = read_science_problems(place), read_answer_lines(place / "answers/llava-v1.5-13b.jsonl")
     shuffled = random.Random(0).sample(answers, len(answers))
     judged = judge(problems, shuffled, "answers")
     assert {one.problem.question_id: one.letter for one in judged} == expected["parsed"]
-    result = score(problems, shuffled, "answers")
+    result = score_scienceqa(problems, shuffled, "answers")
     values = {figure.name: figure.value for figure in result.figures}
     assert values["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-9)
     assert values["accuracy, with image"] == pytest.approx(expected["accuracy_with_image"], abs=1e-9)
@@ -76,8 +84,8 @@ def test_the_program_writes_the_originals_files(shared_path, tmp_path, capsys):
 
 
 def test_sciences_own_files_are_read(folder):
-    assert read_problems(folder) == PROBLEMS
-    assert read_problems(folder, "minival") == PROBLEMS[1:2]
+    assert read_science_problems(folder) == PROBLEMS
+    assert read_science_problems(folder, "minival") == PROBLEMS[1:2]
 
 
 def test_conversations_are_read_where_these_are_not(tmp_path):
@@ -86,7 +94,7 @@ def test_conversations_are_read_where_these_are_not(tmp_path):
     ]}  # fmt: skip
     (tmp_path / "llava_val_CQM-A.json").write_text(json.dumps([record]))
     text = record["conversations"][0]["value"]
-    assert read_problems(tmp_path, "val") == [Problem("7", text, "7/image.png", 3, "C")]
+    assert read_science_problems(tmp_path, "val") == [Problem("7", text, "7/image.png", 3, "C")]
 
 
 @pytest.mark.parametrize(
@@ -108,12 +116,12 @@ def test_index_among_the_choices():
 
 
 def test_accuracies_by_hand(folder):
-    result = score(read_problems(folder), ANSWERS, "answers")
+    result = score_scienceqa(read_science_problems(folder), ANSWERS, "answers")
     assert {figure.name: round(figure.value, 2) for figure in result.figures} == {
         "accuracy, with image": 100, "accuracy": 66.67, "accuracy, text alone": 0,
     }  # fmt: skip
     assert result.notes == ("1 of 3 answers name no option and count as wrong",)
-    assert [figure.name for figure in score(PROBLEMS[1:2], ANSWERS[2:], "answers").figures] == [
+    assert [figure.name for figure in score_scienceqa(PROBLEMS[1:2], ANSWERS[2:], "answers").figures] == [
         "accuracy", "accuracy, text alone",
     ]  # fmt: skip
 
@@ -123,7 +131,7 @@ def test_accuracies_by_hand(folder):
 def test_the_order_of_answers_does_not_matter(answers, texts):
     by_id = {str(answer.question_id): text for answer, text in zip(ANSWERS, texts, strict=True)}
     first, second = (
-        score(PROBLEMS, [one._replace(text=by_id[str(one.question_id)]) for one in order], "answers")
+        score_scienceqa(PROBLEMS, [one._replace(text=by_id[str(one.question_id)]) for one in order], "answers")
         for order in (ANSWERS, answers)
     )
     assert first == second
@@ -131,18 +139,18 @@ def test_the_order_of_answers_does_not_matter(answers, texts):
 
 
 def test_an_error_counts_as_wrong():
-    result = score(PROBLEMS, [*ANSWERS[:2], reply("2", "", "image_missing")], "answers")
+    result = score_scienceqa(PROBLEMS, [*ANSWERS[:2], reply("2", "", "image_missing")], "answers")
     assert [one.score for one in result.questions] == [1, 0, 1]
     assert result.notes == ("1 of 3 answers are errors and count as wrong (image_missing 1)",)
 
 
 def test_answers_of_other_questions():
     with pytest.raises(BenchmarkError, match=r"^a is not the answers to these 3 questions: 1 \(2\) without an answer"):
-        score(PROBLEMS, ANSWERS[:2], "a")
+        score_scienceqa(PROBLEMS, ANSWERS[:2], "a")
     with pytest.raises(BenchmarkError, match=r"0 without an answer, 1 \(3\) of other questions or repeated"):
-        score(PROBLEMS, [*ANSWERS, ANSWERS[0]], "a")
+        score_scienceqa(PROBLEMS, [*ANSWERS, ANSWERS[0]], "a")
     with pytest.raises(BenchmarkError, match=r"1 \(2\) without an answer, 1 \(2\) of other questions or repeated"):
-        score(PROBLEMS, [*ANSWERS[:2], ANSWERS[2]._replace(prompt="Where?")], "a")
+        score_scienceqa(PROBLEMS, [*ANSWERS[:2], ANSWERS[2]._replace(prompt="Where?")], "a")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_files_that_can_not_be_used(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     with pytest.raises(BenchmarkError, match=message):
-        read_problems(tmp_path)
+        read_science_problems(tmp_path)
 
 
 def test_options_and_outputs_are_checked(folder, write_lines, capsys):

@@ -14,9 +14,9 @@ from llava.eval.benchmarks.textvqa import (
     EvalAIAnswerProcessor,
     TextVQAAccuracyEvaluator,
     prompt_processor,
-    read_annotations,
-    score,
+    read_textvqa_annotations,
     score_text,
+    score_textvqa,
 )
 from llava.eval.eval_textvqa import main
 
@@ -55,15 +55,15 @@ def write_annotations(tmp_path):
 
 
 def test_answers_are_joined_by_image_and_question(write_annotations):
-    annotations = read_annotations(write_annotations({"data": ENTRIES}))
-    result = score(annotations, ANSWERS, "answers")
+    annotations = read_textvqa_annotations(write_annotations({"data": ENTRIES}))
+    result = score_textvqa(annotations, ANSWERS, "answers")
     assert [(one.key, one.group, one.score) for one in result.questions] == [
         ("1", "a1", 1),
         ("2", "a1", 0.6),
         ("3", "b2", 0.3),
     ]
     assert (result.figures[0].name, round(result.figures[0].value, 2)) == ("accuracy", 63.33)
-    assert score(annotations, ANSWERS[::-1], "answers") == result
+    assert score_textvqa(annotations, ANSWERS[::-1], "answers") == result
 
 
 @settings(deadline=None)
@@ -101,7 +101,7 @@ def test_other_prompts_are_refused(prompt):
     ):
         prompt_processor(prompt)
     with pytest.raises(BenchmarkError, match=r"^answers: 1 bad row\n  answer 1: prompt "):
-        score([], [AnswerLine("a1", prompt, "x", None, {})], "answers")
+        score_textvqa([], [AnswerLine("a1", prompt, "x", None, {})], "answers")
 
 
 def test_questions_of_the_original_are_found_in_its_prompts(shared_path):
@@ -113,29 +113,29 @@ def test_questions_of_the_original_are_found_in_its_prompts(shared_path):
         question._replace(text=prompt_processor(question.text), record={"answers": [answer.text] * 10})
         for question, answer in zip(questions, answers, strict=True)
     ]
-    result = score(annotations, answers[::-1], "answers")
+    result = score_textvqa(annotations, answers[::-1], "answers")
     assert (len(result.questions), result.figures[0].value) == (800, 100)
 
 
 def test_a_question_asked_twice_has_two_answers(write_annotations):
     twice = [annotate("a1", "What?", "red"), annotate("a1", "What?", "blue")]
-    annotations = read_annotations(write_annotations({"data": twice}))
+    annotations = read_textvqa_annotations(write_annotations({"data": twice}))
     answers = [reply("a1", "What?", "red"), reply("a1", "What?", "blue")]
-    assert score(annotations, answers, "answers").figures[0].value == 100
+    assert score_textvqa(annotations, answers, "answers").figures[0].value == 100
     with pytest.raises(BenchmarkError, match=r"^answers is not the answers to these 2 questions: 1 \(a1\) without an"):
-        score(annotations, answers[:1], "answers")
+        score_textvqa(annotations, answers[:1], "answers")
 
 
 def test_missing_repeated_and_failed_answers(write_annotations):
-    annotations = read_annotations(write_annotations({"data": ENTRIES}))
+    annotations = read_textvqa_annotations(write_annotations({"data": ENTRIES}))
     with pytest.raises(
         BenchmarkError, match=r"3 questions: 1 \(a1\) without an answer, 0 of other questions or repeated"
     ):
-        score(annotations, ANSWERS[:2], "answers")
+        score_textvqa(annotations, ANSWERS[:2], "answers")
     with pytest.raises(BenchmarkError, match=r"0 without an answer, 1 \(b2\) of other questions or repeated"):
-        score(annotations, [*ANSWERS, ANSWERS[0]], "answers")
+        score_textvqa(annotations, [*ANSWERS, ANSWERS[0]], "answers")
     failed = [ANSWERS[0], ANSWERS[1]._replace(text="", error="image_missing"), ANSWERS[2]]
-    result = score(annotations, failed, "answers")
+    result = score_textvqa(annotations, failed, "answers")
     assert [one.score for one in result.questions] == [0, 0.6, 0.3]
     assert result.notes == ("1 of 3 answers are errors and count as wrong (image_missing 1)",)
 
@@ -157,7 +157,7 @@ def test_missing_repeated_and_failed_answers(write_annotations):
 )
 def test_annotations_that_can_not_be_used(content, message, write_annotations):
     with pytest.raises(BenchmarkError, match=message):
-        read_annotations(write_annotations(content))
+        read_textvqa_annotations(write_annotations(content))
 
 
 def test_a_folder_of_answers_is_scored_file_by_file(write_annotations, write_lines, tmp_path, capsys):
