@@ -21,13 +21,14 @@ from llava.eval.benchmarks.text import format_result
 from llava.files.atomic_files import atomic_write
 from llava.files.home_directory import expand_home
 from llava.files.overwrite_check import find_overwrite, shared_directory
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser("python scripts/convert_answer_to_mme.py", __doc__)
     add = parser.add_argument
     add("--experiment", required=True, metavar="NAME", help="name of the answers file, without .jsonl")
     add("--dir", default="./playground/data/eval/MME", help="folder of the benchmark (default: %(default)s)")

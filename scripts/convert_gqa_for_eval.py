@@ -16,13 +16,14 @@ from llava.eval.benchmarks.lines import read_answer_lines
 from llava.eval.benchmarks.submission import write_json_document
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser("python scripts/convert_gqa_for_eval.py", __doc__)
     parser.add_argument("--src", required=True, metavar="JSONL", help="answers")
     parser.add_argument("--dst", required=True, metavar="JSON", help="prediction file to write")
     return parser

@@ -16,13 +16,14 @@ from llava.eval.benchmarks.mmvet import convert_mmvet
 from llava.eval.benchmarks.submission import write_json_document
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser("python scripts/convert_mmvet_for_eval.py", __doc__)
     add = parser.add_argument
     add("--src", required=True, metavar="JSONL", help="answers")
     add("--dst", required=True, metavar="JSON", help="results file to write")

@@ -18,13 +18,14 @@ from llava.eval.benchmarks.text import format_result
 from llava.eval.benchmarks.vizwiz import convert_vizwiz, read_vizwiz_annotations, score_vizwiz
 from llava.files.home_directory import expand_homes
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser("python scripts/convert_vizwiz_for_submission.py", __doc__)
     add = parser.add_argument
     add("--annotation-file", required=True, metavar="JSONL", help="question file that was answered")
     add("--result-file", required=True, metavar="JSONL", help="answers")

@@ -25,6 +25,7 @@ from llava.eval.benchmarks.submission import write_json_document
 from llava.eval.benchmarks.vqav2 import convert_vqav2
 from llava.files.home_directory import expand_home
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.regular_files import is_file
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
@@ -34,7 +35,7 @@ _TEST_SET = "llava_vqav2_mscoco_test2015.jsonl"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser("python scripts/convert_vqav2_for_submission.py", __doc__)
     add = parser.add_argument
     add("--dir", default="./playground/data/eval/vqav2", help="folder of the benchmark (default: %(default)s)")
     add("--ckpt", required=True, metavar="NAME", help="name of the answered checkpoint, a folder of answers")

@@ -32,6 +32,7 @@ from llava.eval.benchmarks.llavabench import (
 from llava.files.home_directory import expand_homes
 from llava.files.json_files import parse_json
 from llava.files.overwrite_check import find_overwrite, output_file
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text, shorten, show
 from llava.inference.batch.journal import Journal
 from llava.inference.command_line import run_program
@@ -65,11 +66,10 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.eval_gpt_review_bench",
-        description="Review answers to LLaVA-Bench with a language model behind an OpenAI-compatible server.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = program_parser(
+        "python -m llava.eval.eval_gpt_review_bench",
+        "Review answers to LLaVA-Bench with a language model behind an OpenAI-compatible server.",
+        _EXAMPLE,
     )
     add = parser.add_argument
     add("-q", "--question", required=True, metavar="JSONL", help="questions")

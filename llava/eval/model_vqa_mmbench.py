@@ -20,6 +20,7 @@ from llava.eval.benchmarks.mmbench.table import (
     extract_mmbench_images,
     read_mmbench_table,
 )
+from llava.files.program_parser import program_parser
 from llava.inference.batch.questions import split_chunk
 from llava.inference.distributed import DistributedRank
 from llava.inference.sampling import Sampling
@@ -41,12 +42,7 @@ exit code: 0 all questions answered, 1 some have errors, 2 stopped by an error, 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.model_vqa_mmbench",
-        description="Answer MMBench's table.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("python -m llava.eval.model_vqa_mmbench", "Answer MMBench's table.", _EXAMPLE)
     add_answer_arguments(
         parser,
         questions="MMBench's table (.tsv), with images in base64",

@@ -13,6 +13,7 @@ from llava.eval.answer_program import (
     run_benchmark_program,
 )
 from llava.eval.benchmarks.science_questions import read_science_questions
+from llava.files.program_parser import program_parser
 from llava.inference.batch.questions import split_chunk
 from llava.inference.distributed import DistributedRank
 from llava.inference.sampling import Sampling
@@ -35,12 +36,7 @@ exit code: 0 all questions answered, 1 some have errors, 2 stopped by an error, 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.model_vqa_science",
-        description="Answer ScienceQA's question file.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("python -m llava.eval.model_vqa_science", "Answer ScienceQA's question file.", _EXAMPLE)
     add_answer_arguments(
         parser,
         questions="questions: a JSON list of records {id, image, conversations}",

@@ -15,6 +15,7 @@ from pathlib import Path
 from llava.eval.benchmarks.lines import BenchmarkError
 from llava.eval.benchmarks.llavabench import format_summary, read_reviews, summarize_reviews
 from llava.files.home_directory import expand_homes
+from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.inference.command_line import run_program
 
@@ -24,11 +25,7 @@ _STARTS = ("gpt4_text", "reviews_", "review_")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.summarize_gpt_review",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("python -m llava.eval.summarize_gpt_review", __doc__)
     add = parser.add_argument
     add("-d", "--dir", metavar="DIR", help="folder of the reviews; without --files all reviews in it")
     add("-v", "--version", choices=(_OLDER, _NEWER), help="only reviews by this version of GPT-4, as their name says")
