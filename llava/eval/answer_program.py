@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,23 @@ def run_benchmark_program(
     refuse_overwrite(parser, args, {"--question-file": args.question_file})
     sampling = parse_sampling(parser, args)
     refuse_absent_device(parser, args.device)
-    return run_program(lambda: run(args, sampling, read_rank()))
+    return run_on_rank(args, sampling, run)
+
+
+def run_on_rank(
+    args: argparse.Namespace,
+    sampling: Sampling,
+    run: Callable[[argparse.Namespace, Sampling, DistributedRank], int],
+) -> int:
+    """Say on rank 0 that the questions are read, and run a program; arguments and exit code as above."""
+
+    def start() -> int:
+        rank = read_rank()
+        if rank.rank == 0:
+            print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
+        return run(args, sampling, rank)
+
+    return run_program(start)
 
 
 def answer_program(

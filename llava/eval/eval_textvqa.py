@@ -77,9 +77,8 @@ def eval_single(annotation_file: str | os.PathLike[str], result_file: str | os.P
         BenchmarkError: if a file can't be read, or they don't belong together.
     """
     print_text(Path(result_file).stem)
-    result = score_textvqa(
-        read_textvqa_annotations(annotation_file), read_answer_lines(result_file), os.fspath(result_file)
-    )
+    annotations, answers = read_textvqa_annotations(annotation_file), read_answer_lines(result_file)
+    result = score_textvqa(annotations, answers, os.fspath(result_file))
     print_text(f"Samples: {len(result.questions)}\nAccuracy: {result.figures[0].value:.2f}%\n")
     print_text(format_result(result, find_benchmark("textvqa").published.small))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
 from llava.data.data_files import extract_table_images, find_unused_flags, list_files
@@ -14,6 +13,7 @@ from llava.eval.answer_program import (
     answer_program,
     parse_answer_arguments,
     refuse_overwrite,
+    run_on_rank,
 )
 from llava.files.home_directory import expand_home
 from llava.files.program_parser import program_parser
@@ -23,9 +23,8 @@ from llava.inference.batch.questions import read_question_file, split_chunk
 from llava.inference.command_line import (
     parse_sampling,
     refuse_absent_device,
-    run_program,
 )
-from llava.inference.distributed import DistributedRank, read_rank
+from llava.inference.distributed import DistributedRank
 from llava.inference.sampling import Sampling
 from llava.original_names import lazy_names
 
@@ -100,14 +99,7 @@ def read_choices(value: str) -> Choices:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Args:
-        argv: the command line without the program's name; None for the process's own.
-
-    Returns:
-        The exit code, as in `--help`.
-    """
+    """Run the program; return the exit code, as in `--help`."""
     parser = build_parser()
     args = parse_answer_arguments(parser, argv)
     choices_file = args.choices.file if args.choices else None
@@ -120,12 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.choices and sampling.temperature > 0:
         parser.error("--temperature does not go with --choices, which are scored; leave it at 0")
     refuse_absent_device(parser, args.device)
-    return run_program(lambda: _run(args, sampling, read_rank()))
+    return run_on_rank(args, sampling, _run)
 
 
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
-    if rank.rank == 0:
-        print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
     found = read_question_file(args.question_file, table_options(args), unique_ids=args.unique_ids)
     questions = split_chunk(found.questions, args.num_chunks, args.chunk_idx)[: args.limit]
     written = extract_table_images(args.question_file, found.table, args.image_folder, "--image-folder")

@@ -58,14 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Args:
-        argv: the command line without the program's name; None for the process's own.
-
-    Returns:
-        The exit code, as in `--help`.
-    """
+    """Run the program; return the exit code, as in `--help`."""
     parser = build_parser()
     args = parse_answer_arguments(parser, argv)
     args.image_folder = args.image_folder or str(default_image_folder(args.question_file))
@@ -73,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
-    if rank.rank == 0:
-        print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
     rows = read_mmbench_table(args.question_file)
     images, notes = extract_mmbench_images(args.question_file, rows, Path(args.image_folder))
     for note in notes if rank.rank == 0 else ():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from llava.eval.answer_program import (
@@ -48,22 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Args:
-        argv: the command line without the program's name; None for the process's own.
-
-    Returns:
-        The exit code, as in `--help`.
-    """
+    """Run the program; return the exit code, as in `--help`."""
     parser = build_parser()
     args = parse_answer_arguments(parser, argv)
     return run_benchmark_program(parser, args, _run)
 
 
 def _run(args: argparse.Namespace, sampling: Sampling, rank: DistributedRank) -> int:
-    if rank.rank == 0:
-        print(f"reading questions from {args.question_file}", file=sys.stderr, flush=True)
     questions = read_science_questions(args.question_file, single_pred_prompt=args.single_pred_prompt)
     return answer_program(args, sampling, split_chunk(questions, args.num_chunks, args.chunk_idx)[: args.limit], rank)
 

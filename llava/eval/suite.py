@@ -87,14 +87,7 @@ def parse_suite(value: str) -> tuple[Benchmark, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Args:
-        argv: the command line without the program's name; None for the process's own.
-
-    Returns:
-        The exit code, as in `--help`.
-    """
+    """Run the program; return the exit code, as in `--help`."""
     parser = build_parser()
     args = expand_homes(
         parser.parse_args(argv), "model_path", "model_base", "vision_tower", "compare_with", "data", "json"

@@ -1,4 +1,4 @@
-"""Parsers of programs that have two spellings: `llava NAME`, and the file or module that was there before."""
+"""Parsers of programs, most of which have two spellings: `llava NAME`, and the file or module that runs it."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def test_no_process_answers_before_all_have_begun(run, monkeypatch, is_first_slo
         model_vqa_loader.build_parser().parse_args([*run.arguments, "--answers-file", ""])
     )
     monkeypatch.setattr(answer_program, "load_session", lambda args, **_: session)
-    monkeypatch.setattr(model_vqa_loader, "read_rank", read_rank)
+    monkeypatch.setattr(answer_program, "read_rank", read_rank)
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda _: run("--overwrite"), range(2)))
     assert sorted(codes) == [0, 1]
