@@ -17,18 +17,15 @@ from pathlib import PurePath
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llava.constants import PLOT_FILE
-from llava.files.terminal_text import escape_controls, shorten
+from llava.files.markdown_text import escape_markdown, format_markdown_table
 from llava.hub.licences import LLAMA2, LLAMA2_LINK, LLAMA2_NOTICE
 from llava.hub.model_facts import ModelFacts, Training
 from llava.model.checkpoint.checkpoint import Layout
 
 TASK, TASK_NAME = "visual-question-answering", "Visual question answering"
 _MARK = re.compile(r"\n<!-- card written by llava; sha256 of the text above: ([0-9a-f]{64}) -->\s*\Z")
-_MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-"""What acts inside a line; within a word an underscore does not."""
 _PLAIN = re.compile(r"[\w.:/+-]+", re.ASCII)
 _EXAMPLE_FILE = re.compile(r"images/example_\d+\.jpg")
-_TEXT_SHOWN = 300  # characters of a question or an answer
 _KINDS = {
     Layout.LORA: "LoRA adapter for",
     Layout.PROJECTOR: "Projector for",
@@ -99,7 +96,7 @@ def build_card(
     sections = [
         f"# {escape_markdown(short)}",
         describe(facts),
-        _table([("", ""), *_facts_rows(facts)]),
+        format_markdown_table([("", ""), *_facts_rows(facts)]),
         *(_training_section(facts.training, facts.has_loss_curve) if facts.training else ()),
         *(_score_section(scores) if scores else ()),
         *(_example_section(examples) if examples else ()),
@@ -126,12 +123,6 @@ def example_file(number: int) -> str:
 def is_example_file(name: str) -> bool:
     """Return whether a name is one of `example_file`."""
     return _EXAMPLE_FILE.fullmatch(name) is not None
-
-
-def escape_markdown(text: str, most: int = _TEXT_SHOWN) -> str:
-    """Return a text on one line that Markdown and HTML show letter by letter."""
-    line = " ".join(escape_controls(shorten(text, most)).split())
-    return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", line)
 
 
 def card_metadata(facts: ModelFacts, name: str, scores: CardScores | None) -> ModelCardData:
@@ -189,7 +180,11 @@ def _training_section(training: Training, has_curve: bool) -> list[str]:
         *((_code(name), _value(value)) for name, value in training.recipe.items()),
         *([("libraries", ", ".join(libraries))] if libraries else []),
     ]
-    return ["## Training", _table([("", ""), *rows]), *([f"![Loss over the steps]({PLOT_FILE})"] if has_curve else [])]
+    return [
+        "## Training",
+        format_markdown_table([("", ""), *rows]),
+        *([f"![Loss over the steps]({PLOT_FILE})"] if has_curve else []),
+    ]
 
 
 def _score_section(scores: CardScores) -> list[str]:
@@ -203,7 +198,7 @@ def _score_section(scores: CardScores) -> list[str]:
         "## Scores",
         f"VQAv2 accuracy in percent on {escape_markdown(scores.data_name)}, measured by whoever made the model, with "
         f"Wilson's 95 % interval (questions about one image count as a group).{errors}",
-        _table([("kind of question", "questions", "accuracy", "95 % interval"), *rows]),
+        format_markdown_table([("kind of question", "questions", "accuracy", "95 % interval"), *rows]),
     ]
 
 
@@ -218,7 +213,11 @@ def _example_section(examples: Sequence[Example]) -> list[str]:
         for number, example in enumerate(examples, 1)
     ]
     head = ("image", "question", "answer of the model", "true answer")
-    return ["## Examples", "The first of the question file, not chosen by how well they went.", _table([head, *rows])]
+    return [
+        "## Examples",
+        "The first of the question file, not chosen by how well they went.",
+        format_markdown_table([head, *rows]),
+    ]
 
 
 def _use_section(facts: ModelFacts, name: str) -> list[str]:
@@ -309,8 +308,3 @@ def _code(text: str) -> str:
 
 def _bounds(part: PartScore) -> str:
     return f"{100 * part.low:.1f} to {100 * part.high:.1f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])

@@ -7,11 +7,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from llava.files.markdown_text import escape_markdown, format_markdown_table
 from llava.train.trackers.tolerance import Failures, tracker_callbacks
 from llava.train.validation.evaluator import Evaluator
 from llava.train.validation.mistakes import ShownMistake, choose_mistakes, show_mistakes
 
 KEY = "eval/wrong_answers"
+_COLUMNS = ("image", "question", "true answer", "given answer")
 Log = Callable[[TrainerCallback, Sequence[ShownMistake], int], None]
 """Sends wrong answers of a step through transformers' callback of a tracker."""
 
@@ -67,7 +69,7 @@ def log_to_trackio(callback: TrainerCallback, shown: Sequence[ShownMistake], ste
     import trackio
 
     rows = [[trackio.Image(mistake.image), *mistake[1:]] for mistake in shown]
-    table = trackio.Table(columns=["image", "question", "true answer", "given answer"], data=rows)
+    table = trackio.Table(columns=list(_COLUMNS), data=rows)
     trackio.log({KEY: table, "train/global_step": step})
 
 
@@ -91,12 +93,8 @@ LOGS: dict[str, Log] = {
 
 def markdown_table(shown: Sequence[ShownMistake]) -> str:
     """Return numbers, questions and answers as a table; what Markdown would obey is escaped."""
-    rows = [(f"{number:02}", *map(_escape, mistake[1:])) for number, mistake in enumerate(shown, 1)]
-    head = [("image", "question", "true answer", "given answer"), ("---",) * 4]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
-
-
-def _escape(text: str) -> str:
-    """Return a text that fills one cell of a table as it is."""
-    kept = "".join(f"&#{ord(sign)};" if sign in "|<>&`*_[]\\~#!" else sign for sign in text)
-    return " ".join(kept.split()) or "(empty)"
+    rows = [
+        (f"{number:02}", *(escape_markdown(text) or "(empty)" for text in mistake[1:]))
+        for number, mistake in enumerate(shown, 1)
+    ]
+    return format_markdown_table([_COLUMNS, *rows])
