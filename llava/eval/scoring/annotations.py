@@ -16,7 +16,7 @@ from llava.data.table.options import TableOptions
 from llava.data.table.question_ids import note_repeats
 from llava.data.table.read import Table, read_header, read_table
 from llava.eval.scoring.calibration import find_confidence_problem
-from llava.eval.scoring.question_keys import Keys, QuestionKey, id_of, pair_lines
+from llava.eval.scoring.question_keys import Keys, QuestionKey, id_of, rekey_lines
 from llava.files.home_directory import expand_home
 from llava.files.json_files import parse_json
 from llava.files.regular_files import read_text
@@ -101,7 +101,7 @@ def read_answers(path: str | os.PathLike[str], *, unique_ids: bool = False) -> d
 def pair_answers(
     name: str, answers: Mapping[QuestionKey, GivenAnswer], questions: Mapping[QuestionKey, str]
 ) -> dict[QuestionKey, GivenAnswer]:
-    """Return the answers of a file under the keys of the questions; `name` and errors are those of `pair_lines`.
+    """Return the answers of a file under the keys of the questions; `name` and errors are those of `rekey_lines`.
 
     Args:
         name: of the file, for messages.
@@ -109,7 +109,7 @@ def pair_answers(
         questions: key -> text, "" where it is not known.
     """
     prompts = {key: answer.prompt for key, answer in answers.items() if answer.prompt}
-    return pair_lines(name, answers, prompts, questions)
+    return rekey_lines(name, answers, prompts, questions)
 
 
 def read_references(
@@ -154,7 +154,7 @@ def read_references(
 
 def pair_references(references: References, questions: Mapping[QuestionKey, str]) -> References:
     """Return true answers under the keys of the questions of a question file, as `pair_answers` does answers."""
-    keys = pair_lines("the annotations", {key: key for key in references.answers}, references.questions, questions)
+    keys = rekey_lines("the annotations", {key: key for key in references.answers}, references.questions, questions)
     return References(*({new: part[old] for new, old in keys.items() if old in part} for part in references))
 
 

@@ -50,7 +50,7 @@ def describe_key(key: QuestionKey) -> str:
     return f"{shown} (line {key[1]} with this id)" if isinstance(key, tuple) else shown
 
 
-def pair_lines(
+def rekey_lines(
     name: str, lines: Mapping[QuestionKey, _Value], texts: Mapping[QuestionKey, str], wanted: Mapping[QuestionKey, str]
 ) -> dict[QuestionKey, _Value]:
     """Return the lines of a file under the keys that their questions have in another.

@@ -5,7 +5,7 @@ import logging
 import pytest
 from hypothesis import given, strategies
 
-from llava.eval.scoring.question_keys import Keys, describe_key, pair_lines
+from llava.eval.scoring.question_keys import Keys, describe_key, rekey_lines
 
 FORMS = [7, "7", "007", "07", 70, "q7", ""]
 
@@ -34,7 +34,7 @@ def lines_of(ids, texts=()):
 )
 def test_numbers_and_texts(there, here, expected):
     lines, _ = lines_of(here)
-    paired = pair_lines("f", lines, {}, dict.fromkeys(lines_of(there)[0], ""))
+    paired = rekey_lines("f", lines, {}, dict.fromkeys(lines_of(there)[0], ""))
     assert {key: line for key, (line, _) in paired.items()} == expected
 
 
@@ -42,7 +42,7 @@ def test_numbers_and_texts(there, here, expected):
 def test_an_id_that_both_files_have_is_its_own(there, here, count):
     """Whatever the order, and whichever answers are missing."""
     lines, _ = lines_of(here[:count])
-    paired = pair_lines("f", lines, {}, dict.fromkeys(there, ""))
+    paired = rekey_lines("f", lines, {}, dict.fromkeys(there, ""))
     assert {key: line for key, (line, _) in paired.items()} == {key: key for key in here[:count]}
 
 
@@ -53,7 +53,7 @@ def test_lines_with_one_id_are_found_by_their_texts(questions, random):
     asked, texts = lines_of([key for key, _ in questions], [text for _, text in questions])
     shuffled = random.sample(questions, len(questions))
     lines, prompts = lines_of([key for key, _ in shuffled], [text for _, text in shuffled])
-    paired = pair_lines("f", lines, prompts, texts)
+    paired = rekey_lines("f", lines, prompts, texts)
     assert len(paired) == len(questions)
     for key, (question_id, place) in paired.items():
         assert shuffled[place] == questions[asked[key][1]] == (question_id, texts[key])
@@ -61,14 +61,14 @@ def test_lines_with_one_id_are_found_by_their_texts(questions, random):
 
 def test_ids_of_another_form_may_repeat():
     texts = {"7": "a", ("7", 2): "b"}
-    paired = pair_lines("f", {7: "second", (7, 2): "first"}, {7: "b", (7, 2): "a"}, texts)
+    paired = rekey_lines("f", {7: "second", (7, 2): "first"}, {7: "b", (7, 2): "a"}, texts)
     assert paired == {("7", 2): "second", "7": "first"}
 
 
 def test_lines_without_texts_are_paired_in_order_and_this_is_logged(caplog):
     lines = {"x": 1, ("x", 2): 2, "y": 3}
     with caplog.at_level(logging.WARNING):
-        assert pair_lines("f", lines, {}, {"x": "", ("x", 2): "", "y": ""}) == lines
+        assert rekey_lines("f", lines, {}, {"x": "", ("x", 2): "", "y": ""}) == lines
     assert caplog.messages == [
         "f: question_ids that repeat, not always with their question: 1, x; their lines are paired in the order of the "
         "files: check that it is the same, or add the questions' text"
@@ -79,7 +79,7 @@ def test_ids_with_another_number_of_lines_are_counted_and_left_out(caplog):
     lines = {**dict.fromkeys("abcde", 0), ("e", 2): 1}
     there = {key: "" for name in "abcd" for key in (name, (name, 2))} | {"e": ""}
     with caplog.at_level(logging.WARNING):
-        paired = pair_lines("f", lines, {}, there)
+        paired = rekey_lines("f", lines, {}, there)
     assert paired == {**{(name, 3): 0 for name in "abcd"}, ("e", 2): 0, ("e", 3): 1}
     assert caplog.messages == [
         "f: question_ids that are on another number of lines in the other file, not always with their question: 5, a "
