@@ -9,6 +9,10 @@ benchmark() {
     local name=$1 run=(python) visible=${CUDA_VISIBLE_DEVICES:-}
     shift
     if [ -z "$GPUS" ] && [ -n "$visible" ]; then GPUS=$(($(printf '%s' "$visible" | tr -cd , | wc -c) + 1)); fi
-    if [ "${GPUS:-1}" -gt 1 ]; then run=(torchrun --standalone --nproc_per_node "$GPUS"); fi
-    exec "${run[@]}" -m llava.eval.suite --suite "$name" --model-path "$MODEL" --data "$DATA" "$@"
+    set -- -m llava.eval.suite --suite "$name" --model-path "$MODEL" --data "$DATA" "$@"
+    if [ "${GPUS:-1}" -gt 1 ]; then
+        python "$@" --check >/dev/null # else every process lists what is missing
+        run=(torchrun --standalone --nproc_per_node "$GPUS")
+    fi
+    exec "${run[@]}" "$@"
 }

@@ -51,3 +51,12 @@ def test_processes(start, variables, processes):
     assert start("sqa", "--limit", "5", MODEL="my model", DATA="/d", **variables) == (
         f"{launcher} -m llava.eval.suite --suite scienceqa --model-path my model --data /d --limit 5"
     )
+
+
+def test_missing_files_are_listed_once_before_processes_start(tmp_path):
+    variables = {**os.environ, "MODEL": "playground/llava-tiny", "DATA": str(tmp_path / "none"), "GPUS": "2"}
+    command = ["bash", "scripts/v1_5/eval/pope.sh"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: POPE (pope) can't run:\n")
+    assert done.stderr.count("llava_pope_test.jsonl is missing") == 1
