@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import http.server
 import json
 import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
+
+from tests.local_server import QuietHandler, running_server
 
 TOKEN = "hf_right"
 OWNER = "me"
@@ -151,11 +152,11 @@ def running_hub() -> Iterator[Hub]:
     """Yield a stand-in that answers on a free port."""
     hub, lock, errors = Hub(), threading.Lock(), []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.read_body()
             headers = {name.lower(): value for name, value in self.headers.items()}
             try:
                 with lock:
@@ -163,22 +164,11 @@ def running_hub() -> Iterator[Hub]:
             except Exception as error:
                 errors.append(error)
                 status, extra, content = 400, {}, b"{}"
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **extra}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+            self.send(status, content, extra)
 
         do_GET = do_HEAD = do_POST = do_PUT = answer
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        hub.address = f"http://127.0.0.1:{server.server_port}"
+    with running_server(Handler) as server:
+        hub.address = server.address
         yield hub
-        server.shutdown()
     assert errors == []

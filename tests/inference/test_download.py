@@ -1,7 +1,6 @@
 """Addresses: http and https alone, also after redirects; for strangers the public internet alone, looked up once."""
 
 import contextlib
-import http.server
 import re
 import socket
 import threading
@@ -12,6 +11,7 @@ from llava.image_files.errors import ImageError
 from llava.inference import download as web
 from llava.inference.download import is_global
 from llava.inference.load_image import fetch_image, load_image
+from tests.local_server import QuietHandler, running_server
 
 INNER = (
     *("127.0.0.1", "127.8.9.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"),
@@ -36,21 +36,14 @@ def serving(respond):
     """Run a server in this process that answers by `respond`; yield its port and the requested paths."""
     requested = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self):
             requested.append(self.path)
             with contextlib.suppress(OSError):
                 respond(self)
 
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield server.server_port, requested
-        finally:
-            server.shutdown()
+    with running_server(Handler) as server:
+        yield server.server_port, requested
 
 
 def redirect_to(place, code=302):

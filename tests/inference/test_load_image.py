@@ -11,6 +11,7 @@ import pytest
 from llava.image_files.errors import ImageError
 from llava.inference import load_image as images
 from llava.inference.load_image import load_image, quote_address, split_locations
+from tests.local_server import QuietHandler, running_server
 
 
 @pytest.fixture
@@ -26,10 +27,7 @@ def server(monkeypatch):
 
         def serve(folder):
             handler = functools.partial(Quiet, directory=folder)
-            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            stack.callback(server.shutdown)
-            return f"http://127.0.0.1:{server.server_port}"
+            return stack.enter_context(running_server(handler)).address
 
         yield serve
 
@@ -90,7 +88,7 @@ def test_names_with_spaces_and_umlauts_are_fetched(server, goldens, tmp_path):
         assert load_image(f"{server(tmp_path)}/{name}").tobytes() == load_image(str(image)).tobytes()
 
 
-class Dripping(http.server.BaseHTTPRequestHandler):
+class Dripping(QuietHandler):
     """Sends a byte now and then, and never ends."""
 
     in_headers = False
@@ -106,47 +104,40 @@ class Dripping(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b"x")
                 self.wfile.flush()
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.mark.parametrize("in_headers", [False, True], ids=["body", "headers"])
 def test_a_dripping_server_ends_by_a_total_time(monkeypatch, in_headers):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(images, "TOTAL_SECONDS", 0.5)
     handler = type("Handler", (Dripping,), {"in_headers": in_headers})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with running_server(handler) as server:
         server.is_over = threading.Event()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/a.jpg"
+        address = f"{server.address}/a.jpg"
         try:
             message = f"^image {re.escape(address)} was not complete after 0.5 seconds; download it first$"
             with pytest.raises(ImageError, match=message) as caught:
                 load_image(address)
         finally:
             server.is_over.set()
-            server.shutdown()
     assert caught.value.code == "image_missing"
 
 
 def test_a_download_that_breaks_off(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
-    class Short(Dripping):
+    class Short(QuietHandler):
         def do_GET(self):
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(b"x" * 10)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Short) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/a.jpg"
+    with running_server(Short) as server:
+        address = f"{server.address}/a.jpg"
         with pytest.raises(
             ImageError, match=r"can't be fetched \(IncompleteRead\(10 bytes read, 990 more expected\)\)"
         ):
             load_image(address)
-        server.shutdown()
 
 
 def test_other_kinds_of_address_are_file_names():

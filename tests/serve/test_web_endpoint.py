@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
 from PIL import Image
@@ -24,10 +24,12 @@ from llava.inference.sampling import Sampling
 from llava.serve import web
 from llava.serve.endpoint import Endpoint, EndpointChat, complete_url
 from llava.serve.model_chat import AnswerError, Certainty
+from tests.local_server import QuietHandler, running_server
 
 GREEDY = Sampling(max_new_tokens=6)
 HANG_GUARD = 120  # seconds
 WORDS = ("a", " red", " square")
+EVENTS, HTML = ({"Content-Type": kind} for kind in ("text/event-stream", "text/html"))
 
 
 def event(text=None, logprob=None, end=None, others=()):
@@ -38,23 +40,15 @@ def event(text=None, logprob=None, end=None, others=()):
     return {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [choice]}
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_):
-        pass
-
-    def send(self, status, body, kind="application/json"):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    def send_json(self, status, content):
+        self.send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def start_stream(self):
         self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Content-Type", EVENTS["Content-Type"])
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
 
@@ -72,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.list_models(self)
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.read_body())
         self.server.asked.append(body)
         self.server.answer(self, body)
 
@@ -88,16 +82,13 @@ class Server(ThreadingHTTPServer):
         was_closed: set when a client has closed its connection in mid-answer.
     """
 
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, address, handler):
+        super().__init__(address, handler)
         self.models, self.asked, self.keys, self.was_closed = ["org/tuned"], [], [], threading.Event()
-        self.list_models = lambda handler: handler.send(
+        self.list_models = lambda handler: handler.send_json(
             200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
         )
         self.answer = answer_in_words
-        self.address = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
         pass  # a client that went away
@@ -120,12 +111,12 @@ def answer_with_logprobs(handler, body):
 
 
 def refuse(status, message):
-    return lambda handler, body: handler.send(status, {"error": {"message": message}})
+    return lambda handler, body: handler.send_json(status, {"error": {"message": message}})
 
 
 def refuse_logprobs(handler, body):
     if "logprobs" in body:
-        handler.send(400, {"error": {"message": "logprobs is not supported"}})
+        handler.send_json(400, {"error": {"message": "logprobs is not supported"}})
     else:
         answer_in_words(handler, body)
 
@@ -171,10 +162,8 @@ def no_proxy(monkeypatch):
 
 @pytest.fixture
 def server():
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    with running_server(Handler, Server) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -266,8 +255,8 @@ def test_a_server_that_refuses_logprobs_is_asked_without(server, chat, caplog):
         (break_off, "can't be reached, or broke off"),
         (end_early, "broke off in mid-answer"),
         (report_in_stream, r"reports an error \(engine died\)"),
-        (lambda handler, _: handler.send(200, b"data: <html>\n\n", "text/event-stream"), "does not stream what"),
-        (lambda handler, _: handler.send(200, b"<html>hello</html>", "text/html"), "broke off in mid-answer"),
+        (lambda handler, _: handler.send(200, b"data: <html>\n\n", EVENTS), "does not stream what"),
+        (lambda handler, _: handler.send(200, b"<html>hello</html>", HTML), "broke off in mid-answer"),
     ],
 )
 def test_what_a_server_does_wrong_is_said_in_a_sentence(server, chat, answer, message):
@@ -370,16 +359,16 @@ def test_one_of_several_models_must_be_named(server, capsys, models, message):
 
 def test_what_is_wrong_at_the_start(server, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    server.list_models = lambda handler: handler.send(401, {"error": {"message": "bad key"}})
+    server.list_models = lambda handler: handler.send_json(401, {"error": {"message": "bad key"}})
     assert run_main(server) == 2
     printed = capsys.readouterr().err
     assert "refuses the key (HTTP 401); set OPENAI_API_KEY" in printed and "secret-key" not in printed
     assert server.keys == ["Bearer secret-key"]
-    server.list_models = lambda handler: handler.send(500, {"error": {"message": "starting"}})
+    server.list_models = lambda handler: handler.send_json(500, {"error": {"message": "starting"}})
     assert run_main(server) == 2
     assert "reports HTTP 500 (starting)" in capsys.readouterr().err
     for status in (200, 404):
-        server.list_models = lambda handler, status=status: handler.send(status, b"<html>hello</html>", "text/html")
+        server.list_models = lambda handler, status=status: handler.send(status, b"<html>hello</html>", HTML)
         assert run_main(server) == 2
         assert capsys.readouterr().err.count("\n") == 1
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import socket
-import threading
 
 import pytest
 
@@ -19,6 +17,7 @@ from llava.eval.benchmarks.llavabench import (
     read_reviews,
     summarize_reviews,
 )
+from tests.local_server import QuietHandler, running_server
 
 RULES = {"llava_bench_conv": {"role": "Assistant", "prompt": "Mark both."}}
 
@@ -103,34 +102,21 @@ def test_no_reviews_are_selected(tmp_path, capsys):
     assert end.value.code == 2
 
 
-class Reviewer(http.server.BaseHTTPRequestHandler):
+class Reviewer(QuietHandler):
     """Stands in for the server: answers with what `replies` holds, (status, body), and notes what it was sent."""
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.read_body())
         self.server.seen.append((self.path, self.headers["Authorization"], body))
         status, reply = self.server.replies.pop(0)
-        data = json.dumps(reply).encode()
-        self.send_response(status)
-        if status == 307:
-            self.send_header("Location", "/elsewhere")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        self.send(status, json.dumps(reply).encode(), {"Location": "/elsewhere"} if status == 307 else {})
 
 
 @pytest.fixture
 def server():
-    with http.server.HTTPServer(("127.0.0.1", 0), Reviewer) as found:
+    with running_server(Reviewer) as found:
         found.seen, found.replies = [], []
-        thread = threading.Thread(target=found.serve_forever, daemon=True)
-        thread.start()
         yield found
-        found.shutdown()
-        thread.join()
 
 
 def completion(text):
