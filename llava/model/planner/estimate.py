@@ -120,11 +120,6 @@ def fits(sizes: ModelSizes, run: Training | Inference, available: int) -> bool:
     return needed_bytes(sizes, run) <= available
 
 
-def fitting_batch(sizes: ModelSizes, run: Training, available: int) -> Training | None:
-    """Return the run with the largest micro-batch that fits and the same rows per step; None if 1 does not."""
-    return next((other for other in smaller_batches(run) if fits(sizes, other, available)), None)
-
-
 def smaller_batches(run: Training) -> Iterator[Training]:
     """Yield the run, then those with smaller micro-batches and more of them: the same rows per step."""
     rows = run.batch * run.accumulation

@@ -12,10 +12,10 @@ from llava.model.planner.estimate import (
     checkpointed_layers,
     describe_plan,
     fits,
-    fitting_batch,
     fitting_inference,
     fitting_training,
     needed_bytes,
+    smaller_batches,
     smaller_training,
 )
 from llava.model.planner.setups import Inference, Training
@@ -123,12 +123,17 @@ SETUPS = st.builds(
 )
 
 
+def fitting_batch(run, available):
+    """The run with the largest micro-batch that fits and the same rows per step; None if 1 does not."""
+    return next((other for other in smaller_batches(run) if fits(LLAVA_7B, other, available)), None)
+
+
 @settings(max_examples=30, deadline=None)
 @given(SETUPS, st.floats(4, 100))
 def test_rows_per_step_are_those_asked_for(run, memory):
     available = round(memory * GB)
     assert {other.rows_per_step for other in smaller_training(run)} == {run.rows_per_step}
-    found = fitting_batch(LLAVA_7B, run, available)
+    found = fitting_batch(run, available)
     if found is not None:
         assert found.rows_per_step == run.rows_per_step
         assert need(found) <= available
@@ -141,7 +146,7 @@ def test_rows_per_step_are_those_asked_for(run, memory):
 @given(SETUPS, st.floats(4, 100), st.floats(1, 2))
 def test_more_memory_never_means_smaller_batches_or_more_checkpointed_layers(run, memory, factor):
     less, more = round(memory * GB), round(factor * memory * GB)
-    small, large = (fitting_batch(LLAVA_7B, run, available) for available in (less, more))
+    small, large = (fitting_batch(run, available) for available in (less, more))
     assert (small.batch if small else 0) <= (large.batch if large else 0)
     assert checkpointed_layers(LLAVA_7B, run, more) <= checkpointed_layers(LLAVA_7B, run, less)
 
