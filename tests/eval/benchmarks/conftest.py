@@ -24,6 +24,18 @@ def write_lines(tmp_path) -> Callable[[str, Sequence[Mapping[str, Any]]], Path]:
 
 
 @pytest.fixture
+def write_document(tmp_path) -> Callable[[Any], Path]:
+    """Return the function that writes a JSON value, or a text as it is, to a file of the test's folder."""
+
+    def write(content: Any) -> Path:
+        path = tmp_path / "document.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
 def converter(load_program) -> Callable[..., int]:
     """Return the function (script, flag="value", ...) -> exit code."""
 

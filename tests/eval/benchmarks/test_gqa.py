@@ -30,18 +30,8 @@ def reply(question_id, text, error=None):
 ANSWERS = [reply(203, "Tennis racket."), reply("201", "No"), reply("202", "man")]
 
 
-@pytest.fixture
-def write_questions(tmp_path):
-    def write(content):
-        path = tmp_path / "questions.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return path
-
-    return write
-
-
-def test_accuracy_of_kinds(write_questions):
-    questions = read_gqa_questions(write_questions(DOCUMENT))
+def test_accuracy_of_kinds(write_document):
+    questions = read_gqa_questions(write_document(DOCUMENT))
     result = score_gqa(questions, ANSWERS, "answers")
     assert {figure.name: round(figure.value, 2) for figure in result.figures} == {
         "accuracy": 66.67, "accuracy, binary": 100, "accuracy, open": 50,
@@ -99,8 +89,8 @@ def test_predictions_of_errors_and_numbers():
     assert notes == ("1 of 2 answers are errors and are submitted empty (image_missing 1)",)
 
 
-def test_files_that_do_not_belong_together(write_questions, write_lines, capsys, converter, tmp_path):
-    path = write_questions(DOCUMENT)
+def test_files_that_do_not_belong_together(write_document, write_lines, capsys, converter, tmp_path):
+    path = write_document(DOCUMENT)
     questions = read_gqa_questions(path)
     with pytest.raises(BenchmarkError, match=r"these 3 questions: 1 \(202\) without an answer, 0 of other"):
         score_gqa(questions, ANSWERS[:2], "answers")
@@ -117,10 +107,10 @@ def test_files_that_do_not_belong_together(write_questions, write_lines, capsys,
     assert not (tmp_path / "out.json").exists()
 
 
-def test_an_error_counts_as_wrong(write_questions):
+def test_an_error_counts_as_wrong(write_document):
     document = {**DOCUMENT, "201": {**DOCUMENT["201"], "answer": ""}}
     answers = [reply(203, "x"), reply("201", "", "image_missing"), reply("202", "woman")]
-    result = score_gqa(read_gqa_questions(write_questions(document)), answers, "answers")
+    result = score_gqa(read_gqa_questions(write_document(document)), answers, "answers")
     assert [one.score for one in result.questions] == [0, 1, 0]
     assert result.notes == ("1 of 3 answers are errors and count as wrong (image_missing 1)",)
 
@@ -138,14 +128,14 @@ def test_an_error_counts_as_wrong(write_questions):
         ({"1": 2}, "question 1: no 'question', 'answer' and 'imageId'"),
     ],
 )
-def test_questions_that_can_not_be_used(content, message, write_questions):
+def test_questions_that_can_not_be_used(content, message, write_document):
     with pytest.raises(BenchmarkError, match=message):
-        read_gqa_questions(write_questions(content))
+        read_gqa_questions(write_document(content))
 
 
-def test_the_program_prints_accuracy_interval_and_published_figure(write_questions, write_lines, capsys):
+def test_the_program_prints_accuracy_interval_and_published_figure(write_document, write_lines, capsys):
     answers = str(write_lines("answers.jsonl", [answer.record for answer in ANSWERS]))
-    assert main(["--annotation-file", str(write_questions(DOCUMENT)), "--result-file", answers]) == 0
+    assert main(["--annotation-file", str(write_document(DOCUMENT)), "--result-file", answers]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[:2] == ["Samples: 3", "Accuracy: 66.67%"]
     assert out[4].split()[:3] == ["accuracy", "66.67", "%"]

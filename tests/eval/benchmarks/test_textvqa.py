@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 
 import pytest
@@ -44,18 +43,8 @@ ANSWERS = [
 ]
 
 
-@pytest.fixture
-def write_annotations(tmp_path):
-    def write(content):
-        path = tmp_path / "annotations.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return path
-
-    return write
-
-
-def test_answers_are_joined_by_image_and_question(write_annotations):
-    annotations = read_textvqa_annotations(write_annotations({"data": ENTRIES}))
+def test_answers_are_joined_by_image_and_question(write_document):
+    annotations = read_textvqa_annotations(write_document({"data": ENTRIES}))
     result = score_textvqa(annotations, ANSWERS, "answers")
     assert [(one.key, one.group, one.score) for one in result.questions] == [
         ("1", "a1", 1),
@@ -117,17 +106,17 @@ def test_questions_of_the_original_are_found_in_its_prompts(shared_path):
     assert (len(result.questions), result.figures[0].value) == (800, 100)
 
 
-def test_a_question_asked_twice_has_two_answers(write_annotations):
+def test_a_question_asked_twice_has_two_answers(write_document):
     twice = [annotate("a1", "What?", "red"), annotate("a1", "What?", "blue")]
-    annotations = read_textvqa_annotations(write_annotations({"data": twice}))
+    annotations = read_textvqa_annotations(write_document({"data": twice}))
     answers = [reply("a1", "What?", "red"), reply("a1", "What?", "blue")]
     assert score_textvqa(annotations, answers, "answers").figures[0].value == 100
     with pytest.raises(BenchmarkError, match=r"^answers is not the answers to these 2 questions: 1 \(a1\) without an"):
         score_textvqa(annotations, answers[:1], "answers")
 
 
-def test_missing_repeated_and_failed_answers(write_annotations):
-    annotations = read_textvqa_annotations(write_annotations({"data": ENTRIES}))
+def test_missing_repeated_and_failed_answers(write_document):
+    annotations = read_textvqa_annotations(write_document({"data": ENTRIES}))
     with pytest.raises(
         BenchmarkError, match=r"3 questions: 1 \(a1\) without an answer, 0 of other questions or repeated"
     ):
@@ -155,13 +144,13 @@ def test_missing_repeated_and_failed_answers(write_annotations):
         ({"data": [{"image_id": "a", "question": "a", "answers": ["a"]}]}, "annotation 1: 1 answers; TextVQA has 10"),
     ],
 )
-def test_annotations_that_can_not_be_used(content, message, write_annotations):
+def test_annotations_that_can_not_be_used(content, message, write_document):
     with pytest.raises(BenchmarkError, match=message):
-        read_textvqa_annotations(write_annotations(content))
+        read_textvqa_annotations(write_document(content))
 
 
-def test_a_folder_of_answers_is_scored_file_by_file(write_annotations, write_lines, tmp_path, capsys):
-    annotations = str(write_annotations({"data": ENTRIES}))
+def test_a_folder_of_answers_is_scored_file_by_file(write_document, write_lines, tmp_path, capsys):
+    annotations = str(write_document({"data": ENTRIES}))
     records = [{"question_id": one.question_id, "prompt": one.prompt, "text": one.text} for one in ANSWERS]
     write_lines("answers/a.jsonl", records)
     write_lines("answers/b.jsonl", records[1:])
