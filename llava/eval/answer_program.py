@@ -104,7 +104,7 @@ def run_on_rank(
     sampling: Sampling,
     run: Callable[[argparse.Namespace, Sampling, DistributedRank], int],
 ) -> int:
-    """Say on rank 0 that the questions are read, and run a program; arguments and exit code as above."""
+    """Announce on rank 0 that questions are read, and run a program; arguments as of `run_benchmark_program`."""
 
     def start() -> int:
         rank = read_rank()

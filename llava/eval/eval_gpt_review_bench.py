@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = expand_homes(parser.parse_args(argv), "question", "context", "answer_list", "rule", "output")
     if urllib.parse.urlsplit(args.base_url).scheme not in ("http", "https"):
-        parser.error(f"--base-url {args.base_url} is no http(s) address")
+        parser.error(f"--base-url {args.base_url} is not an http(s) address")
     inputs = {"--question": args.question, "--context": args.context, "--answer-list": args.answer_list}
     message = find_overwrite({"--output": output_file(args.output)}, {**inputs, "--rule": args.rule})
     if message:
@@ -179,7 +179,7 @@ def _read_message(data: bytes, address: str) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise BenchmarkError(f"{address} answers {show(data[:400])}, which is no chat completion; check --base-url")
+        raise BenchmarkError(f"{address} answers {show(data[:400])}, which is not a chat completion; check --base-url")
     return text
 
 
@@ -187,7 +187,7 @@ def _read_done(path: Path, requests: Sequence[ReviewRequest]) -> set[int | str]:
     """Return the ids of the questions whose reviews are there.
 
     Raises:
-        BenchmarkError: if they are of other answers.
+        BenchmarkError: if there are reviews of other answers.
     """
     if not path.stat().st_size:
         return set()

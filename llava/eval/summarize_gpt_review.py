@@ -48,7 +48,7 @@ def print_summaries(args: argparse.Namespace) -> None:
     """Print the summary of each file.
 
     Raises:
-        BenchmarkError: if a file can't be read or is no reviews file, or none is selected.
+        BenchmarkError: if a file can't be read or is not a reviews file, or none is selected.
     """
     names = args.files or _find_reviews(args.dir)
     selected = [name for name in sorted(names) if _is_selected(_config(name), args.select or (), args.version)]

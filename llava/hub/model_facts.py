@@ -86,7 +86,7 @@ class ModelFacts:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form `owner/name` and is no directory here."""
+    """Return whether a name has the form `owner/name` and is not a directory here."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 

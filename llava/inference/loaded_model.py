@@ -118,7 +118,7 @@ class ImageChat:
         """Ask a question and return the whole answer.
 
         Raises:
-            TypeError: if the question is no text.
+            TypeError: if the question is not a text.
             ValueError: if the question is empty or the context is full.
         """
         for _ in self.stream(question):
@@ -185,7 +185,7 @@ class LoadedModel:
             seed: of the draws; None = a random one.
 
         Raises:
-            TypeError: if the question is no text, or an image of another kind.
+            TypeError: if the question is not a text, or an image of another kind.
             ValueError: if the question, an image or an option can't be used.
 
         Example:

@@ -1,4 +1,4 @@
-"""What a run of the suite found on one benchmark, and the paired comparison of two models."""
+"""Result of one model on one benchmark, and the paired comparison of two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an answers file to the figures of its benchmark, and to its submission file."""
+"""Score the answers file of a benchmark, and write its submission file."""
 
 from __future__ import annotations
 

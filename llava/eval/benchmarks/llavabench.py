@@ -38,7 +38,7 @@ class ReviewRequest(NamedTuple):
 
 
 class MarkMeans(NamedTuple):
-    """Mean marks of a category, to three decimals as in the original, and how many reviews they are of."""
+    """Mean marks of a category, to three decimals as in the original, and the number of its reviews."""
 
     reference: float
     model: float

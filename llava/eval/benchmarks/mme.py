@@ -73,7 +73,7 @@ def read_mme_truths(folder: str | os.PathLike[str]) -> list[Truth]:
         folder: MME_Benchmark_release_version.
 
     Raises:
-        BenchmarkError: if it holds no task, or a file has other lines than a question, a tab and yes or no.
+        BenchmarkError: if it holds no task, or a line of a file is not a question, a tab and yes or no.
     """
     root = Path(expand_home(folder))
     truths: list[Truth] = []

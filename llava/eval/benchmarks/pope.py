@@ -153,7 +153,7 @@ def score_pope(
 
 
 def build_result(by_split: Mapping[str, Sequence[Judged]], notes: Sequence[str] = ()) -> BenchmarkResult:
-    """Return the figures of judged questions by split, as `score` does."""
+    """Return the figures of judged questions by split; see `score_pope`."""
     ratios = {split: _split_ratios(judged) for split, judged in by_split.items()}
     figures: list[Figure] = []
     if len(ratios) > 1:

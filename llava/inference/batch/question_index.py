@@ -1,4 +1,4 @@
-"""From a record of an answers file to its question, also where ids repeat."""
+"""Find the question of a record of an answers file, also where ids repeat."""
 
 from __future__ import annotations
 

@@ -187,8 +187,8 @@ def test_a_refusal_keeps_what_is_there_and_the_next_run_goes_on(review, server, 
     [
         ([(503, {})] * 6, "can't be asked (503 {}); reviews so far are kept"),
         ([(307, {})], "answers 307 {}; check --model, --base-url and the key"),
-        ([(200, {"choices": []})], "which is no chat completion; check --base-url"),
-        ([(200, [])], "which is no chat completion"),
+        ([(200, {"choices": []})], "which is not a chat completion; check --base-url"),
+        ([(200, [])], "which is not a chat completion"),
     ],
 )
 def test_servers_that_do_not_answer(review, server, capsys, replies, message):
@@ -215,7 +215,7 @@ def test_reviews_of_other_answers_are_refused(review, write_lines, capsys):
     ("words", "key", "message"),
     [
         ([], "", "set OPENAI_API_KEY to a key of http://127.0.0.1"),
-        (["--base-url", "file:///etc"], "x", "--base-url file:///etc is no http(s) address"),
+        (["--base-url", "file:///etc"], "x", "--base-url file:///etc is not an http(s) address"),
     ],
 )
 def test_usage_errors(review, monkeypatch, capsys, words, key, message):

@@ -219,7 +219,7 @@ def _read_row(cells: Mapping[str, str]) -> MmbenchRow | None:
 
 
 def _decode_base64(text: str) -> bytes:
-    """Return what a cell holds; b"" if it is no base64, which is no image either."""
+    """Decode a cell; b"", which no image is, if it is not base64."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
