@@ -79,7 +79,7 @@ MODULES: Mapping[str, Mapping[str, str]] = {
     | _from(_TEXTVQA, "EvalAIAnswerProcessor TextVQAAccuracyEvaluator"),
     "llava.eval.eval_textvqa": _from(_TEXTVQA, "TextVQAAccuracyEvaluator prompt_processor"),
     "llava.eval.eval_science_qa": _from(_EVALUATION, "convert_caps")
-    | _from("llava.eval.benchmarks.scienceqa", "get_pred_idx"),
+    | _from("llava.eval.benchmarks.scienceqa.score", "get_pred_idx"),
     "llava.train.llava_trainer": _from(
         _TRAINER,
         "LLaVATrainer LengthGroupedSampler get_length_grouped_indices get_modality_length_grouped_indices",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from llava.eval.benchmarks.catalog import find_benchmark
 from llava.eval.benchmarks.lines import read_answer_lines
-from llava.eval.benchmarks.scienceqa import (
+from llava.eval.benchmarks.scienceqa.score import (
     OPTIONS,
     WITH_IMAGE,
     build_result,

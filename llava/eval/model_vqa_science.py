@@ -11,7 +11,7 @@ from llava.eval.answer_program import (
     parse_answer_arguments,
     run_benchmark_program,
 )
-from llava.eval.benchmarks.science_questions import read_science_questions
+from llava.eval.benchmarks.scienceqa.questions import read_science_questions
 from llava.files.program_parser import program_parser
 from llava.inference.batch.questions import split_chunk
 from llava.inference.distributed import DistributedRank

@@ -13,7 +13,7 @@ from llava.eval import model_vqa_mmbench, model_vqa_science
 from llava.eval.benchmarks.lines import BenchmarkError, read_answer_lines
 from llava.eval.benchmarks.mmbench.score import score_mmbench
 from llava.eval.benchmarks.mmbench.table import read_mmbench_table
-from llava.eval.benchmarks.science_questions import read_science_questions
+from llava.eval.benchmarks.scienceqa.questions import read_science_questions
 from llava.inference.batch.answers_file import AnswersFile
 from llava.inference.batch.questions import Question
 

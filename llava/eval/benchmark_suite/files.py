@@ -13,7 +13,7 @@ from llava.eval.benchmarks.mmbench.table import (
     extract_mmbench_images,
     read_mmbench_table,
 )
-from llava.eval.benchmarks.science_questions import read_science_questions
+from llava.eval.benchmarks.scienceqa.questions import read_science_questions
 from llava.image_files.errors import ImageError
 from llava.image_files.paths import resolve_image
 from llava.inference.batch.questions import Question, read_question_file

@@ -18,8 +18,8 @@ from llava.eval.benchmarks.mme import format_mme_files, read_mme_truths, score_m
 from llava.eval.benchmarks.mmvet import convert_mmvet
 from llava.eval.benchmarks.pope import read_pope_labels, score_pope
 from llava.eval.benchmarks.result import BenchmarkResult
-from llava.eval.benchmarks.science_questions import read_science_records
-from llava.eval.benchmarks.scienceqa import read_science_problems, score_scienceqa
+from llava.eval.benchmarks.scienceqa.questions import read_science_records
+from llava.eval.benchmarks.scienceqa.score import read_science_problems, score_scienceqa
 from llava.eval.benchmarks.seed import convert_seed, read_seed_questions, score_seed
 from llava.eval.benchmarks.submission import note_empty_answers, write_json_document, write_xlsx
 from llava.eval.benchmarks.textvqa import prompt_processor, read_textvqa_annotations, score_textvqa

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llava.eval.benchmarks.gqa import read_gqa_questions
 from llava.eval.benchmarks.lines import BenchmarkError, count_errors, pair_lines, read_answer_lines, read_question_lines
 from llava.eval.benchmarks.pope import judge, read_pope_labels
-from llava.eval.benchmarks.scienceqa import read_science_problems
+from llava.eval.benchmarks.scienceqa.score import read_science_problems
 from llava.eval.benchmarks.textvqa import read_textvqa_annotations
 
 KEYS = (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.eval.benchmarks.lines import AnswerLine, BenchmarkError, read_answer_lines
-from llava.eval.benchmarks.scienceqa import (
+from llava.eval.benchmarks.scienceqa.score import (
     FAILED,
     Problem,
     find_letter,

@@ -22,7 +22,7 @@ from llava.eval.benchmarks.lines import (
     pair_lines,
 )
 from llava.eval.benchmarks.result import BenchmarkResult, QuestionScore, accuracy_figure
-from llava.eval.benchmarks.science_questions import ScienceRecord, read_science_records
+from llava.eval.benchmarks.scienceqa.questions import ScienceRecord, read_science_records
 from llava.eval.benchmarks.submission import read_json_document
 from llava.files.home_directory import expand_home
 from llava.files.terminal_text import show, show_list

@@ -1,0 +1,1 @@
+"""ScienceQA: records and prompts, letters of answers and accuracies."""
