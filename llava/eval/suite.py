@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N questions of each benchmark (default: all)")
     add("--skip-missing", action="store_true",
         help="leave out benchmarks that lack files, or answers to score (default: list them and end)")  # fmt: skip
+    add("--check", action="store_true", help="only look whether all files are there, and end")
     add("--score-only", action="store_true", help="score the answers that are there, whoever wrote them; load no model")
     add("--json", metavar="OUT", help="also write all figures to this file (default: no file)")
     add_engine_arguments(parser)
@@ -125,6 +126,9 @@ def _run(args: argparse.Namespace, rank: DistributedRank) -> int:
         parts = _select_answered(args, parts, data, models)
     else:
         _refuse_missing_models(models)
+    if args.check:
+        print(f"all files of {', '.join(part.benchmark.name for part in parts)} are there")
+        return 0
     worst, by_model = 0, []
     with process_group(rank) as wait:
         for model in models:

@@ -261,14 +261,14 @@ def _other_programs(facts: ModelFacts, name: str, flag: str) -> list[str]:
 
 def _transformers_code(name: str) -> str:
     return f"""```python
-from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.image_utils import load_image
 
 model = LlavaForConditionalGeneration.from_pretrained({json.dumps(name)}, device_map="auto")
 processor = AutoProcessor.from_pretrained({json.dumps(name)})
 content = [{{"type": "image"}}, {{"type": "text", "text": "What is the man holding?"}}]
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
-inputs = processor(images=Image.open("man.jpg"), text=prompt, return_tensors="pt")
+inputs = processor(images=load_image("man.jpg"), text=prompt, return_tensors="pt")
 answer = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""

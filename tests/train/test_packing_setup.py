@@ -143,6 +143,7 @@ def test_the_log_line_about_shared_prefixes():
 def arguments(**changes):
     flags = {"share_image_prefix": True, "compile_layers": "auto", "bits": 16, "deepspeed": None, "seed": 0}
     flags |= {
+        "base_dtype": "auto",
         "fuse_lora": "auto",
         "fsdp": [],
         "device": torch.device("cpu"),

@@ -15,6 +15,10 @@ benchmark() {
             exit 2
             ;;
     esac
-    if [ "${GPUS:-1}" -gt 1 ]; then run=(torchrun --standalone --nproc_per_node "$GPUS"); fi
-    exec "${run[@]}" -m llava.eval.suite --suite "$name" --model-path "$MODEL" --data "$DATA" "$@"
+    set -- -m llava.eval.suite --suite "$name" --model-path "$MODEL" --data "$DATA" "$@"
+    if [ "${GPUS:-1}" -gt 1 ]; then
+        python "$@" --check >/dev/null # else every process lists what is missing
+        run=(torchrun --standalone --nproc_per_node "$GPUS")
+    fi
+    exec "${run[@]}" "$@"
 }

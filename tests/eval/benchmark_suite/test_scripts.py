@@ -58,3 +58,12 @@ def test_processes(start, variables, processes):
 @pytest.mark.parametrize("gpus", ["x", "0", "-1", "2 4", "1.5"])
 def test_a_number_of_gpus_that_is_none(start, gpus):
     assert start("pope", GPUS=gpus) == f"2: error: GPUS={gpus} is not a number of GPUs; give 1 or more, or leave it out"
+
+
+def test_missing_files_are_listed_once_before_processes_start(tmp_path):
+    variables = {**os.environ, "MODEL": "playground/llava-tiny", "DATA": str(tmp_path / "none"), "GPUS": "2"}
+    command = ["bash", "scripts/v1_5/eval/pope.sh"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: POPE (pope) can't run:\n")
+    assert done.stderr.count("llava_pope_test.jsonl is missing") == 1

@@ -156,6 +156,10 @@ def test_the_rest_runs_if_asked_for(data, capsys):
     data.lay_out_vizwiz()
     assert data("pope,vizwiz") == 2
     assert "or pass --skip-missing for the other 1" in capsys.readouterr().err
+    assert data("pope,vizwiz", "--check") == 2
+    capsys.readouterr()
+    assert data("vizwiz", "--check") == 0
+    assert capsys.readouterr().out == "all files of vizwiz are there\n"
     assert data("pope,vizwiz", "--skip-missing") == 0
     captured = capsys.readouterr()
     assert "POPE (pope) can't run:" in captured.err
