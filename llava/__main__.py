@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     if name in COMMANDS:
         return run(name, words)
+    if name == "help" and words[:1] and words[0] in COMMANDS:
+        return run(words[0], ["--help"])
     if name in ("-h", "--help", "help"):
         print(help_text())
         return 0

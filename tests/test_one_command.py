@@ -153,6 +153,12 @@ def test_help_is_the_table_of_contents(capsys, flag):
     assert max(map(len, lines)) <= 80
 
 
+def test_help_of_a_command_in_other_words(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["help", "merge"])
+    assert capsys.readouterr().out.startswith("usage: llava merge ")
+
+
 def test_version(capsys):
     assert command.main(["--version"]) == 0
     assert capsys.readouterr().out == f"llava {llava.__version__}\n"

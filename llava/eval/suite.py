@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", default=str(DATA), metavar="DIR", help="folder of the benchmarks (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N questions of each benchmark (default: all)")
     add("--skip-missing", action="store_true",
-        help="leave out benchmarks whose files are missing (default: list them and end)")  # fmt: skip
+        help="leave out benchmarks that lack files, or answers to score (default: list them and end)")  # fmt: skip
     add("--check", action="store_true", help="only look whether all files are there, and end")
     add("--score-only", action="store_true", help="score the answers that are there, whoever wrote them; load no model")
     add("--json", metavar="OUT", help="also write all figures to this file (default: no file)")
@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace, rank: DistributedRank) -> int:
     models = _models(args)
     parts = _select(args, [prepare(part, data, args.limit, needs_images=not args.score_only) for part in args.suite])
     if args.score_only:
-        _refuse_missing_answers(parts, data, models)
+        parts = _select_answered(args, parts, data, models)
     else:
         _refuse_missing_models(models)
     if args.check:
@@ -177,14 +177,31 @@ def _refuse_missing_models(models: Sequence[argparse.Namespace]) -> None:
         ModelSources.find(model.model_path, model.model_base, model.vision_tower)
 
 
-def _refuse_missing_answers(parts: Sequence[Prepared], data: Path, models: Sequence[argparse.Namespace]) -> None:
-    paths = [part.benchmark.answers_path(data, name_model(model)) for model in models for part in parts]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        listed = "\n  ".join(missing)
-        raise ValueError(
-            f"--score-only scores answers that exist; these do not:\n  {listed}\nanswer first, without the flag"
-        )
+def _select_answered(
+    args: argparse.Namespace, parts: Sequence[Prepared], data: Path, models: Sequence[argparse.Namespace]
+) -> list[Prepared]:
+    """Return the benchmarks that every model has answered; list the answers that are missing.
+
+    Raises:
+        ValueError: if answers are missing and `--skip-missing` is not given, or no benchmark has them all.
+    """
+    missing = [_find_missing_answers(part, data, models) for part in parts]
+    listed = [f"  {path}" for paths in missing for path in paths]
+    complete = [part for part, paths in zip(parts, missing, strict=True) if not paths]
+    if not listed:
+        return complete
+    message = "\n".join(["--score-only scores answers that exist; these do not:", *listed])
+    if not args.skip_missing or not complete:
+        way_out = f", or pass --skip-missing for the other {len(complete)}" if complete else ""
+        raise ValueError(f"{message}\nanswer first, without the flag{way_out}")
+    if read_rank().rank == 0:
+        print(format_message(f"{message}\nleft out"), file=sys.stderr)
+    return complete
+
+
+def _find_missing_answers(part: Prepared, data: Path, models: Sequence[argparse.Namespace]) -> list[Path]:
+    paths = [part.benchmark.answers_path(data, name_model(model)) for model in models]
+    return [path for path in paths if not path.is_file()]
 
 
 if __name__ == "__main__":

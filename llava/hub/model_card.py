@@ -228,7 +228,7 @@ def _use_section(facts: ModelFacts, name: str) -> list[str]:
     question = "What is the man holding?"
     return [
         "## Use",
-        "With the `llava` package that made it, from a checkout of its repository:",
+        "With the `llava` package that made it:",
         f"```python\nimport llava\n\nmodel = llava.load({json.dumps(name)}{argument})\n"
         f'print(model.ask("man.jpg", "{question}"))\n```',
         f"```bash\npython -m llava.eval.run_llava --model-path {shlex.quote(name)}{flag} --image-file man.jpg \\\n"
@@ -252,7 +252,7 @@ def _other_programs(facts: ModelFacts, name: str, flag: str) -> list[str]:
     target = name.rpartition("/")[2] + "_hf"
     return [
         f"transformers and vLLM read another layout. {merged}Convert it, then give them `{target}`:",
-        f"```bash\npython scripts/convert_checkpoint.py --from {shlex.quote(name)}{flag} --to {shlex.quote(target)} "
+        f"```bash\npython -m llava convert --from {shlex.quote(name)}{flag} --to {shlex.quote(target)} "
         f"--layout hf\nvllm serve {shlex.quote(target)}\n```",
         _transformers_code(target),
     ]

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, overload
 
 from PIL import Image
@@ -277,6 +278,7 @@ class LoadedModel:
             TypeError: if `rows` is of another kind.
             ValueError: if a row has no question, an image is of another kind, a column is missing or named as one of
                 the answers', or an option is wrong.
+            NotADirectoryError: if there is no such image folder.
 
         Example:
             >>> model.ask_many([{"image": "man.jpg", "question": "What is he holding?"}], "photos")
@@ -294,6 +296,10 @@ class LoadedModel:
         )
         if image_folder and table.questions and not any(question.images for question in table.questions):
             raise ValueError("image_folder is given, but no row has an image; name their column with image_column")
+        if image_folder and not Path(expand_home(image_folder)).is_dir():
+            raise NotADirectoryError(
+                f"image_folder {image_folder} is not a directory; give the one that holds the images"
+            )
         sampling = Sampling(temperature, top_p, 1, max_new_tokens, seed)
         answers = _answer(self.session, table, image_folder, sampling, batch_size=batch_size, progress=progress)
         return table.with_columns(_columns(answers))

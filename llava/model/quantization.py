@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from llava.constants import FP8
+from llava.files.install_command import install_command
 from llava.model.adapter.lora import is_llm_block
 from llava.model.capabilities import capabilities_of
 from llava.model.configuration import LlavaConfig
@@ -50,7 +51,7 @@ def import_bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError(f'4 and 8 bit need bitsandbytes ({error}); run: pip install -e ".[quant]"') from error
+        raise ImportError(f"4 and 8 bit need bitsandbytes ({error}); run: {install_command('quant')}") from error
     return bitsandbytes
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.files.home_directory import expand_homes
+from llava.files.install_command import install_command
 from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
 from llava.image_files.paths import resolve_image
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # for annotations: they import Pillow and torch
     CreateChat = Callable[[], ModelChat]
 
 _EXAMPLES_SHOWN = 12
+_LAST_PORT = 65_535
 _MODELS_SHOWN = 2
 _UPLOAD_FOLDER = "GRADIO_TEMP_DIR"  # the variable from which Gradio reads it
 _SWEEP_SECONDS = 60.0  # between looks for conversations that have expired
@@ -142,7 +144,7 @@ def _naming_the_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ImportError(f'{error.name} is not installed: pip install -e ".[web]"') from error
+        raise ImportError(f"{error.name} is not installed: {install_command('web')}") from error
 
 
 @contextlib.contextmanager
@@ -215,6 +217,8 @@ def check_address(host: str, port: int) -> None:
     Raises:
         OSError: if it can't.
     """
+    if not 0 <= port <= _LAST_PORT:  # getaddrinfo takes it modulo 65536
+        raise OSError(f"can't listen on port {port} (ports are 0 to {_LAST_PORT}); choose another --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

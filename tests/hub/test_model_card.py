@@ -59,7 +59,7 @@ def test_the_whole_card():
         "| all | 200 | 65.43 | 58.1 to 72.1 |",
         "| ![](images/example_1.jpg) | What is it? | a dog | a cat |",
         'model = llava.load("me/llava-vqa")',
-        "python scripts/convert_checkpoint.py --from me/llava-vqa --to llava-vqa_hf --layout hf",
+        "python -m llava convert --from me/llava-vqa --to llava-vqa_hf --layout hf",
         "vllm serve llava-vqa_hf",
     ):
         assert line in card.text.splitlines(), line
@@ -83,7 +83,7 @@ def test_the_hub_reads_the_metadata(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "relation", "expected", "absent"),
     [
-        ({"layout": Layout.HF}, "finetune", 'from_pretrained("me/m", device_map="auto")', "convert_checkpoint"),
+        ({"layout": Layout.HF}, "finetune", 'from_pretrained("me/m", device_map="auto")', "llava convert"),
         ({"layout": Layout.LORA}, "adapter", "The adapter is merged on the way.", "model_base"),
         ({"layout": Layout.LORA, "base": "/home/us/base"}, None, 'model_base="PATH_OF_THE_BASE"', "/home/us"),
         ({"layout": Layout.PROJECTOR}, "finetune", "Projector for", "merged on the way"),

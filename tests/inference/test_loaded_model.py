@@ -280,6 +280,11 @@ def test_rows_that_cannot_be_asked(model, rows, error, message):
         model.ask_many(rows)
 
 
+def test_a_folder_that_is_none_is_reported_once(model, folder):
+    with pytest.raises(NotADirectoryError, match="none is not a directory; give the one that holds the images"):
+        model.ask_many([{"image": "a.png", "question": "What?"}], folder / "none")
+
+
 def test_a_folder_for_rows_without_images_is_a_mistake(model, folder):
     with pytest.raises(ValueError, match="image_folder is given, but no row has an image; name their column"):
         model.ask_many([{"photo": "landscape.jpg", "question": "why?"}], folder)

@@ -100,6 +100,9 @@ def test_wrong_flags_and_addresses(tmp_path, capsys):
     missing = ["--model-path", str(tmp_path / "none")]
     assert web.main([*missing, "--host", "192.0.2.1"]) == 2
     assert "can't listen on 192.0.2.1, port 7860" in capsys.readouterr().err
+    for number in (-1, 65_536):
+        assert web.main([*missing, "--port", str(number)]) == 2
+        assert f"can't listen on port {number} (ports are 0 to 65535); choose another" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert web.main([*missing, "--port", str(port)]) == 2

@@ -11,6 +11,7 @@ from typing import Any
 
 from llava.data.table.options import TableOptions, parse_table_values
 from llava.files.home_directory import expand_homes
+from llava.files.install_command import install_command
 from llava.inference.distributed import read_rank
 from llava.train.flags.json_flags import JSON_FILE_FLAGS, JSON_FLAGS, read_json_flag
 
@@ -196,7 +197,7 @@ class TrainingFlags:
             _check_sections(self.deepspeed)
             if importlib.util.find_spec("deepspeed") is None:
                 raise ValueError(
-                    f'--deepspeed {self.deepspeed} needs DeepSpeed; run: pip install -e ".[train]", or leave it out'
+                    f"--deepspeed {self.deepspeed} needs DeepSpeed; run: {install_command('train')}, or leave it out"
                 )
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llava.files.install_command import install_command
 from llava.train.flags.arguments import is_offloaded, zero_stage
 
 LAUNCHERS = ("deepspeed", "torchrun", "python")
 _TRAINING = Path(__file__).parents[1] / "train_mem.py"
 _ZERO_CONFIGS = Path(__file__).parent
 NO_CONFIG = "none"  # ZERO=none: no DeepSpeed config
-_INSTALL = 'run pip install -e ".[train]" on Linux'
+_INSTALL = f"run {install_command('train')} on Linux"
 
 
 class Asked(NamedTuple):

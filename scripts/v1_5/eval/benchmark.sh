@@ -9,6 +9,12 @@ benchmark() {
     local name=$1 run=(python) visible=${CUDA_VISIBLE_DEVICES:-}
     shift
     if [ -z "$GPUS" ] && [ -n "$visible" ]; then GPUS=$(($(printf '%s' "$visible" | tr -cd , | wc -c) + 1)); fi
+    case ${GPUS:-1} in
+        0* | *[!0-9]*)
+            printf 'error: GPUS=%s is not a number of GPUs; give 1 or more, or leave it out\n' "$GPUS" >&2
+            exit 2
+            ;;
+    esac
     set -- -m llava.eval.suite --suite "$name" --model-path "$MODEL" --data "$DATA" "$@"
     if [ "${GPUS:-1}" -gt 1 ]; then
         python "$@" --check >/dev/null # else every process lists what is missing

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def start(tmp_path):
-    """Return the function (script, words, **variables) -> command line that it runs, seen by stubs."""
+    """Return the function (script, words, **variables) -> command line that stubs see, else exit code and error."""
     for program in ("python", "torchrun"):
         stub = tmp_path / program
         stub.write_text(f'#!/bin/bash\necho {program} "$@"\n', encoding="utf-8")
@@ -22,8 +22,10 @@ def start(tmp_path):
     def run(script: str, *words: str, **variables: str) -> str:
         kept = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
         command = ["bash", f"scripts/v1_5/eval/{script}.sh", *words]
-        done = subprocess.run(command, cwd=REPOSITORY, env=kept | variables, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=kept | variables, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else f"{done.returncode}: {done.stderr.strip()}"
 
     return run
 
@@ -51,6 +53,11 @@ def test_processes(start, variables, processes):
     assert start("sqa", "--limit", "5", MODEL="my model", DATA="/d", **variables) == (
         f"{launcher} -m llava.eval.suite --suite scienceqa --model-path my model --data /d --limit 5"
     )
+
+
+@pytest.mark.parametrize("gpus", ["x", "0", "-1", "2 4", "1.5"])
+def test_a_number_of_gpus_that_is_none(start, gpus):
+    assert start("pope", GPUS=gpus) == f"2: error: GPUS={gpus} is not a number of GPUs; give 1 or more, or leave it out"
 
 
 def test_missing_files_are_listed_once_before_processes_start(tmp_path):

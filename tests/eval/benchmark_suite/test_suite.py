@@ -220,6 +220,21 @@ def test_score_only_needs_answers_and_no_model(data, loads, capsys):
     assert loads == ["llava-tiny"]
 
 
+def test_benchmarks_without_answers_are_left_out_on_request(data, loads, capsys):
+    data.lay_out_pope()
+    data.lay_out_scienceqa()
+    assert data("pope") == 0
+    capsys.readouterr()
+    assert data("pope,scienceqa", "--score-only") == 2
+    assert capsys.readouterr().err.endswith("or pass --skip-missing for the other 1\n")
+    assert data("pope,scienceqa", "--score-only", "--skip-missing") == 0
+    printed = capsys.readouterr()
+    assert f"{data.folder / 'scienceqa/answers/llava-tiny.jsonl'}\nleft out" in printed.err
+    assert table_line(printed.out, "POPE  ")[0] == "POPE"
+    assert data("scienceqa", "--score-only", "--skip-missing") == 2
+    assert "answer first, without the flag" in capsys.readouterr().err
+
+
 def test_scripts_of_the_originals_names_run_to_the_end(data):
     data.lay_out_scienceqa()
     environment = {**os.environ, "MODEL": str(data.model), "DATA": str(data.folder), "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from types import SimpleNamespace
+
 import pytest
 from huggingface_hub import constants
 
@@ -108,6 +111,11 @@ def downloads(monkeypatch, tmp_path):
     return requested
 
 
+def model_info_of(files):
+    siblings = [SimpleNamespace(rfilename=file) for file in files]
+    return lambda self, name, revision=None: SimpleNamespace(siblings=siblings)
+
+
 @pytest.mark.parametrize(
     ("files", "ignored"),
     [
@@ -117,25 +125,35 @@ def downloads(monkeypatch, tmp_path):
     ],
 )
 def test_weights_in_both_formats_are_downloaded_once(monkeypatch, downloads, tmp_path, files, ignored):
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, name, revision=None: files)
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info_of(files))
     assert resolve_directory("a/b", revision="v1") == tmp_path
     ((name, options),) = downloads
     assert (name, options["revision"], options["ignore_patterns"]) == ("a/b", "v1", ignored)
 
 
 def test_for_a_config_no_weights_are_downloaded(monkeypatch, downloads, tmp_path):
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, name, revision=None: ["model.safetensors"])
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info_of(["model.safetensors"]))
     assert resolve_config("a/b") == tmp_path
     ((_, options),) = downloads
     assert options["allow_patterns"] == ["*.json"]
     assert resolve_config(tmp_path) == tmp_path
 
 
+def test_without_a_network_there_is_one_message(monkeypatch, downloads, caplog):
+    """The hub's client repeats some requests, with a warning for each."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # does not listen: connections are refused
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with caplog.at_level("WARNING"), pytest.raises(FileNotFoundError, match=r"could not be downloaded \(.*refused"):
+            resolve_directory("no/such-model")
+    assert not caplog.records
+
+
 def test_a_name_that_is_nowhere(monkeypatch, downloads, tmp_path):
     def refuse(self, name, revision=None):
         raise OSError("no such repository")
 
-    monkeypatch.setattr(hub.HfApi, "list_repo_files", refuse)
+    monkeypatch.setattr(hub.HfApi, "model_info", refuse)
     message = (
         r"^no/such-model is neither a directory nor in the hub's cache, and could not be downloaded \(no such "
         r"repository\); give the path"

@@ -47,6 +47,10 @@ def python(code, *words):
     return [sys.executable, "-S", "-c", code, *words]
 
 
+def rest_of(process):
+    return process.communicate(timeout=60)[0].decode()
+
+
 @pytest.fixture
 def start():
     """Return the function (words, launcher) -> process that runs them through `run_launcher`, once they are ready."""
@@ -54,9 +58,9 @@ def start():
 
     def run(words, launcher):
         command = [sys.executable, "-c", PARENT, json.dumps([words, launcher])]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, bufsize=0)
         started.append(process)
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == b"ready\n"  # without a buffer, which `communicate` would pass over
         return process
 
     yield run
@@ -73,14 +77,14 @@ def test_a_signal_reaches_the_training_and_not_its_launcher(start, launcher, num
         words = python(LAUNCHER, *words)
     process = start(words, launcher)
     process.send_signal(number)
-    assert process.communicate(timeout=60)[0] == f"training got {int(number)}\ncode 40\n"
+    assert rest_of(process) == f"training got {int(number)}\ncode 40\n"
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_launcher_without_training_processes_is_ended(start, launcher):
     process = start(python(ALONE), launcher)
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=60)[0] == "code 143\n"
+    assert rest_of(process) == "code 143\n"
 
 
 def test_on_windows_the_console_has_sent_ctrl_c_to_all(monkeypatch):
@@ -97,4 +101,4 @@ def test_on_windows_the_console_has_sent_ctrl_c_to_all(monkeypatch):
 def test_exit_codes_are_those_of_a_shell(start, code, expected):
     end = f"os.kill(os.getpid(), {code})" if "SIG" in code else f"sys.exit({code})"
     process = start(python(f"import os, signal, sys; print('ready', flush=True); {end}"), "python")
-    assert process.communicate(timeout=60)[0] == f"code {expected}\n"
+    assert rest_of(process) == f"code {expected}\n"
