@@ -8,9 +8,11 @@ a file that was exchanged in between does not run either.
 from __future__ import annotations
 
 import contextlib
+import enum
 import importlib
 import importlib.util
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,10 +64,22 @@ def weights_only(*, with_deepspeed: bool) -> Iterator[None]:
         os.environ.update({name: value for name, value in former.items() if value is not None})
 
 
+def _enum_member(enumeration: type[enum.Enum], name: str) -> enum.Enum:
+    """Stand in for `getattr`, by which Python 3.11.0 to 3.11.3 pickles the members of enumerations, and nothing else.
+
+    Raises:
+        pickle.UnpicklingError: if it is not called for a member of an enumeration.
+    """
+    if not (isinstance(enumeration, type) and issubclass(enumeration, enum.Enum) and name in enumeration.__members__):
+        raise pickle.UnpicklingError("getattr is called for something else than a member of an enumeration")
+    return enumeration[name]
+
+
 def _allowed_globals(with_deepspeed: bool) -> list[object]:
     """Return the classes in genuine files beyond PyTorch's own list: numpy's random state, DeepSpeed's settings."""
     reconstruct = np.empty(0).__reduce__()[0]
     allowed: list[object] = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     if with_deepspeed and importlib.util.find_spec("deepspeed") is not None:
         allowed += [getattr(importlib.import_module(module), name) for module, name in DEEPSPEED_GLOBALS]
+        allowed.append((_enum_member, "builtins.getattr"))
     return allowed

@@ -171,6 +171,33 @@ def test_classes_in_genuine_files_are_accepted(deepspeed, tmp_path):
     assert found["scalers"][1].__dict__ == scaler.__dict__
 
 
+class Attribute:
+    """Is pickled as a call of `getattr`, as Python 3.11.0 to 3.11.3 pickle the members of enumerations."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_getattr_gives_members_of_enumerations_alone(deepspeed, tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    path = tmp_path / "state.pt"
+    torch.save({"stage": Attribute(ZeroStageEnum, "gradients")}, path)
+    with weights_only(with_deepspeed=True):
+        assert torch.load(path) == {"stage": ZeroStageEnum.gradients}
+    for owner, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (LossScaler, "__init__")):
+        torch.save({"stage": Attribute(owner, name)}, path)
+        with weights_only(with_deepspeed=True), pytest.raises(pickle.UnpicklingError, match="getattr is called for"):
+            torch.load(path)
+    torch.save({"stage": Attribute(ZeroStageEnum, "gradients")}, path)
+    with weights_only(with_deepspeed=False), pytest.raises(pickle.UnpicklingError):
+        torch.load(path)
+
+
 def test_the_process_is_left_as_it_was(tmp_path, monkeypatch):
     torch.save({"payload": Payload(tmp_path / "it-ran")}, tmp_path / "evil.pt")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # some users have it for other programs
