@@ -3,7 +3,6 @@
 import base64
 import json
 import random
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -128,7 +127,7 @@ def test_an_interrupted_run_resumes_with_the_same_records(mmbench, tmp_path, mon
     def write_two(self, answer, model_id):
         write(self, answer, model_id)
         if self.done == 2:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(AnswersFile, "write", write_two)
