@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _REASON_SHOWN = 240  # characters
 MOST_FAILURES = 3
-"""After so many a tracker gets nothing more: each may have waited for a server."""
+"""Failures after which a tracker gets nothing more: each may have waited for a server."""
 
 
 def tracker_callbacks(callbacks: Iterable[TrainerCallback]) -> dict[str, TrainerCallback]:

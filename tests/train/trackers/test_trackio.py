@@ -46,5 +46,5 @@ def test_a_run_is_there_with_accuracy_and_images_of_wrong_answers(train_tiny, tm
         assert {row["question"] for row in rows} == {"Какого цвета?"}
         assert {row["true answer"] for row in rows} <= {"жёлтый", "зелёный", "red"}
         assert {row["image"]["_type"] for row in rows} == {"trackio.image"}
-    pictures = list((tmp_path / "trackio/media").rglob("*.png"))
-    assert len(pictures) == sum(len(table["_value"]) for table in tables)
+    images = list((tmp_path / "trackio/media").rglob("*.png"))
+    assert len(images) == sum(len(table["_value"]) for table in tables)
