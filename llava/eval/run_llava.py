@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.constants import DEFAULT_IMAGE_TOKEN, FP8, IMAGE_PLACEHOLDER
 from llava.files.home_directory import expand_homes
 from llava.files.program_parser import program_parser
 from llava.files.terminal_text import print_text
@@ -89,7 +89,7 @@ def _load(args: Any) -> Session:
     # The README's object has none of these: they came later.
     options = {name: getattr(args, name, None) for name in ("device", "dtype", "vision_tower")}
     bits = 4 if getattr(args, "load_4bit", False) else 8 if getattr(args, "load_8bit", False) else 16
-    bits = "fp8" if getattr(args, "fp8", False) else bits
+    bits = FP8 if getattr(args, "fp8", False) else bits
     sources = ModelSources.find(args.model_path, args.model_base, options["vision_tower"])
     with _LOADING:
         fingerprints = _fingerprints(sources, sources.stamps())

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from llava.constants import DTYPE_NAMES
+from llava.constants import DTYPE_NAMES, FP8
 from llava.conversation import conv_templates
 from llava.files.terminal_text import log_to_terminal, report_error
 from llava.inference.distributed import read_rank
@@ -73,7 +73,7 @@ def add_seed_argument(parser: argparse.ArgumentParser, seed: int | None = None) 
 
 def selected_bits(args: argparse.Namespace) -> int | str:
     """Return the bits per weight that the flags request: 16, 8, 4 or "fp8"."""
-    return "fp8" if args.fp8 else 4 if args.load_4bit else 8 if args.load_8bit else 16
+    return FP8 if args.fp8 else 4 if args.load_4bit else 8 if args.load_8bit else 16
 
 
 def load_session(args: argparse.Namespace, *, compiles: str | None = None) -> Session:
@@ -113,7 +113,7 @@ def describe_machine(args: argparse.Namespace, compiles: str | None) -> str:
         dtype = parse_dtype(args.dtype, device)
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-    is_fast = bits in (16, "fp8")
+    is_fast = bits in (16, FP8)
     if compiles is None:
         graphs = feature("CUDA graphs", can.has_cuda_graphs and bits != 8)
         return can.describe(dtype, graphs, feature("Triton kernels", can.has_triton and is_fast))

@@ -39,6 +39,17 @@ def test_without_a_model_it_is_the_7b(capsys):
     assert "batches of 16: 10,240 positions; activation" in capsys.readouterr().out
 
 
+def test_fp8_takes_a_byte_for_a_weight_and_nothing_to_unpack(capsys):
+    assert main(["--infer", "--fp8", "--gpu-memory", "12"]) == 0
+    shown = capsys.readouterr().out
+    assert "  weights                                   7.6 GB\n" in shown
+    assert "unpacked weights" not in shown
+    for words in (["--fp8"], ["--infer", "--fp8", "--bits", "4"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "--fp8 goes with --infer and without --bits" in capsys.readouterr().err
+
+
 @pytest.fixture
 def data(tmp_path):
     turns = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "yes"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from llava.eval.model_vqa_loader import main
 from llava.inference.batch.answer_batch import answer_batch
 from llava.inference.batch.questions import Question
 from llava.inference.sampling import Sampling
@@ -105,6 +107,19 @@ def test_batch_answers_are_those_of_single_questions(sessions, tmp_path):
     assert together == alone
     plain = ask(sessions[16], questions)
     assert sum(plain[question] == together[question] for question in questions) >= len(questions) - 2
+
+
+def test_the_flag_of_batch_inference_is_part_of_the_run(tmp_path, capsys):
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    question = {"question_id": 1, "image": "red.png", "text": "What color is it?"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    words = ["--model-path", LLAVA_TINY, "--image-folder", str(tmp_path), "--device", "cpu", "--max_new_tokens", "3"]
+    words += ["--question-file", str(tmp_path / "questions.jsonl"), "--answers-file", str(tmp_path / "answers.jsonl")]
+    assert main([*words, "--fp8"]) == 0
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["text"] == "red"
+    assert json.loads((tmp_path / "answers.jsonl.run.json").read_text())["bits"] == "fp8"
+    assert main(words) == 2
+    assert "belongs to another run (bits was 'fp8'" in capsys.readouterr().err
 
 
 def test_a_device_without_fp8_is_refused(monkeypatch):
